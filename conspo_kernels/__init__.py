@@ -1,0 +1,20 @@
+"""ConSPO (arXiv:2605.12969): the group-contrastive loss for reinforcement learning with verifiable rewards, as kernels."""
+
+from .loss import ConSPOOutput, conspo_loss, conspo_loss_from_scores
+from .logprobs import sequence_scores, token_logprobs
+from .margin import CosineMargin
+from .modules import ConSPOLoss
+from .two_phase import conspo_scores
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConSPOLoss",
+    "ConSPOOutput",
+    "CosineMargin",
+    "conspo_loss",
+    "conspo_loss_from_scores",
+    "conspo_scores",
+    "sequence_scores",
+    "token_logprobs",
+]

@@ -1,0 +1,194 @@
+"""Every error that a user's input can cause at the door: what was expected, and what came.
+
+TypeError: not a tensor, not a number. ValueError: a tensor or number of the wrong kind. Only metadata is read here; what
+needs the values of a tensor is checked inside the ops.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
+REDUCTIONS = ("mean", "sum", "none")
+
+
+def _tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], words: str) -> None:
+    if value.dtype not in allowed:
+        raise ValueError(f"{name} must be {words}, got {value.dtype}")
+
+
+def _shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
+    if tuple(value.shape) != tuple(expected):
+        raise ValueError(f"{name} must have shape {list(expected)} ({why}), got {list(value.shape)}")
+
+
+def _same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
+def _positive(name: str, value: Any) -> None:
+    _number(name, value)
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be positive and finite, got {value}")
+
+
+def _flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def implementation(value: Any) -> None:
+    _choice("implementation", value, IMPLEMENTATIONS)
+
+
+def ignore_index(value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+
+
+def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
+    _positive("temperature", temperature)
+    _positive("logit_scale", logit_scale)
+    if softcap is not None:
+        _positive("softcap", softcap)
+
+
+def logits(value: Any) -> None:
+    _tensor("logits", value)
+    _dtype("logits", value, LOGIT_DTYPES, "fp16, bf16, fp32 or fp64")
+    if value.dim() not in (2, 3):
+        raise ValueError(f"logits must be [B, T, V], or packed [N, V] or [1, N, V], got {list(value.shape)}")
+    if value.shape[-1] == 0:
+        raise ValueError(f"logits must have a vocabulary of at least one entry, got {list(value.shape)}")
+    if value.shape[-1] > 1 and value.numel() > 0 and value.stride(-1) != 1:
+        raise ValueError(f"logits must have a last stride of 1 (the others are free), got strides {value.stride()}")
+
+
+def tokens(labels: Any, mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
+    """Labels and mask: one per row of `like`, the tensor called `tokens_name`; a packed row of tokens may be 1-d or 2-d."""
+    _tensor("labels", labels)
+    _dtype("labels", labels, INTEGER_DTYPES, "integers")
+    _shape("labels", labels, expected, f"one per row of {tokens_name}")
+    _same_device("labels", labels, tokens_name, like)
+    if mask is not None:
+        _tensor("mask", mask)
+        if mask.is_complex():
+            raise ValueError(f"mask must be real, got {mask.dtype}")
+        _shape("mask", mask, tuple(labels.shape), "that of labels")
+        _same_device("mask", mask, "labels", labels)
+
+
+def cu_seqlens(value: Any, shape: tuple[int, ...], needed_for: str | None) -> None:
+    """Offsets of packed tokens, for rows of the given leading shape; `needed_for` says what cannot do without."""
+    if value is None:
+        if len(shape) == 1 and needed_for is not None:
+            raise ValueError(f"cu_seqlens is needed for {needed_for} of packed tokens {list(shape)}")
+        return
+    _tensor("cu_seqlens", value)
+    _dtype("cu_seqlens", value, (torch.int32, torch.int64), "int32 or int64")
+    if value.dim() != 1 or value.shape[0] == 0:
+        raise ValueError(f"cu_seqlens must be [S + 1], got {list(value.shape)}")
+    if len(shape) == 2 and shape[0] != 1:
+        raise ValueError(f"cu_seqlens goes with packed tokens, [N] or [1, N], got {list(shape)}")
+
+
+def logprobs(value: Any) -> None:
+    _tensor("logprobs", value)
+    _dtype("logprobs", value, LOGIT_DTYPES, "floating point")
+    if value.dim() not in (1, 2):
+        raise ValueError(f"logprobs must be [B, T], or packed [N] or [1, N], got {list(value.shape)}")
+
+
+def scores(value: Any) -> None:
+    _tensor("scores", value)
+    _dtype("scores", value, LOGIT_DTYPES, "floating point")
+    if value.dim() != 1:
+        raise ValueError(f"scores must be [S], got {list(value.shape)}")
+
+
+def rewards(value: Any, num_rollouts: int) -> None:
+    _tensor("rewards", value)
+    if value.is_complex():
+        raise ValueError(f"rewards must be float, int or bool, got {value.dtype}")
+    _shape("rewards", value, (num_rollouts,), "one per rollout")
+
+
+def groups(value: Any, num_rollouts: int) -> None:
+    if isinstance(value, Tensor):
+        _dtype("groups", value, INTEGER_DTYPES, "an int or integer prompt ids")
+        _shape("groups", value, (num_rollouts,), "one prompt id per rollout")
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"groups must be an int or a tensor of prompt ids, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"groups must be at least 1, got {value}")
+    if num_rollouts % value != 0:
+        raise ValueError(f"groups={value} must divide the number of rollouts, got {num_rollouts}")
+
+
+def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_groups: Any) -> None:
+    _positive("tau", tau)
+    _scalar("margin", margin)
+    _number("reward_threshold", reward_threshold)
+    if math.isnan(reward_threshold):
+        raise ValueError("reward_threshold must not be NaN, got nan")
+    _choice("reduction", reduction, REDUCTIONS)
+    if num_groups is not None:
+        _scalar("num_groups", num_groups)
+        if reduction != "mean":
+            raise ValueError(f"num_groups is the denominator of reduction='mean', got reduction={reduction!r}")
+        if not isinstance(num_groups, Tensor) and not num_groups > 0:
+            raise ValueError(f"num_groups must be > 0, got {num_groups}")
+
+
+def _scalar(name: str, value: Any) -> None:
+    """A number or a 0-d tensor."""
+    if not isinstance(value, Tensor):
+        _number(name, value)
+        return
+    if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
+        raise ValueError(f"{name} must be a number or a real 0-d tensor, got {value.dtype} of shape {list(value.shape)}")
+    if value.requires_grad:
+        raise ValueError(f"{name} is a constant of the loss and gets no gradient: pass {name}.detach()")
+
+
+def flags(**values: Any) -> None:
+    for name, value in values.items():
+        _flag(name, value)
+
+
+def inplace_backward(value: Tensor) -> None:
+    """The gradient may be written over these logits: they are not a leaf or its view, and no two rows share storage."""
+    if not value.requires_grad:
+        return
+    if value.is_leaf:
+        raise ValueError("inplace_backward overwrites logits, which here is a leaf that the caller owns; pass a non-leaf")
+    if not torch.compiler.is_compiling() and value._base is not None and value._base.is_leaf:
+        raise ValueError("inplace_backward overwrites logits, which here is a view of a leaf that the caller owns")
+    span = value.shape[-1]
+    for stride, size in sorted(zip(value.stride()[:-1], value.shape[:-1], strict=True)):
+        if size > 1 and stride < span:
+            raise ValueError(f"inplace_backward needs logits whose rows do not overlap, got strides {value.stride()}")
+        span += stride * (size - 1)

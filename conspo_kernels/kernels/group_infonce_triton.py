@@ -1,0 +1,225 @@
+"""Group InfoNCE on scores, loss and weights in one launch: the Triton twin.
+
+One program does it all, because the mean needs the number of valid groups before the first weight is known, and a batch of
+rollouts is small (64 groups of 16 are 4 KB): it walks tiles of GROUPS groups x MEMBERS rollouts, first to count the valid
+groups, then for losses and weights. Tiles stay in the first-level cache between the walks. The equations and the names are
+those of `objective.py`.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..objective import Segments
+from .softmax_triton import NEG_INF
+
+MEMBERS = 16
+GROUPS = 64
+NUM_WARPS = 8
+UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size")
+
+
+@triton.jit
+def _extent(k0, num_slots, offsets_ptr, group_size, RAGGED: tl.constexpr, GROUPS: tl.constexpr):
+    """Start and stop of the groups k0 .. k0 + GROUPS; empty past the last slot."""
+    k = k0 + tl.arange(0, GROUPS)
+    mask = k < num_slots
+    if RAGGED:
+        start = tl.load(offsets_ptr + k, mask=mask, other=0)
+        stop = tl.load(offsets_ptr + k + 1, mask=mask, other=0)
+    else:
+        start = tl.where(mask, k * group_size, 0)
+        stop = tl.where(mask, start + group_size, 0)
+    return start, stop
+
+
+@triton.jit
+def _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED: tl.constexpr):
+    """Whether a group begins at slot k0 or later: trailing slots of ragged groups are empty."""
+    if RAGGED:
+        return tl.load(offsets_ptr + tl.minimum(k0, num_slots)) < num_rollouts
+    else:
+        return k0 < num_slots
+
+
+@triton.jit
+def _members(
+    start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold,
+    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """The j-th block of members of each group: rollout, in the group at all, score, positive, negative."""
+    position = start[:, None] + (j + tl.arange(0, MEMBERS))[None, :]
+    inside = position < stop[:, None]
+    rollout = position
+    if RAGGED:
+        rollout = tl.load(order_ptr + position, mask=inside, other=0)
+    score = tl.load(scores_ptr + rollout, mask=inside, other=0.0)
+    reward = tl.load(rewards_ptr + rollout, mask=inside, other=0)
+    if reward.dtype.is_floating():
+        scorable = inside & (reward == reward)
+        positive = scorable & (reward > tl.full((), threshold, reward.dtype))
+    else:
+        scorable = inside
+        positive = scorable & (reward.to(tl.float32) > tl.full((), threshold, tl.float32))
+    if HAS_COUNTS:
+        scorable = scorable & (tl.load(counts_ptr + rollout, mask=inside, other=0) > 0)
+    else:
+        scorable = scorable & (score == score)
+    return rollout, inside, score, positive & scorable, scorable & (positive == 0)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) with log1p spelled out: tl has none, and log(1 + e) alone loses a well separated positive's loss."""
+    e = tl.exp(-tl.abs(x))
+    one_plus = 1 + e
+    inexact = one_plus != 1
+    log1p = tl.where(inexact, tl.log(one_plus) * (e / tl.where(inexact, one_plus - 1, 1)), e)
+    return tl.maximum(x, 0) + log1p
+
+
+@triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1 / (1 + e), e / (1 + e))
+
+
+# Reads scores, rewards and counts of S rollouts a few times, from the cache after the first; writes 2 numbers per rollout.
+@triton.jit(do_not_specialize=UNSPECIALIZED)
+def _kernel(
+    scores_ptr,
+    rewards_ptr,
+    counts_ptr,
+    order_ptr,
+    offsets_ptr,
+    margin_ptr,
+    num_groups_ptr,
+    loss_ptr,
+    weights_ptr,
+    roles_ptr,
+    num_rollouts: tl.int64,
+    num_slots: tl.int64,
+    group_size: tl.int64,
+    tau: tl.float64,
+    threshold: tl.float64,
+    RAGGED: tl.constexpr,
+    HAS_COUNTS: tl.constexpr,
+    HAS_NUM_GROUPS: tl.constexpr,
+    REDUCTION: tl.constexpr,
+    GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):
+    acc: tl.constexpr = scores_ptr.dtype.element_ty
+    tau = tl.full((), tau, acc)
+    margin = tl.load(margin_ptr).to(acc)
+
+    denominator = tl.full((), 1, acc)
+    if REDUCTION == "mean":
+        if HAS_NUM_GROUPS:
+            denominator = tl.load(num_groups_ptr).to(acc)
+        else:
+            num_valid = tl.zeros((GROUPS,), tl.int32)
+            k0 = num_slots * 0
+            while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
+                start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
+                num_positive = tl.zeros((GROUPS,), tl.int32)
+                num_negative = tl.zeros((GROUPS,), tl.int32)
+                for j in range(0, tl.max(stop - start), MEMBERS):
+                    _r, _i, _s, positive, negative = _members(
+                        start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold,
+                        RAGGED, HAS_COUNTS, MEMBERS,
+                    )  # fmt: skip
+                    num_positive += tl.sum(positive.to(tl.int32), axis=1)
+                    num_negative += tl.sum(negative.to(tl.int32), axis=1)
+                num_valid += ((num_positive > 0) & (num_negative > 0)).to(tl.int32)
+                k0 += GROUPS
+            denominator = tl.maximum(tl.sum(num_valid), 1).to(acc)
+
+    loss = tl.zeros((GROUPS,), acc)
+    k0 = num_slots * 0
+    while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
+        start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
+        longest = tl.max(stop - start)
+
+        num_positive = tl.zeros((GROUPS,), tl.int32)
+        num_negative = tl.zeros((GROUPS,), tl.int32)
+        peak = tl.full((GROUPS,), NEG_INF, acc)
+        total = tl.zeros((GROUPS,), acc)
+        for j in range(0, longest, MEMBERS):
+            _r, _i, score, positive, negative = _members(
+                start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+            )
+            num_positive += tl.sum(positive.to(tl.int32), axis=1)
+            num_negative += tl.sum(negative.to(tl.int32), axis=1)
+            z = tl.where(negative, score / tau, NEG_INF)
+            new_peak = tl.maximum(peak, tl.max(z, axis=1))
+            base = tl.where(new_peak == NEG_INF, tl.zeros_like(new_peak), new_peak)
+            total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
+            peak = new_peak
+        peak = tl.where(peak == NEG_INF, tl.zeros_like(peak), peak)
+        lse = peak + tl.log(total)
+        valid = (num_positive > 0) & (num_negative > 0)
+        per_positive = 1 / tl.maximum(num_positive, 1).to(acc)
+
+        sum_softplus = tl.zeros((GROUPS,), acc)
+        sum_q = tl.zeros((GROUPS,), acc)
+        for j in range(0, longest, MEMBERS):
+            _r, _i, score, positive, _n = _members(
+                start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+            )
+            x = lse[:, None] - (score - margin) / tau
+            sum_softplus += tl.sum(tl.where(positive, _softplus(x), tl.zeros_like(x)), axis=1)
+            sum_q += tl.sum(tl.where(positive, _sigmoid(x), tl.zeros_like(x)), axis=1)
+        group_loss = tl.where(valid, tau * per_positive * sum_softplus, tl.zeros_like(peak))
+        if REDUCTION == "none":
+            k = k0 + tl.arange(0, GROUPS)
+            tl.store(loss_ptr + k, group_loss, mask=k < num_slots)
+        else:
+            loss += group_loss
+        pull = sum_q * per_positive / tl.where(total > 0, total, tl.full((), 1, acc))
+
+        for j in range(0, longest, MEMBERS):
+            rollout, inside, score, positive, negative = _members(
+                start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+            )
+            q = _sigmoid(lse[:, None] - (score - margin) / tau)
+            odds = tl.exp(score / tau - peak[:, None])
+            weight = tl.where(positive, -q * per_positive[:, None], pull[:, None] * odds)
+            takes_part = valid[:, None] & (positive | negative)
+            weight = tl.where(takes_part, weight / denominator, tl.zeros_like(weight))
+            tl.store(weights_ptr + rollout, weight, mask=inside)
+            role = positive.to(tl.int8) - negative.to(tl.int8)
+            tl.store(roles_ptr + rollout, tl.where(valid[:, None], role, role * 2), mask=inside)
+        k0 += GROUPS
+
+    if REDUCTION != "none":
+        tl.store(loss_ptr, tl.sum(loss) / denominator)
+
+
+def forward(
+    scores: Tensor,
+    rewards: Tensor,
+    counts: Tensor | None,
+    segments: Segments | None,
+    group_size: int,
+    margin: Tensor,
+    num_groups: Tensor | None,
+    tau: float,
+    reward_threshold: float,
+    reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores [S] -> loss ([] or, for "none", [K]), weights [S] = dloss/dscores, roles [S] int8 (`ops/group_infonce.py`)."""
+    num_rollouts = scores.numel()
+    num_slots = num_rollouts // group_size if segments is None else segments.offsets.numel() - 1
+    # Trailing slots of ragged groups are never visited, hence zeros.
+    loss = scores.new_zeros(num_slots) if reduction == "none" else scores.new_empty(())
+    weights = torch.empty_like(scores)
+    roles = torch.empty(num_rollouts, dtype=torch.int8, device=scores.device)
+    _kernel[(1,)](
+        scores, rewards, counts, segments and segments.order, segments and segments.offsets, margin, num_groups,
+        loss, weights, roles, num_rollouts, num_slots, group_size, tau, reward_threshold,
+        RAGGED=segments is not None, HAS_COUNTS=counts is not None, HAS_NUM_GROUPS=num_groups is not None,
+        REDUCTION=reduction, GROUPS=GROUPS, MEMBERS=MEMBERS, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return loss, weights, roles

@@ -1,0 +1,82 @@
+"""How a row of logits is cut into chunks, aligned vectors and edges.
+
+A row of V logits is cut into chunks of 64 KiB, one program each, so few rows fill a GPU as well as many do, and the order of
+every sum depends on V alone, never on the batch around the row. A chunk is walked in tiles of `LANES` x `VECTOR` logits; a
+vector is 16 bytes, begins at a 16-byte boundary and belongs to one thread, so the loop needs no mask, no shared memory and
+no barrier. The few logits before a row's first boundary and after its last one (none where rows are aligned) are its edges.
+
+All offsets are in elements and 64 bits: 8 x 4k x 150k logits overflow 32.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+VECTOR_BYTES = 16  # the widest load of one thread
+CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,936 logits
+NUM_LANES = 512  # vectors per tile: 4 independent 16-byte loads per thread of 4 warps
+NUM_WARPS = 4
+
+# Sizes that change from step to step: Triton would compile anew where one becomes 1 or divisible by 16.
+UNSPECIALIZED = (
+    "num_tokens",
+    "num_positions",
+    "ignore_index",
+    "logits_early",
+    "stride_logits_b",
+    "stride_logits_t",
+    "grad_early",
+    "stride_grad_b",
+    "stride_grad_t",
+)
+
+
+@triton.jit
+def row_offset(token, num_positions, early, stride_b, stride_t):
+    """Offset of a token's first logit, in elements and 64 bits: 8 x 4k x 150k logits overflow 32."""
+    return early + (token // num_positions) * stride_b + (token % num_positions) * stride_t
+
+
+@triton.jit
+def interior(row, vocab_size, VECTOR: tl.constexpr):
+    """The aligned vectors [first, last) of a row; written as a product so that the compiler sees the alignment."""
+    first = tl.cdiv(row, VECTOR)
+    count = tl.maximum((row + vocab_size) // VECTOR - first, 0)
+    return first * VECTOR, (first + count) * VECTOR
+
+
+@triton.jit
+def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
+    """Offsets and mask of the logits before the first and after the last aligned vector of the row [first, last)."""
+    i = tl.arange(0, 2 * VECTOR)
+    head = i < VECTOR
+    offsets = tl.where(head, row + i, last + (i - VECTOR))
+    stop = tl.where(head, tl.minimum(first, row + vocab_size), row + vocab_size)
+    return offsets, offsets < stop
+
+
+def tiles(logits: Tensor) -> dict[str, int]:
+    """How the kernels that walk rows cut them."""
+    size = logits.element_size()
+    return {
+        "VECTOR": VECTOR_BYTES // size,
+        "LANES": NUM_LANES,
+        "CHUNK": CHUNK_BYTES // size,
+        "num_warps": NUM_WARPS,
+    }
+
+
+def num_chunks_of(logits: Tensor) -> int:
+    return triton.cdiv(logits.shape[-1] * logits.element_size(), CHUNK_BYTES)
+
+
+def aligned_base(x: Tensor) -> tuple[Tensor, int]:
+    """`x` from the 16-byte boundary at or before its first element, and how many elements earlier that is.
+
+    Triton compiles 16-byte accesses only where it knows the pointer to be aligned, and only the pointer: rows that begin
+    elsewhere are the kernels' business. Foreign memory may hold no boundary before `x`; then the accesses are narrower.
+    """
+    early = x.data_ptr() % VECTOR_BYTES // x.element_size()
+    if early == 0 or early > x.storage_offset():
+        return x, 0
+    return x.as_strided((1,), (1,), x.storage_offset() - early), early

@@ -1,0 +1,44 @@
+"""Segmented mean of token log-probabilities, forward and backward: the PyTorch twin."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _segments(active: Tensor, offsets: Tensor | None) -> Tensor:
+    """[S+1] offsets into the flattened tokens; padded rows are segments of one length."""
+    if offsets is not None:
+        return offsets
+    num_rows, num_positions = active.shape
+    return torch.arange(num_rows + 1, device=active.device) * num_positions
+
+
+def _token_segments(offsets: Tensor, num_tokens: int) -> Tensor:
+    """The segment of every token; S for tokens past the last offset."""
+    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(num_tokens, device=offsets.device), right=True)
+
+
+def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """logprobs, labels [B, T], offsets [S+1] or None -> scores [S] (NaN where empty), counts [S] int32."""
+    active = labels != ignore_index
+    segments = _segments(active, offsets)
+    values = torch.where(active, logprobs, 0.0).flatten()
+
+    def total(x: Tensor) -> Tensor:
+        return torch.segment_reduce(x[: x.numel()], "sum", offsets=segments, initial=0, unsafe=True)
+
+    counts = total(active.flatten().to(torch.float64))
+    scores = total(values) / counts.to(values.dtype)
+    return torch.where(counts > 0, scores, torch.nan), counts.to(torch.int32)
+
+
+def backward(
+    grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int
+) -> Tensor:
+    """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
+    active = labels != ignore_index
+    per_token = torch.where(counts > 0, grad_scores / counts, 0.0)
+    per_token = torch.cat([per_token, per_token.new_zeros(1)])
+    index = _token_segments(_segments(active, offsets), labels.numel()).view(labels.shape)
+    return torch.where(active, per_token[index], 0.0)

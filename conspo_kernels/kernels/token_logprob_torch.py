@@ -1,0 +1,105 @@
+"""Token log-probabilities over the vocabulary, forward and backward: the PyTorch twin.
+
+Rows are taken a few at a time, so that the working set stays a few copies of `CHUNK_ELEMENTS` numbers whatever N is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .transform import LogitTransform
+
+CHUNK_ELEMENTS = 1 << 21
+
+
+def _row_chunks(keep: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions (b, t) of the tokens to work on, a chunk of rows at a time.
+
+    On a CPU the others are left out; elsewhere their number is not known without a synchronisation, so all are taken.
+    """
+    wanted = keep if keep.device.type == "cpu" else torch.ones_like(keep)
+    b, t = wanted.nonzero(as_tuple=True)
+    rows = max(1, CHUNK_ELEMENTS // vocab_size)
+    yield from zip(b.split(rows), t.split(rows), strict=True)
+
+
+def _transformed(z: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
+    """u and du/dz of `LogitTransform`; -inf, a masked vocabulary entry, stays -inf with slope 0."""
+    if transform.softcap is None:
+        return z, 1.0
+    u = torch.tanh(z * transform.inner)
+    return torch.where(z == -torch.inf, z, u), (1 - u * u) * transform.inner
+
+
+def _moment(p: Tensor, log_p: Tensor) -> Tensor:
+    """p * log p with 0 * -inf = 0."""
+    return torch.where(p > 0, p * log_p, 0.0)
+
+
+def forward(
+    logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform, with_entropy: bool
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """logits [B, T, V], labels [B, T] contiguous -> logprobs, entropy or None, row_max, log_sum, each [B, T]."""
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    vocab_size = logits.shape[-1]
+    logprobs, row_max, log_sum = (torch.zeros(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
+    entropy = torch.zeros_like(logprobs) if with_entropy else None
+    active = labels != ignore_index
+    for rows in _row_chunks(active, vocab_size):
+        u, _ = _transformed(logits[rows].to(acc), transform)
+        m = u.amax(-1)
+        d = (u - torch.where(m == -torch.inf, 0.0, m)[:, None]) * transform.scale
+        e = d.exp()
+        s = e.sum(-1)
+        ls = s.log()
+        label = labels[rows].long()
+        inside = (label >= 0) & (label < vocab_size)
+        label_d = d.gather(1, label.clamp(0, vocab_size - 1)[:, None])[:, 0]
+        values = [(logprobs, torch.where(inside, label_d, torch.nan) - ls), (row_max, m), (log_sum, ls)]
+        if entropy is not None:
+            values.append((entropy, ls - _moment(e, d).sum(-1) / s))
+        for out, value in values:
+            out[rows] = torch.where(active[rows], value, 0.0)
+    return logprobs, entropy, row_max, log_sum
+
+
+def backward(
+    grad_logits: Tensor,
+    logits: Tensor,
+    labels: Tensor,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    ignore_index: int,
+    transform: LogitTransform,
+) -> None:
+    """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `logits` itself."""
+    acc, vocab_size = row_max.dtype, logits.shape[-1]
+    active = labels != ignore_index
+    c_bt = torch.where(active, grad_logprobs, 0.0)
+    nonzero = c_bt != 0
+    if grad_entropy is not None:
+        h_bt = torch.where(active, grad_entropy, 0.0)
+        nonzero |= h_bt != 0
+    for rows in _row_chunks(~nonzero, vocab_size):
+        grad_logits[rows] = 0.0
+    for rows in _row_chunks(nonzero, vocab_size):
+        u, slope = _transformed(logits[rows].to(acc), transform)
+        c = c_bt[rows][:, None]
+        log_p = (u - row_max[rows][:, None]) * transform.scale - log_sum[rows][:, None]
+        p = log_p.exp()
+        g = -c * p
+        label = labels[rows].long()[:, None]
+        inside = (label >= 0) & (label < vocab_size)
+        g.scatter_add_(1, label.clamp(0, vocab_size - 1), torch.where(inside, c, 0.0))
+        if grad_entropy is not None:
+            assert entropy is not None
+            g -= h_bt[rows][:, None] * (_moment(p, log_p) + p * entropy[rows][:, None])
+        g *= transform.scale
+        g *= slope
+        grad_logits[rows] = torch.where(nonzero[rows][:, None], g, 0.0).to(logits.dtype)

@@ -1,0 +1,161 @@
+"""Log-probabilities of tokens and scores of rollouts: the parts that the losses are made of."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import check
+from .layout import TokenLayout, rows
+from .ops.sequence_score import sequence_offsets, sequence_score
+from .ops.token_logprob import token_logprob
+
+
+def token_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    inplace_backward: bool = False,
+    return_entropy: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probability of each token's label, without a softmax in memory.
+
+    logp[t] = y[t, label] - logsumexp_v y[t, v],  y = f(logits) / temperature,
+    f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap; -inf stays -inf.
+
+    Args:
+        logits: [B, T, V] padded, or packed [N, V] or [1, N, V]; fp16, bf16, fp32 or fp64; last stride 1, the others free:
+            a view such as `logits[:, :-1]` is read in place.
+        labels: [B, T], [N] or [1, N] integers, aligned with the logits that predict them; `ignore_index`: no token.
+        mask: shaped like labels, any real dtype, zero = no token. Labels under it are never looked at.
+        cu_seqlens: [S + 1] int32 or int64, offsets of packed sequences; needed where `shift` is. Rows past the last offset
+            are ignored.
+        shift: labels (and mask) are the input ids: position t predicts label t + 1 within its own sequence. Outputs stay
+            aligned with the logits. Better than slicing the logits, whose backward allocates a full buffer.
+        temperature: T > 0 that the rollouts were sampled at.
+        logit_scale: factor > 0 before the softcap.
+        softcap: bound of the capped logits, > 0, or None.
+        ignore_index: the label that means "no token"; it wins over an entry of the vocabulary.
+        inplace_backward: backward writes the gradient over the storage of `logits`: no [.., V] buffer is allocated.
+            Logits must not be a leaf. Whoever else needs their values in backward, a second backward too, gets autograd's
+            "modified by an inplace operation" error.
+        return_entropy: also return the entropy of each row's distribution, in nats, differentiable too.
+        implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
+
+    Returns:
+        logprobs, shaped like labels, fp32 (fp64 for fp64 logits), 0 where ignored; or (logprobs, entropy).
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind; the message says which, what was expected and what came.
+            A label outside [0, V) raises on the CPU; on a GPU it is not read, and its log-probability is NaN.
+
+    Cost: forward reads the logits once and allocates O(N); backward reads and writes them once. Tokens that are ignored or
+        whose incoming gradient is zero are not read.
+
+    Source: DESIGN section 2; arXiv:2605.12969.
+    """
+    logprobs, entropy, _layout = label_logprobs(
+        logits, labels, mask, cu_seqlens, shift, temperature, logit_scale, softcap, ignore_index, inplace_backward,
+        return_entropy, implementation, None,
+    )  # fmt: skip
+    logprobs = logprobs.view(labels.shape)
+    return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
+
+
+def sequence_scores(
+    logprobs: Tensor,
+    labels: Tensor,
+    *,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    implementation: str = "auto",
+) -> Tensor:
+    """Length-normalised score of each rollout: the mean log-probability of its response tokens.
+
+    s[i] = (1 / n_i) * sum_t logp[i, t], summed in a fixed order.
+
+    Args:
+        logprobs: [B, T] padded (a row is a rollout), or packed [N] or [1, N]; floating point.
+        labels, mask, shift, ignore_index: as given to `token_logprobs`: they say which tokens count.
+        cu_seqlens: [S + 1] int32 or int64, offsets of packed rollouts; required for [N].
+        implementation: "auto", "triton", "native" or "torch".
+
+    Returns:
+        [S] fp32 (fp64 for fp64 log-probabilities), NaN for a rollout without response tokens.
+
+    Raises:
+        TypeError, ValueError: as `token_logprobs`.
+
+    Cost: reads N log-probabilities and labels once.
+
+    Source: arXiv:2605.12969.
+    """
+    check.logprobs(logprobs)
+    check.implementation(implementation)
+    layout = token_layout("logprobs", logprobs, tuple(logprobs.shape), labels, mask, cu_seqlens, shift, ignore_index,
+                          "scores")  # fmt: skip
+    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
+    logprobs = logprobs.to(dtype).view(layout.labels.shape)
+    return sequence_score(logprobs, layout.labels, layout.offsets, ignore_index, implementation)[0]
+
+
+def token_layout(
+    name: str,
+    like: Tensor,
+    shape: tuple[int, ...],
+    labels: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    ignore_index: int,
+    needed_for: str | None,
+) -> TokenLayout:
+    """Check labels, mask and cu_seqlens against `like`, whose tokens have the given shape, and lay them out."""
+    check.flags(shift=shift)
+    check.ignore_index(ignore_index)
+    check.tokens(labels, mask, name, shape, like)
+    check.cu_seqlens(cu_seqlens, shape, needed_for or ("shift=True" if shift else None))
+    offsets = None if cu_seqlens is None else sequence_offsets(cu_seqlens, labels.numel(), labels.device)
+    return TokenLayout.of(labels, mask, offsets, shift, ignore_index)
+
+
+def label_logprobs(
+    logits: Tensor,
+    labels: Tensor,
+    mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    shift: bool,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    ignore_index: int,
+    inplace_backward: bool,
+    with_entropy: bool,
+    implementation: str,
+    needed_for: str | None,
+) -> tuple[Tensor, Tensor, TokenLayout]:
+    """Log-probabilities and entropies [B, T] (empty unless asked for) of checked arguments, and their layout."""
+    check.logits(logits)
+    check.logit_transform(temperature, logit_scale, softcap)
+    check.implementation(implementation)
+    check.flags(inplace_backward=inplace_backward, return_entropy=with_entropy)
+    if inplace_backward:
+        check.inplace_backward(logits)
+    layout = token_layout(
+        "logits", logits, tuple(logits.shape[:-1]), labels, mask, cu_seqlens, shift, ignore_index, needed_for
+    )
+    logprobs, entropy, _row_max, _log_sum = token_logprob(
+        rows(logits), layout.labels, ignore_index, temperature, logit_scale, softcap, with_entropy, inplace_backward,
+        implementation,
+    )  # fmt: skip
+    return logprobs, entropy, layout

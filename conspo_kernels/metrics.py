@@ -1,0 +1,61 @@
+"""What a training loop logs, from scores, weights and roles; computed only when asked for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def conspo_metrics(
+    loss: Tensor,
+    margin: Tensor,
+    scores: Tensor,
+    weights: Tensor,
+    roles: Tensor,
+    slots: Tensor,
+    denominator: Tensor | None,
+    counts: Tensor | None,
+) -> dict[str, Tensor]:
+    """The `conspo/...` metrics, 0-d tensors on the device of the scores; NaN where nothing is there to average.
+
+    Args:
+        loss: any shape; summed where the reduction is "none".
+        margin: 0-d.
+        scores: [S].
+        weights: [S] dloss/dscores.
+        roles: [S] int8: positive > 0, negative < 0, unscorable 0; +-1 in a valid group, +-2 elsewhere.
+        slots: [S] int64, the group of each rollout.
+        denominator: what the weights were divided by, or None: the number of valid groups.
+        counts: [S] response tokens, or None: not known.
+    """
+    positive, negative = roles == 1, roles == -1
+    dtype = scores.dtype
+
+    def mean(values: Tensor, where: Tensor) -> Tensor:
+        return torch.where(where, values, 0.0).sum() / where.sum()
+
+    def per_group(where: Tensor) -> Tensor:
+        # Sums of ones: exact, so their order does not matter.
+        return torch.zeros_like(scores).index_add(0, slots, where.to(dtype))
+
+    positives = per_group(positive)
+    num_groups = (per_group(torch.ones_like(positive)) > 0).sum()
+    num_valid = (positives > 0).sum()
+    if denominator is None:
+        denominator = num_valid.clamp(min=1)
+    q = -weights * positives[slots] * denominator
+    score_pos, score_neg = mean(scores, positive), mean(scores, negative)
+    metrics = {
+        "loss": loss.sum(),
+        "margin": margin,
+        "score_pos_mean": score_pos,
+        "score_neg_mean": score_neg,
+        "score_gap": score_pos - score_neg,
+        "pos_prob_mean": mean(1 - q, positive),
+        "valid_group_fraction": num_valid / num_groups.clamp(min=1),
+        "weight_abs_max": weights.abs().max() if weights.numel() else weights.new_zeros(()),
+        "skipped_rollouts": (roles == 0).sum(),
+    }
+    if counts is not None:
+        metrics["response_tokens"] = counts.sum()
+    return {f"conspo/{name}": value.detach().to(dtype) for name, value in metrics.items()}

@@ -1,0 +1,48 @@
+"""A group split over micro-batches: scores of all rollouts first, without a graph."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .logprobs import label_logprobs
+from .ops.sequence_score import sequence_score
+
+
+@torch.no_grad()
+def conspo_scores(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: bool = False,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    implementation: str = "auto",
+) -> Tensor:
+    """Scores of rollouts, without a graph: phase 1 of a group that is split over micro-batches.
+
+    s[i] = (1 / n_i) * sum_t logp[i, t].
+
+    Args:
+        As `conspo_loss`.
+
+    Returns:
+        [S] fp32 (fp64 for fp64 logits), NaN for a rollout without response tokens. No gradient flows through them; for
+        scores with one, call `sequence_scores(token_logprobs(...), ...)`.
+
+    Raises:
+        TypeError, ValueError: as `token_logprobs`.
+
+    Cost: one read of the logits; O(N) memory.
+
+    Source: arXiv:2605.12969.
+    """
+    logprobs, _entropy, layout = label_logprobs(
+        logits, labels, mask, cu_seqlens, shift, temperature, logit_scale, softcap, ignore_index, False, False,
+        implementation, "scores",
+    )  # fmt: skip
+    return sequence_score(logprobs, layout.labels, layout.offsets, ignore_index, implementation)[0]
