@@ -1,7 +1,7 @@
-"""ConSPO (arXiv:2605.12969): the group-contrastive loss for reinforcement learning with verifiable rewards, as kernels."""
+"""ConSPO (arXiv:2605.12969), the group-contrastive loss for RL with verifiable rewards, as fused kernels."""
 
-from .loss import ConSPOOutput, conspo_loss, conspo_loss_from_scores
 from .logprobs import sequence_scores, token_logprobs
+from .loss import ConSPOOutput, conspo_loss, conspo_loss_from_scores
 from .margin import CosineMargin
 from .modules import ConSPOLoss
 from .two_phase import conspo_scores

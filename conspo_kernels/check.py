@@ -1,7 +1,7 @@
 """Every error that a user's input can cause at the door: what was expected, and what came.
 
-TypeError: not a tensor, not a number. ValueError: a tensor or number of the wrong kind. Only metadata is read here; what
-needs the values of a tensor is checked inside the ops.
+TypeError: not a tensor, not a number. ValueError: a tensor or number of the wrong kind. Only metadata is read here;
+what needs the values of a tensor is checked inside the ops.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def logits(value: Any) -> None:
 
 
 def tokens(labels: Any, mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
-    """Labels and mask: one per row of `like`, the tensor called `tokens_name`; a packed row of tokens may be 1-d or 2-d."""
+    """Labels and mask: one per row of `like`, the tensor called `tokens_name`, whose tokens have the expected shape."""
     _tensor("labels", labels)
     _dtype("labels", labels, INTEGER_DTYPES, "integers")
     _shape("labels", labels, expected, f"one per row of {tokens_name}")
@@ -144,7 +144,7 @@ def groups(value: Any, num_rollouts: int) -> None:
         raise TypeError(f"groups must be an int or a tensor of prompt ids, got {type(value).__name__}")
     if value < 1:
         raise ValueError(f"groups must be at least 1, got {value}")
-    if num_rollouts % value != 0:
+    if num_rollouts % int(value) != 0:
         raise ValueError(f"groups={value} must divide the number of rollouts, got {num_rollouts}")
 
 
@@ -169,7 +169,7 @@ def _scalar(name: str, value: Any) -> None:
         _number(name, value)
         return
     if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
-        raise ValueError(f"{name} must be a number or a real 0-d tensor, got {value.dtype} of shape {list(value.shape)}")
+        raise ValueError(f"{name} must be a number or a real 0-d tensor, got {value.dtype} {list(value.shape)}")
     if value.requires_grad:
         raise ValueError(f"{name} is a constant of the loss and gets no gradient: pass {name}.detach()")
 
@@ -184,7 +184,7 @@ def inplace_backward(value: Tensor) -> None:
     if not value.requires_grad:
         return
     if value.is_leaf:
-        raise ValueError("inplace_backward overwrites logits, which here is a leaf that the caller owns; pass a non-leaf")
+        raise ValueError("inplace_backward overwrites logits, which here is a leaf that the caller owns")
     if not torch.compiler.is_compiling() and value._base is not None and value._base.is_leaf:
         raise ValueError("inplace_backward overwrites logits, which here is a view of a leaf that the caller owns")
     span = value.shape[-1]

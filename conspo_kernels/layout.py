@@ -83,7 +83,7 @@ class GroupLayout:
         return cls(num_rollouts, 0, order, offsets, torch.empty_like(order).scatter_(0, order, sorted_slots))
 
     def first_rollouts(self, losses: Tensor) -> Tensor:
-        """Losses of the slots [K] as `reduction="none"` returns them: ragged groups' at each group's first rollout, else 0."""
+        """Losses of slots [K] as "none" returns them: those of ragged groups at each group's first rollout, else 0."""
         if self.order is None or self.offsets is None or self.slots is None:
             return losses
         order, offsets, slots = (x.to(losses.device, non_blocking=True) for x in (self.order, self.offsets, self.slots))

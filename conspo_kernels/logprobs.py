@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -32,21 +34,21 @@ def token_logprobs(
     f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap; -inf stays -inf.
 
     Args:
-        logits: [B, T, V] padded, or packed [N, V] or [1, N, V]; fp16, bf16, fp32 or fp64; last stride 1, the others free:
-            a view such as `logits[:, :-1]` is read in place.
+        logits: [B, T, V] padded, or packed [N, V] or [1, N, V]; fp16, bf16, fp32 or fp64; last stride 1, the others
+            free: a view such as `logits[:, :-1]` is read in place.
         labels: [B, T], [N] or [1, N] integers, aligned with the logits that predict them; `ignore_index`: no token.
         mask: shaped like labels, any real dtype, zero = no token. Labels under it are never looked at.
-        cu_seqlens: [S + 1] int32 or int64, offsets of packed sequences; needed where `shift` is. Rows past the last offset
-            are ignored.
-        shift: labels (and mask) are the input ids: position t predicts label t + 1 within its own sequence. Outputs stay
-            aligned with the logits. Better than slicing the logits, whose backward allocates a full buffer.
+        cu_seqlens: [S + 1] int32 or int64, offsets of packed sequences; needed where `shift` is. Rows past the last
+            offset are ignored.
+        shift: labels (and mask) are the input ids: position t predicts label t + 1 within its own sequence. Outputs
+            stay aligned with the logits. Better than slicing the logits, whose backward allocates a full buffer.
         temperature: T > 0 that the rollouts were sampled at.
         logit_scale: factor > 0 before the softcap.
         softcap: bound of the capped logits, > 0, or None.
         ignore_index: the label that means "no token"; it wins over an entry of the vocabulary.
         inplace_backward: backward writes the gradient over the storage of `logits`: no [.., V] buffer is allocated.
-            Logits must not be a leaf. Whoever else needs their values in backward, a second backward too, gets autograd's
-            "modified by an inplace operation" error.
+            Logits must not be a leaf. Whoever else needs their values in backward, a second backward too, gets
+            autograd's "modified by an inplace operation" error.
         return_entropy: also return the entropy of each row's distribution, in nats, differentiable too.
         implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
 
@@ -54,18 +56,18 @@ def token_logprobs(
         logprobs, shaped like labels, fp32 (fp64 for fp64 logits), 0 where ignored; or (logprobs, entropy).
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind; the message says which, what was expected and what came.
-            A label outside [0, V) raises on the CPU; on a GPU it is not read, and its log-probability is NaN.
+        TypeError, ValueError: an argument is of the wrong kind; the message says which, what was expected and what
+            came. A label outside [0, V) raises on the CPU; on a GPU it is not read, and its log-probability is NaN.
 
-    Cost: forward reads the logits once and allocates O(N); backward reads and writes them once. Tokens that are ignored or
-        whose incoming gradient is zero are not read.
+    Cost: forward reads the logits once and allocates O(N); backward reads and writes them once. Tokens that are ignored
+        or whose incoming gradient is zero are not read.
 
     Source: DESIGN section 2; arXiv:2605.12969.
     """
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
     logprobs, entropy, _layout = label_logprobs(
-        logits, labels, mask, cu_seqlens, shift, temperature, logit_scale, softcap, ignore_index, inplace_backward,
-        return_entropy, implementation, None,
-    )  # fmt: skip
+        logits, labels, options, inplace_backward=inplace_backward, with_entropy=return_entropy
+    )
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
 
@@ -101,61 +103,66 @@ def sequence_scores(
     Source: arXiv:2605.12969.
     """
     check.logprobs(logprobs)
-    check.implementation(implementation)
-    layout = token_layout("logprobs", logprobs, tuple(logprobs.shape), labels, mask, cu_seqlens, shift, ignore_index,
-                          "scores")  # fmt: skip
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation)
+    layout = token_layout("logprobs", logprobs, tuple(logprobs.shape), labels, options, "scores")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    logprobs = logprobs.to(dtype).view(layout.labels.shape)
-    return sequence_score(logprobs, layout.labels, layout.offsets, ignore_index, implementation)[0]
+    return layout_scores(logprobs.to(dtype).view(layout.labels.shape), layout, options)[0]
+
+
+class TokenOptions(NamedTuple):
+    """What the doors take alike: which tokens count, who computes, and the transform of the logits."""
+
+    mask: Tensor | None
+    cu_seqlens: Tensor | None
+    shift: bool
+    ignore_index: int
+    implementation: str
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
 
 
 def token_layout(
-    name: str,
-    like: Tensor,
-    shape: tuple[int, ...],
-    labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    ignore_index: int,
-    needed_for: str | None,
+    name: str, like: Tensor, shape: tuple[int, ...], labels: Tensor, options: TokenOptions, needed_for: str | None
 ) -> TokenLayout:
-    """Check labels, mask and cu_seqlens against `like`, whose tokens have the given shape, and lay them out."""
-    check.flags(shift=shift)
-    check.ignore_index(ignore_index)
-    check.tokens(labels, mask, name, shape, like)
-    check.cu_seqlens(cu_seqlens, shape, needed_for or ("shift=True" if shift else None))
-    offsets = None if cu_seqlens is None else sequence_offsets(cu_seqlens, labels.numel(), labels.device)
-    return TokenLayout.of(labels, mask, offsets, shift, ignore_index)
+    """Check labels, mask and cu_seqlens against the tensor `name`, whose tokens have the given shape; lay them out.
+
+    needed_for: what cannot be had of packed tokens without cu_seqlens.
+    """
+    check.implementation(options.implementation)
+    check.flags(shift=options.shift)
+    check.ignore_index(options.ignore_index)
+    check.tokens(labels, options.mask, name, shape, like)
+    check.cu_seqlens(options.cu_seqlens, shape, needed_for or ("shift=True" if options.shift else None))
+    offsets = None
+    if options.cu_seqlens is not None:
+        offsets = sequence_offsets(options.cu_seqlens, labels.numel(), labels.device)
+    return TokenLayout.of(labels, options.mask, offsets, options.shift, options.ignore_index)
 
 
 def label_logprobs(
     logits: Tensor,
     labels: Tensor,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    shift: bool,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    ignore_index: int,
-    inplace_backward: bool,
-    with_entropy: bool,
-    implementation: str,
-    needed_for: str | None,
+    options: TokenOptions,
+    *,
+    inplace_backward: bool = False,
+    with_entropy: bool = False,
+    needed_for: str | None = None,
 ) -> tuple[Tensor, Tensor, TokenLayout]:
-    """Log-probabilities and entropies [B, T] (empty unless asked for) of checked arguments, and their layout."""
+    """Log-probabilities and entropies [B, T] (empty unless asked for) of arguments it checks, and their layout."""
     check.logits(logits)
-    check.logit_transform(temperature, logit_scale, softcap)
-    check.implementation(implementation)
+    check.logit_transform(options.temperature, options.logit_scale, options.softcap)
     check.flags(inplace_backward=inplace_backward, return_entropy=with_entropy)
     if inplace_backward:
         check.inplace_backward(logits)
-    layout = token_layout(
-        "logits", logits, tuple(logits.shape[:-1]), labels, mask, cu_seqlens, shift, ignore_index, needed_for
-    )
+    layout = token_layout("logits", logits, tuple(logits.shape[:-1]), labels, options, needed_for)
     logprobs, entropy, _row_max, _log_sum = token_logprob(
-        rows(logits), layout.labels, ignore_index, temperature, logit_scale, softcap, with_entropy, inplace_backward,
-        implementation,
+        rows(logits), layout.labels, options.ignore_index, options.temperature, options.logit_scale, options.softcap,
+        with_entropy, inplace_backward, options.implementation,
     )  # fmt: skip
     return logprobs, entropy, layout
+
+
+def layout_scores(logprobs: Tensor, layout: TokenLayout, options: TokenOptions) -> tuple[Tensor, Tensor]:
+    """Scores [S] of log-probabilities [B, T], and counts of response tokens."""
+    return sequence_score(logprobs, layout.labels, layout.offsets, options.ignore_index, options.implementation)

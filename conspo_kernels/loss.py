@@ -9,11 +9,10 @@ from torch import Tensor
 
 from . import check
 from .layout import GroupLayout
-from .logprobs import label_logprobs
+from .logprobs import TokenOptions, label_logprobs, layout_scores
 from .metrics import conspo_metrics
 from .objective import equal_segments
 from .ops.group_infonce import group_infonce
-from .ops.sequence_score import sequence_score
 
 
 class ConSPOOutput(NamedTuple):
@@ -53,25 +52,25 @@ def conspo_loss(
 ) -> Tensor | ConSPOOutput:
     """ConSPO loss of groups of rollouts, from their logits.
 
-    Each rollout's score s_i is the mean log-probability of its n_i response tokens. Per group with positives P (reward >
-    reward_threshold) and negatives N,
+    Each rollout's score s_i is the mean log-probability of its n_i response tokens. Per group with positives P (reward
+    > reward_threshold) and negatives N,
 
     loss_g = -(1/|P|) sum_{i in P} tau log( exp((s_i - m)/tau) / (exp((s_i - m)/tau) + sum_{j in N} exp(s_j/tau)) ).
 
     Args:
-        logits: [B, T, V] padded (a row is a rollout, S = B), or packed [N, V] or [1, N, V] with `cu_seqlens`; fp16, bf16,
-            fp32 or fp64; last stride 1, the others free: a view such as `logits[:, :-1]` is read in place.
-        labels: [B, T], [N] or [1, N] integers, aligned with the logits that predict them; `ignore_index`: not a response
-            token.
+        logits: [B, T, V] padded (a row is a rollout, S = B), or packed [N, V] or [1, N, V] with `cu_seqlens`; fp16,
+            bf16, fp32 or fp64; last stride 1, the others free: a view such as `logits[:, :-1]` is read in place.
+        labels: [B, T], [N] or [1, N] integers, aligned with the logits that predict them; `ignore_index`: not a
+            response token.
         rewards: [S] float, int or bool; NaN = unscorable. May lie on the CPU.
-        groups: an int G (each G consecutive rollouts share a prompt), or [S] integer prompt ids in any order, groups of any
-            sizes. May lie on the CPU.
+        groups: an int G (each G consecutive rollouts share a prompt), or [S] integer prompt ids in any order, groups of
+            any sizes. May lie on the CPU.
         cu_seqlens: [S + 1] int32 or int64, flash-attn's convention; rows past the last offset are ignored and get zero
             gradient. May lie on the CPU, where its values are checked.
-        mask: shaped like labels, any real dtype, zero = not a response token; with `shift` it belongs to the input ids and
-            moves with them. Labels under it are never looked at.
-        shift: labels are the input ids: position t predicts label t + 1 within its own sequence. Better than slicing the
-            logits, whose backward allocates a full buffer.
+        mask: shaped like labels, any real dtype, zero = not a response token; with `shift` it belongs to the input ids
+            and moves with them. Labels under it are never looked at.
+        shift: labels are the input ids: position t predicts label t + 1 within its own sequence. Better than slicing
+            the logits, whose backward allocates a full buffer.
         tau: temperature of the contrast, > 0, in units of the scores (nats per token).
         margin: m, a float or 0-d tensor, in units of the scores; see `CosineMargin`.
         reward_threshold: a rollout is positive where its reward is greater.
@@ -79,37 +78,36 @@ def conspo_loss(
         logit_scale: factor > 0 before the softcap.
         softcap: bound of the capped logits, > 0, or None.
         ignore_index: the label that means "not a response token"; it wins over an entry of the vocabulary.
-        reduction: "mean" over the valid groups, "sum", or "none": [S / G] for an int G, [S] for ids with a group's loss at
-            its first rollout and 0 elsewhere.
+        reduction: "mean" over the valid groups, "sum", or "none": [S / G] for an int G, [S] for ids with a group's loss
+            at its first rollout and 0 elsewhere.
         num_groups: float, int or 0-d tensor > 0 that replaces the denominator of "mean" (gradient accumulation).
         inplace_backward: backward writes the gradient over the storage of `logits`; see `token_logprobs`.
         implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
         return_metrics: return a `ConSPOOutput` with metrics, scores and log-probabilities.
 
     Returns:
-        The loss, fp32 (fp64 for fp64 logits), 0-d unless reduction is "none". A rollout without response tokens or with a
-        NaN reward takes no part; a group without a positive or without a negative is not valid and takes none either.
+        The loss, fp32 (fp64 for fp64 logits), 0-d unless reduction is "none". A rollout without response tokens or with
+        a NaN reward takes no part; a group without a positive or without a negative is not valid and takes none either.
         Without a valid group the loss is an exact zero that still has a graph. NaN logits of a rollout in a valid group
         give a NaN loss.
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind; the message says which, what was expected and what came.
+        TypeError, ValueError: an argument is of the wrong kind; the message says which, what was expected and what
+            came.
 
     Cost: forward reads the logits once and allocates O(N); backward reads and writes them once. Tokens without gradient
         (ignored, or in a group that is not valid) are not read in backward. No synchronisation.
 
     Source: arXiv:2605.12969, v3.
     """
-    check.flags(return_metrics=return_metrics)
-    check.objective(tau, margin, reward_threshold, reduction, num_groups)
+    objective = _Objective(tau, margin, reward_threshold, reduction, num_groups, implementation)
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    _check(objective, return_metrics)
     logprobs, _entropy, layout = label_logprobs(
-        logits, labels, mask, cu_seqlens, shift, temperature, logit_scale, softcap, ignore_index, inplace_backward, False,
-        implementation, "the loss",
-    )  # fmt: skip
-    scores, counts = sequence_score(logprobs, layout.labels, layout.offsets, ignore_index, implementation)
-    output = _loss(
-        scores, rewards, groups, counts, tau, margin, reward_threshold, reduction, num_groups, implementation, return_metrics
+        logits, labels, options, inplace_backward=inplace_backward, needed_for="the loss"
     )
+    scores, counts = layout_scores(logprobs, layout, options)
+    output = _loss(scores, rewards, groups, counts, objective, return_metrics)
     if not isinstance(output, ConSPOOutput):
         return output
     return output._replace(logprobs=logprobs.detach().view(labels.shape))
@@ -145,13 +143,27 @@ def conspo_loss_from_scores(
 
     Source: arXiv:2605.12969, v3.
     """
-    check.flags(return_metrics=return_metrics)
+    objective = _Objective(tau, margin, reward_threshold, reduction, num_groups, implementation)
+    _check(objective, return_metrics)
     check.scores(scores)
-    check.implementation(implementation)
-    check.objective(tau, margin, reward_threshold, reduction, num_groups)
     scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    return _loss(
-        scores, rewards, groups, None, tau, margin, reward_threshold, reduction, num_groups, implementation, return_metrics
+    return _loss(scores, rewards, groups, None, objective, return_metrics)
+
+
+class _Objective(NamedTuple):
+    tau: float
+    margin: float | Tensor
+    reward_threshold: float
+    reduction: str
+    num_groups: float | Tensor | None
+    implementation: str
+
+
+def _check(objective: _Objective, return_metrics: bool) -> None:
+    check.flags(return_metrics=return_metrics)
+    check.implementation(objective.implementation)
+    check.objective(
+        objective.tau, objective.margin, objective.reward_threshold, objective.reduction, objective.num_groups
     )
 
 
@@ -160,25 +172,20 @@ def _loss(
     rewards: Tensor,
     groups: int | Tensor,
     counts: Tensor | None,
-    tau: float,
-    margin: float | Tensor,
-    reward_threshold: float,
-    reduction: str,
-    num_groups: float | Tensor | None,
-    implementation: str,
+    objective: _Objective,
     return_metrics: bool,
 ) -> Tensor | ConSPOOutput:
     """The objective on scores [S] and, where they are known, counts of response tokens."""
     num_rollouts = scores.shape[0]
     check.rewards(rewards, num_rollouts)
     layout = GroupLayout.of(groups, num_rollouts)
-    margin = _constant(margin, scores)
-    denominator = None if num_groups is None else _constant(num_groups, scores)
+    margin = _constant(objective.margin, scores)
+    denominator = None if objective.num_groups is None else _constant(objective.num_groups, scores)
     loss, weights, roles = group_infonce(
         scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin, denominator,
-        tau, reward_threshold, reduction, implementation,
+        objective.tau, objective.reward_threshold, objective.reduction, objective.implementation,
     )  # fmt: skip
-    if reduction == "none":
+    if objective.reduction == "none":
         loss = layout.first_rollouts(loss)
     if not return_metrics:
         return loss
@@ -186,7 +193,7 @@ def _loss(
         slots = equal_segments(num_rollouts, layout.size, scores.device).slots
     else:
         slots = layout.slots.to(scores.device, non_blocking=True)
-    if reduction != "mean":
+    if objective.reduction != "mean":
         denominator = scores.new_ones(())
     metrics = conspo_metrics(loss, margin, scores.detach(), weights, roles, slots, denominator, counts)
     return ConSPOOutput(loss, metrics, scores.detach(), None)

@@ -19,7 +19,7 @@ def conspo_metrics(
     """The `conspo/...` metrics, 0-d tensors on the device of the scores; NaN where nothing is there to average.
 
     Args:
-        loss: any shape; summed where the reduction is "none".
+        loss: 0-d, or the groups' losses: their mean over the valid ones is logged.
         margin: 0-d.
         scores: [S].
         weights: [S] dloss/dscores.
@@ -46,16 +46,18 @@ def conspo_metrics(
     q = -weights * positives[slots] * denominator
     score_pos, score_neg = mean(scores, positive), mean(scores, negative)
     metrics = {
-        "loss": loss.sum(),
+        "loss": loss if loss.dim() == 0 else loss.sum() / num_valid.clamp(min=1),
         "margin": margin,
         "score_pos_mean": score_pos,
         "score_neg_mean": score_neg,
         "score_gap": score_pos - score_neg,
         "pos_prob_mean": mean(1 - q, positive),
-        "valid_group_fraction": num_valid / num_groups.clamp(min=1),
+        "valid_group_fraction": num_valid / num_groups,
         "weight_abs_max": weights.abs().max() if weights.numel() else weights.new_zeros(()),
         "skipped_rollouts": (roles == 0).sum(),
     }
     if counts is not None:
         metrics["response_tokens"] = counts.sum()
-    return {f"conspo/{name}": value.detach().to(dtype) for name, value in metrics.items()}
+    return {
+        f"conspo/{name}": value.detach().to(scores.device, dtype, non_blocking=True) for name, value in metrics.items()
+    }

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .logprobs import label_logprobs
-from .ops.sequence_score import sequence_score
+from .logprobs import TokenOptions, label_logprobs, layout_scores
 
 
 @torch.no_grad()
@@ -41,8 +40,6 @@ def conspo_scores(
 
     Source: arXiv:2605.12969.
     """
-    logprobs, _entropy, layout = label_logprobs(
-        logits, labels, mask, cu_seqlens, shift, temperature, logit_scale, softcap, ignore_index, False, False,
-        implementation, "scores",
-    )  # fmt: skip
-    return sequence_score(logprobs, layout.labels, layout.offsets, ignore_index, implementation)[0]
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    logprobs, _entropy, layout = label_logprobs(logits, labels, options, needed_for="scores")
+    return layout_scores(logprobs, layout, options)[0]

@@ -20,7 +20,7 @@ def forward(
     reward_threshold: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [S] -> loss ([] or, for "none", [K]), weights [S] = dloss/dscores, roles [S] int8 (`ops/group_infonce.py`)."""
+    """Scores [S] -> loss ([], or [K] for "none"), weights [S] and roles [S]: see `ops/group_infonce.py`."""
     scorable = ~rewards.isnan() & (scores == scores if counts is None else counts > 0)
     positive = scorable & (rewards > reward_threshold)
     negative = scorable & ~positive

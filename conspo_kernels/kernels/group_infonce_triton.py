@@ -1,9 +1,9 @@
 """Group InfoNCE on scores, loss and weights in one launch: the Triton twin.
 
-One program does it all, because the mean needs the number of valid groups before the first weight is known, and a batch of
-rollouts is small (64 groups of 16 are 4 KB): it walks tiles of GROUPS groups x MEMBERS rollouts, first to count the valid
-groups, then for losses and weights. Tiles stay in the first-level cache between the walks. The equations and the names are
-those of `objective.py`.
+One program does it all, because the mean needs the number of valid groups before the first weight is known, and a batch
+of rollouts is small (64 groups of 16 are 4 KB): it walks tiles of GROUPS groups x MEMBERS rollouts, first to count the
+valid groups, then for losses and weights. Tiles stay in the first-level cache between the walks. The equations and the
+names are those of `objective.py`.
 """
 
 import torch
@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..objective import Segments
-from .softmax_triton import NEG_INF
+from .softmax_triton import NEG_INF, finite_max
 
 MEMBERS = 16
-GROUPS = 64
+GROUPS = 32
 NUM_WARPS = 8
 UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size")
 
@@ -85,87 +85,74 @@ def _sigmoid(x):
     return tl.where(x >= 0, 1 / (1 + e), e / (1 + e))
 
 
-# Reads scores, rewards and counts of S rollouts a few times, from the cache after the first; writes 2 numbers per rollout.
+@triton.jit
+def _negatives(
+    start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
+    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Of each group: how many positives, whether it is valid, and the (max, sum) of exp(s / tau) over its negatives."""
+    num_positive = tl.zeros((GROUPS,), tl.int32)
+    num_negative = tl.zeros((GROUPS,), tl.int32)
+    peak = tl.full((GROUPS,), NEG_INF, tau.dtype)
+    total = tl.zeros((GROUPS,), tau.dtype)
+    for j in range(0, tl.max(stop - start), MEMBERS):
+        _rollout, _inside, score, positive, negative = _members(
+            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+        )
+        num_positive += tl.sum(positive.to(tl.int32), axis=1)
+        num_negative += tl.sum(negative.to(tl.int32), axis=1)
+        z = tl.where(negative, score / tau, NEG_INF)
+        new_peak = tl.maximum(peak, tl.max(z, axis=1))
+        base = finite_max(new_peak)
+        total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
+        peak = new_peak
+    return num_positive, (num_positive > 0) & (num_negative > 0), finite_max(peak), total
+
+
+# Reads scores, rewards and counts a few times, from the cache after the first; writes 2 numbers per rollout.
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _kernel(
-    scores_ptr,
-    rewards_ptr,
-    counts_ptr,
-    order_ptr,
-    offsets_ptr,
-    margin_ptr,
-    num_groups_ptr,
-    loss_ptr,
-    weights_ptr,
+    scores_ptr, rewards_ptr, counts_ptr, order_ptr, offsets_ptr, margin_ptr, num_groups_ptr, loss_ptr, weights_ptr,
     roles_ptr,
-    num_rollouts: tl.int64,
-    num_slots: tl.int64,
-    group_size: tl.int64,
-    tau: tl.float64,
-    threshold: tl.float64,
-    RAGGED: tl.constexpr,
-    HAS_COUNTS: tl.constexpr,
-    HAS_NUM_GROUPS: tl.constexpr,
-    REDUCTION: tl.constexpr,
-    GROUPS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-):
+    num_rollouts: tl.int64, num_slots: tl.int64, group_size: tl.int64, tau: tl.float64, threshold: tl.float64,
+    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_NUM_GROUPS: tl.constexpr, REDUCTION: tl.constexpr,
+    GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
     acc: tl.constexpr = scores_ptr.dtype.element_ty
     tau = tl.full((), tau, acc)
     margin = tl.load(margin_ptr).to(acc)
 
     denominator = tl.full((), 1, acc)
-    if REDUCTION == "mean":
-        if HAS_NUM_GROUPS:
-            denominator = tl.load(num_groups_ptr).to(acc)
-        else:
-            num_valid = tl.zeros((GROUPS,), tl.int32)
-            k0 = num_slots * 0
-            while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
-                start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
-                num_positive = tl.zeros((GROUPS,), tl.int32)
-                num_negative = tl.zeros((GROUPS,), tl.int32)
-                for j in range(0, tl.max(stop - start), MEMBERS):
-                    _r, _i, _s, positive, negative = _members(
-                        start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold,
-                        RAGGED, HAS_COUNTS, MEMBERS,
-                    )  # fmt: skip
-                    num_positive += tl.sum(positive.to(tl.int32), axis=1)
-                    num_negative += tl.sum(negative.to(tl.int32), axis=1)
-                num_valid += ((num_positive > 0) & (num_negative > 0)).to(tl.int32)
-                k0 += GROUPS
-            denominator = tl.maximum(tl.sum(num_valid), 1).to(acc)
+    if REDUCTION == "mean" and HAS_NUM_GROUPS:
+        denominator = tl.load(num_groups_ptr).to(acc)
+    elif REDUCTION == "mean":
+        num_valid = tl.zeros((GROUPS,), tl.int32)
+        k0 = num_slots * 0
+        while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
+            start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
+            _num_positive, valid, _peak, _total = _negatives(
+                start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
+                RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
+            )  # fmt: skip
+            num_valid += valid.to(tl.int32)
+            k0 += GROUPS
+        denominator = tl.maximum(tl.sum(num_valid), 1).to(acc)
 
     loss = tl.zeros((GROUPS,), acc)
     k0 = num_slots * 0
     while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
         start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
-        longest = tl.max(stop - start)
-
-        num_positive = tl.zeros((GROUPS,), tl.int32)
-        num_negative = tl.zeros((GROUPS,), tl.int32)
-        peak = tl.full((GROUPS,), NEG_INF, acc)
-        total = tl.zeros((GROUPS,), acc)
-        for j in range(0, longest, MEMBERS):
-            _r, _i, score, positive, negative = _members(
-                start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
-            )
-            num_positive += tl.sum(positive.to(tl.int32), axis=1)
-            num_negative += tl.sum(negative.to(tl.int32), axis=1)
-            z = tl.where(negative, score / tau, NEG_INF)
-            new_peak = tl.maximum(peak, tl.max(z, axis=1))
-            base = tl.where(new_peak == NEG_INF, tl.zeros_like(new_peak), new_peak)
-            total = total * tl.exp(peak - base) + tl.sum(tl.exp(z - base[:, None]), axis=1)
-            peak = new_peak
-        peak = tl.where(peak == NEG_INF, tl.zeros_like(peak), peak)
+        num_positive, valid, peak, total = _negatives(
+            start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
+            RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
+        )  # fmt: skip
         lse = peak + tl.log(total)
-        valid = (num_positive > 0) & (num_negative > 0)
         per_positive = 1 / tl.maximum(num_positive, 1).to(acc)
 
         sum_softplus = tl.zeros((GROUPS,), acc)
         sum_q = tl.zeros((GROUPS,), acc)
-        for j in range(0, longest, MEMBERS):
-            _r, _i, score, positive, _n = _members(
+        for j in range(0, tl.max(stop - start), MEMBERS):
+            _rollout, _inside, score, positive, _negative = _members(
                 start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
             )
             x = lse[:, None] - (score - margin) / tau
@@ -175,11 +162,10 @@ def _kernel(
         if REDUCTION == "none":
             k = k0 + tl.arange(0, GROUPS)
             tl.store(loss_ptr + k, group_loss, mask=k < num_slots)
-        else:
-            loss += group_loss
-        pull = sum_q * per_positive / tl.where(total > 0, total, tl.full((), 1, acc))
+        loss += group_loss
 
-        for j in range(0, longest, MEMBERS):
+        pull = sum_q * per_positive / tl.where(total > 0, total, tl.full((), 1, acc))
+        for j in range(0, tl.max(stop - start), MEMBERS):
             rollout, inside, score, positive, negative = _members(
                 start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
             )
@@ -187,8 +173,7 @@ def _kernel(
             odds = tl.exp(score / tau - peak[:, None])
             weight = tl.where(positive, -q * per_positive[:, None], pull[:, None] * odds)
             takes_part = valid[:, None] & (positive | negative)
-            weight = tl.where(takes_part, weight / denominator, tl.zeros_like(weight))
-            tl.store(weights_ptr + rollout, weight, mask=inside)
+            tl.store(weights_ptr + rollout, tl.where(takes_part, weight / denominator, 0), mask=inside)
             role = positive.to(tl.int8) - negative.to(tl.int8)
             tl.store(roles_ptr + rollout, tl.where(valid[:, None], role, role * 2), mask=inside)
         k0 += GROUPS
@@ -209,7 +194,7 @@ def forward(
     reward_threshold: float,
     reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [S] -> loss ([] or, for "none", [K]), weights [S] = dloss/dscores, roles [S] int8 (`ops/group_infonce.py`)."""
+    """Scores [S] -> loss ([], or [K] for "none"), weights [S] and roles [S]: see `ops/group_infonce.py`."""
     num_rollouts = scores.numel()
     num_slots = num_rollouts // group_size if segments is None else segments.offsets.numel() - 1
     # Trailing slots of ragged groups are never visited, hence zeros.

@@ -1,9 +1,11 @@
 """How a row of logits is cut into chunks, aligned vectors and edges.
 
-A row of V logits is cut into chunks of 64 KiB, one program each, so few rows fill a GPU as well as many do, and the order of
-every sum depends on V alone, never on the batch around the row. A chunk is walked in tiles of `LANES` x `VECTOR` logits; a
-vector is 16 bytes, begins at a 16-byte boundary and belongs to one thread, so the loop needs no mask, no shared memory and
-no barrier. The few logits before a row's first boundary and after its last one (none where rows are aligned) are its edges.
+A row of V logits is cut into chunks of 64 KiB, one program each, so few rows fill a GPU as well as many do, and the
+order of every sum depends on V alone, never on the batch around the row. A chunk is walked in tiles of `LANES` x
+`VECTOR` logits; a vector is 16 bytes, begins at a 16-byte boundary and belongs to one thread, so the loop needs no
+mask, no shared memory and no barrier. The few logits before a row's first boundary and after its last one (none where
+rows are aligned) are its edges. Where rows are not aligned, the cut moves with the address of the row, and so may the
+last bit of a sum.
 
 All offsets are in elements and 64 bits: 8 x 4k x 150k logits overflow 32.
 """
@@ -33,7 +35,7 @@ UNSPECIALIZED = (
 
 @triton.jit
 def row_offset(token, num_positions, early, stride_b, stride_t):
-    """Offset of a token's first logit, in elements and 64 bits: 8 x 4k x 150k logits overflow 32."""
+    """Offset of a token's first logit from the aligned base pointer."""
     return early + (token // num_positions) * stride_b + (token % num_positions) * stride_t
 
 
@@ -55,15 +57,10 @@ def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
     return offsets, offsets < stop
 
 
-def tiles(logits: Tensor) -> dict[str, int]:
+def tiles(logits: Tensor, lanes: int = NUM_LANES) -> dict[str, int]:
     """How the kernels that walk rows cut them."""
     size = logits.element_size()
-    return {
-        "VECTOR": VECTOR_BYTES // size,
-        "LANES": NUM_LANES,
-        "CHUNK": CHUNK_BYTES // size,
-        "num_warps": NUM_WARPS,
-    }
+    return {"VECTOR": VECTOR_BYTES // size, "LANES": lanes, "CHUNK": CHUNK_BYTES // size, "num_warps": NUM_WARPS}
 
 
 def num_chunks_of(logits: Tensor) -> int:
@@ -73,8 +70,8 @@ def num_chunks_of(logits: Tensor) -> int:
 def aligned_base(x: Tensor) -> tuple[Tensor, int]:
     """`x` from the 16-byte boundary at or before its first element, and how many elements earlier that is.
 
-    Triton compiles 16-byte accesses only where it knows the pointer to be aligned, and only the pointer: rows that begin
-    elsewhere are the kernels' business. Foreign memory may hold no boundary before `x`; then the accesses are narrower.
+    Triton compiles 16-byte accesses only where it knows the pointer to be aligned, and only the pointer: rows that
+    begin elsewhere are the kernels' business. Foreign memory may hold no boundary before `x`: then accesses are narrow.
     """
     early = x.data_ptr() % VECTOR_BYTES // x.element_size()
     if early == 0 or early > x.storage_offset():

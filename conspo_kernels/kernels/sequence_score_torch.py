@@ -26,16 +26,14 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, ignore_ind
     values = torch.where(active, logprobs, 0.0).flatten()
 
     def total(x: Tensor) -> Tensor:
-        return torch.segment_reduce(x[: x.numel()], "sum", offsets=segments, initial=0, unsafe=True)
+        return torch.segment_reduce(x, "sum", offsets=segments, initial=0, unsafe=True)
 
     counts = total(active.flatten().to(torch.float64))
     scores = total(values) / counts.to(values.dtype)
     return torch.where(counts > 0, scores, torch.nan), counts.to(torch.int32)
 
 
-def backward(
-    grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int
-) -> Tensor:
+def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int) -> Tensor:
     """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
     active = labels != ignore_index
     per_token = torch.where(counts > 0, grad_scores / counts, 0.0)

@@ -1,7 +1,7 @@
 """Segmented mean of token log-probabilities, forward and backward: the Triton twin.
 
-One program per rollout, which walks its own tokens: the order of the sum depends on the rollout's length alone. Rollouts
-are the rows of padded [B, T] tensors, or the segments between `offsets` of packed ones.
+One program per rollout, which walks its own tokens: the order of the sum depends on the rollout's length alone.
+Rollouts are the rows of padded [B, T] tensors, or the segments between `offsets` of packed ones.
 """
 
 import torch
@@ -35,18 +35,10 @@ def _segment(s, offsets_ptr, num_segments, num_positions, num_tokens, PACKED: tl
 # Reads a log-probability and a label per token; writes two numbers per rollout.
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _forward_kernel(
-    logprobs_ptr,
-    labels_ptr,
-    offsets_ptr,
-    scores_ptr,
-    counts_ptr,
-    num_segments: tl.int64,
-    num_positions: tl.int64,
-    num_tokens: tl.int64,
-    ignore_index: tl.int64,
-    PACKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    logprobs_ptr, labels_ptr, offsets_ptr, scores_ptr, counts_ptr,
+    num_segments: tl.int64, num_positions: tl.int64, num_tokens: tl.int64, ignore_index: tl.int64,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     start, stop = _segment(s, offsets_ptr, num_segments, num_positions, num_tokens, PACKED)
     total = tl.zeros((BLOCK,), logprobs_ptr.dtype.element_ty)
@@ -66,18 +58,10 @@ def _forward_kernel(
 # Reads a label per token and two numbers per rollout; writes a gradient per token.
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_kernel(
-    grad_scores_ptr,
-    counts_ptr,
-    labels_ptr,
-    offsets_ptr,
-    grad_logprobs_ptr,
-    num_segments: tl.int64,
-    num_positions: tl.int64,
-    num_tokens: tl.int64,
-    ignore_index: tl.int64,
-    PACKED: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    grad_scores_ptr, counts_ptr, labels_ptr, offsets_ptr, grad_logprobs_ptr,
+    num_segments: tl.int64, num_positions: tl.int64, num_tokens: tl.int64, ignore_index: tl.int64,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
     start, stop = _segment(s, offsets_ptr, num_segments, num_positions, num_tokens, PACKED)
     n = tl.load(counts_ptr + s, mask=s < num_segments, other=0)

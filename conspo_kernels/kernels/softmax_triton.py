@@ -1,7 +1,8 @@
 """The arithmetic of a softmax over pieces of a row: running statistics, their merge, and the gradient of a piece.
 
-With u = z, or tanh(z * inner) where there is a softcap, and `scale` the constant factor behind it (`transform.py`), a row's
-statistics are m = max u, s = sum 2^d and, for the entropy, w = sum d * 2^d, with d = (u - m) * scale2, scale2 = scale * log2 e.
+With u = z, or tanh(z * inner) where there is a softcap, and `scale` the constant factor behind it (`transform.py`), a
+row's statistics are m = max u, s = sum 2^d and, for the entropy, w = sum d * 2^d, with d = (u - m) * scale2 and
+scale2 = scale * log2 e.
 """
 
 import triton
@@ -23,7 +24,7 @@ def capped(z, inner):
 
 
 @triton.jit
-def _finite_max(m):
+def finite_max(m):
     """A maximum that may be subtracted: 0 where everything so far was -inf, which would give -inf - -inf = NaN."""
     return tl.where(m == NEG_INF, tl.zeros_like(m), m)
 
@@ -36,9 +37,9 @@ def _moment(e, d):
 
 @triton.jit
 def fold(m, s, w, u, scale2, HAS_ENTROPY: tl.constexpr):
-    """Fold a tile u [LANES, VECTOR] into the lanes' running max, sum of 2^d and sum of d * 2^d, d = (u - max) * scale2."""
+    """Fold a tile u [LANES, VECTOR] into the lanes' running statistics."""
     m_new = tl.maximum(m, tl.max(u, axis=1))
-    base = _finite_max(m_new)
+    base = finite_max(m_new)
     d_old = (m - base) * scale2
     decay = tl.exp2(d_old)
     d = (u - base[:, None]) * scale2
@@ -53,7 +54,7 @@ def fold(m, s, w, u, scale2, HAS_ENTROPY: tl.constexpr):
 def merge(m, s, w, scale2, AXIS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
     """Merge partial statistics along an axis into one, in a fixed order."""
     m_all = tl.max(m, axis=AXIS)
-    base = _finite_max(m_all)
+    base = finite_max(m_all)
     d = (m - tl.expand_dims(base, AXIS)) * scale2
     decay = tl.exp2(d)
     if HAS_ENTROPY:
@@ -64,7 +65,9 @@ def merge(m, s, w, scale2, AXIS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def grad_tile(z, is_label, c, h, m, log_sum, entropy, inner, scale, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr):
+def grad_tile(
+    z, is_label, c, h, m, log_sum, entropy, inner, scale, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr
+):  # fmt: skip
     """c * dlogp[label]/dz + h * dH/dz for a tile of logits z."""
     if HAS_SOFTCAP:
         u, slope = capped(z, inner)

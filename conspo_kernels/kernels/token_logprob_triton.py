@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import UNSPECIALIZED, aligned_base, edges, interior, num_chunks_of, row_offset, tiles
+from .rows_triton import NUM_LANES, UNSPECIALIZED, aligned_base, edges, interior, num_chunks_of, row_offset, tiles
 from .softmax_triton import LN_2, LOG2_E, NEG_INF, capped, fold, grad_tile, merge
 from .transform import LogitTransform
 
@@ -21,25 +21,12 @@ COMBINE_ROWS = 16
 # Reads N * V logits once; writes 2 (3 with entropy) numbers per token and chunk.
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _statistics_kernel(
-    logits_ptr,
-    labels_ptr,
-    partial_ptr,
-    logits_early: tl.int64,
-    stride_logits_b: tl.int64,
-    stride_logits_t: tl.int64,
-    num_positions: tl.int64,
-    ignore_index: tl.int64,
-    inner: tl.float64,
-    scale: tl.float64,
-    vocab_size,
-    num_chunks,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    LANES: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    logits_ptr, labels_ptr, partial_ptr,
+    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_positions: tl.int64,
+    ignore_index: tl.int64, inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
+    LANES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     token = (program // num_chunks).to(tl.int64)
     chunk = program % num_chunks
@@ -89,29 +76,11 @@ def _statistics_kernel(
 # Reads the partial statistics and one logit per token; writes 3 (4 with entropy) numbers per token.
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _combine_kernel(
-    logits_ptr,
-    labels_ptr,
-    partial_ptr,
-    logprobs_ptr,
-    entropy_ptr,
-    row_max_ptr,
-    log_sum_ptr,
-    logits_early: tl.int64,
-    stride_logits_b: tl.int64,
-    stride_logits_t: tl.int64,
-    num_tokens: tl.int64,
-    num_positions: tl.int64,
-    ignore_index: tl.int64,
-    inner: tl.float64,
-    scale: tl.float64,
-    vocab_size,
-    num_chunks,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    ACC: tl.constexpr,
-    ROWS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-):
+    logits_ptr, labels_ptr, partial_ptr, logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr,
+    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_tokens: tl.int64,
+    num_positions: tl.int64, ignore_index: tl.int64, inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
+):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_range = tokens < num_tokens
     labels = tl.load(labels_ptr + tokens, mask=in_range, other=0).to(tl.int64)
@@ -155,37 +124,17 @@ def _backward_tile(
     tl.store(grad_ptr, g.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
-# Reads and writes N * V once. Tokens whose coefficients are zero, ignored ones among them, are zero-filled and not read.
+# Reads and writes N * V once. Tokens whose coefficients are zero, ignored ones too, are zero-filled and not read.
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def _backward_kernel(
-    logits_ptr,
-    labels_ptr,
-    row_max_ptr,
-    log_sum_ptr,
-    entropy_ptr,
-    grad_logprobs_ptr,
-    grad_entropy_ptr,
+    logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
     grad_logits_ptr,
-    logits_early: tl.int64,
-    stride_logits_b: tl.int64,
-    stride_logits_t: tl.int64,
-    grad_early: tl.int64,
-    stride_grad_b: tl.int64,
-    stride_grad_t: tl.int64,
-    num_positions: tl.int64,
-    ignore_index: tl.int64,
-    inner: tl.float64,
-    scale: tl.float64,
-    vocab_size,
-    num_chunks,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ENTROPY: tl.constexpr,
-    SAME_ALIGNMENT: tl.constexpr,
-    ACC: tl.constexpr,
-    VECTOR: tl.constexpr,
-    LANES: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_early: tl.int64,
+    stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64, ignore_index: tl.int64,
+    inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
+    HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, SAME_ALIGNMENT: tl.constexpr, ACC: tl.constexpr,
+    VECTOR: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0)
     token = (program // num_chunks).to(tl.int64)
     chunk = program % num_chunks
@@ -294,7 +243,8 @@ def backward(
     grad_base, grad_early = aligned_base(grad_logits)
     row = (early, logits.stride(0), logits.stride(1))
     grad_row = (grad_early, grad_logits.stride(0), grad_logits.stride(1))
-    cut = tiles(logits)
+    # The slope of a softcap doubles the registers per logit: half the logits in flight, twice the programs.
+    cut = tiles(logits) if transform.softcap is None else tiles(logits, NUM_LANES // 2)
     _backward_kernel[(num_tokens * num_chunks,)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
         labels.shape[1], ignore_index,

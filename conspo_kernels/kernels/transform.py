@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class LogitTransform(NamedTuple):
-    """y = f(z) / temperature with f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap.
+    """y = f(z) / temperature, f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap.
 
     Kernels compute y = u * scale with u = tanh(z * inner), or u = z: maxima and differences are taken of u, so that the
     constant factor costs one multiplication per exponential and no digits of a large logit.

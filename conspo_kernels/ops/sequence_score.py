@@ -1,6 +1,8 @@
-"""conspo::sequence_score: mean log-probability per rollout; conspo::sequence_offsets: cu_seqlens, checked and in place."""
+"""conspo::sequence_score, the mean log-probability per rollout; conspo::sequence_offsets, the checked cu_seqlens."""
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ def sequence_offsets(cu_seqlens: Tensor, num_tokens: int, device: torch.device) 
         values = cu_seqlens.tolist()
         if values[0] != 0:
             raise ValueError(f"cu_seqlens must begin with 0, got {values[0]}")
-        for s, (start, stop) in enumerate(zip(values, values[1:], strict=False)):
+        for s, (start, stop) in enumerate(itertools.pairwise(values)):
             if stop < start:
                 raise ValueError(f"cu_seqlens must not fall, got {start} then {stop} at index {s + 1}")
         if values[-1] > num_tokens:

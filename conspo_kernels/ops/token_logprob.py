@@ -178,7 +178,8 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
     arguments = (logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy)
     if not ctx.inplace_backward:
         return token_logprob_backward(*arguments, *ctx.transform, ctx.implementation), *nothing
-    # The op counts as a modification of the logits, so that whoever saved them, a second backward too, is told by autograd.
+    # The op counts as a modification of the logits, so that whoever saved them, a second backward too, is told by
+    # autograd.
     token_logprob_backward_(*arguments, *ctx.transform, ctx.implementation)
     return logits.detach(), *nothing
 

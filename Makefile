@@ -1,0 +1,59 @@
+# `make test` and `make demo` need Python >= 3.10 with venv, a C++ compiler and make; the rest goes into $(VENV).
+# pip is configured by its own means (pip.conf, PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS ...), for example
+# to take a CPU build of torch: a plain install on Linux brings the CUDA build, several GB.
+
+PYTHON  ?= python3
+VENV    ?= .venv
+WORKERS ?= auto
+BIN     := $(VENV)/bin
+
+SOURCES := pyproject.toml constraints.txt setup.py
+RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if $(OUT),--out '$(OUT)') \
+           $(if $(LOSS),--loss '$(LOSS)')
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:  # two installs into one environment would race
+.PHONY: help test lint typecheck unit slow demo sweep format clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@echo
+	@echo '  Variables: PYTHON (python3) and VENV (.venv) for the set-up; WORKERS (auto) for the tests, 0 for one process;'
+	@echo '  STEPS, SEED, OUT and LOSS (conspo or grpo) for the demo. Example: make demo STEPS=100 SEED=1 LOSS=grpo'
+
+test: lint typecheck unit  ## lint, type check and tests: what a change has to pass
+
+lint: $(VENV)/.installed-dev  ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.installed-dev  ## mypy on the package
+	$(BIN)/mypy
+
+# One worker per core, so one thread per worker: more only wait for each other.
+unit: export OMP_NUM_THREADS ?= 1
+unit: $(VENV)/.installed-dev  ## the tests, under Triton's interpreter where there is no GPU
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+slow: $(VENV)/.installed-dev  ## the tests marked slow (large tensors: tens of GB), one at a time
+	$(BIN)/python -m pytest -m slow
+
+demo: $(VENV)/.installed-train  ## warm up a small model and train it with the loss
+	$(BIN)/python examples/train.py $(RUNS)
+
+sweep: $(VENV)/.installed-train  ## the demo over tau, target margin and warm-up ratio, GRPO beside it
+	$(BIN)/python examples/sweep.py
+
+format: $(VENV)/.installed-dev  ## rewrite the sources: ruff's safe fixes and its format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove the environment, caches and build results, keep runs/
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find conspo_kernels examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One stamp per extra, touched last: an install that failed or was interrupted is tried again.
+$(VENV)/.installed-%: $(SOURCES)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	@touch $@

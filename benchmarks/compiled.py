@@ -1,0 +1,219 @@
+"""The compiled kernels, without a GPU: registers, spills, shared memory and access widths of what the launchers launch.
+
+The launchers of `kernels/*_triton.py` are called with small CPU tensors under a driver that claims to be the target;
+Triton specialises and compiles as it would there, and nothing is launched. Run as
+
+    python -m benchmarks.compiled [--json] [--target sm_90 ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One compiled kernel. Widths in bits; loads and stores count instructions of global memory, by width."""
+
+    case: str
+    kernel: str
+    target: str
+    registers: int
+    spills: int
+    shared_bytes: int
+    loads: dict[int, int]
+    stores: dict[int, int]
+
+
+class OfflineDriver:
+    """As much of a Triton driver as compiling needs."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return f"offline {self.target.arch}"  # the key of Triton's per-device cache
+
+    def get_current_stream(self, device: object) -> int:
+        del device
+        return 0
+
+
+@contextlib.contextmanager
+def offline(target: GPUTarget) -> Iterator[list[Any]]:
+    """Within, calling a Triton kernel compiles it for `target` and appends it to the list that is yielded."""
+    kernels: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        del grid, warmup
+        kernel = run(self, *args, grid=None, warmup=True, **kwargs)
+        kernels.append(kernel)
+        return kernel
+
+    active = triton.runtime.driver._active  # reset_active() would look for a GPU
+    triton.runtime.driver.set_active(OfflineDriver(target))  # type: ignore[arg-type]
+    JITFunction.run = compile_only  # type: ignore[method-assign]
+    try:
+        yield kernels
+    finally:
+        JITFunction.run = run  # type: ignore[method-assign]
+        triton.runtime.driver._active = active
+
+
+def call_token_logprob(logits: Tensor, softcap: float | None = None, entropy: bool = False) -> None:
+    """Call the launchers of forward and backward for logits [B, T, V]."""
+    from conspo_kernels.kernels import token_logprob_triton as kernels
+    from conspo_kernels.kernels.transform import LogitTransform
+
+    labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
+    transform = LogitTransform(softcap=softcap)
+    logprobs, entropies, row_max, log_sum = kernels.forward(logits, labels, -100, transform, entropy)
+    kernels.backward(
+        torch.empty(logits.shape, dtype=logits.dtype), logits, labels, row_max, log_sum, entropies, logprobs, entropies,
+        -100, transform,
+    )  # fmt: skip
+
+
+def call_sequence_score(packed: bool, num_tokens: int = 8) -> None:
+    from conspo_kernels.kernels import sequence_score_triton as kernels
+
+    logprobs, labels = torch.zeros(2, num_tokens), torch.zeros(2, num_tokens, dtype=torch.int64)
+    offsets = torch.tensor([0, num_tokens, 2 * num_tokens]) if packed else None
+    scores, counts = kernels.forward(logprobs, labels, offsets, -100)
+    kernels.backward(scores, counts, labels, offsets, -100)
+
+
+def call_group_infonce(ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0) -> None:
+    from conspo_kernels.kernels import group_infonce_triton as kernels
+    from conspo_kernels.objective import equal_segments
+
+    n = num_groups * size
+    segments = equal_segments(n, size, torch.device("cpu")) if ragged else None
+    kernels.forward(
+        torch.zeros(n), torch.zeros(n), torch.ones(n, dtype=torch.int32), segments, 0 if ragged else size,
+        torch.tensor(margin), None, 1.0, 0.5, "mean",
+    )  # fmt: skip
+
+
+def _logits(vocab_size: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(1, 2, vocab_size, dtype=dtype)
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "bf16, V 151,936": lambda: call_token_logprob(_logits(151_936, torch.bfloat16)),
+    "bf16, V 50,257": lambda: call_token_logprob(_logits(50_257, torch.bfloat16)),
+    "bf16, V 50,257, gradient elsewhere": lambda: call_token_logprob(_logits(50_257 * 2, torch.bfloat16)[..., :50_257]),
+    "bf16, V 262,144, softcap": lambda: call_token_logprob(_logits(262_144, torch.bfloat16), softcap=30.0),
+    "bf16, V 151,936, entropy": lambda: call_token_logprob(_logits(151_936, torch.bfloat16), entropy=True),
+    "fp32, V 151,936": lambda: call_token_logprob(_logits(151_936, torch.float32)),
+    "fp64, V 1,000": lambda: call_token_logprob(_logits(1000, torch.float64)),
+    "padded": lambda: call_sequence_score(packed=False),
+    "packed": lambda: call_sequence_score(packed=True),
+    "equal groups": lambda: call_group_infonce(ragged=False),
+    "ragged groups": lambda: call_group_infonce(ragged=True),
+}
+
+
+def _nvidia(kernel: Any) -> tuple[int, int, dict[int, int], dict[int, int]]:
+    """Registers, spilled bytes, load and store widths, from the machine code."""
+    binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run(
+            [binaries / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+        sass = subprocess.run([binaries / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+
+    def widths(instruction: str) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for match in re.finditer(rf"\b{instruction}\.E(\S*)", sass):
+            flags = match.group(1).split(".")
+            width = next((int(f) for f in flags if f in ("64", "128")), None)
+            if width is None:
+                width = 8 if {"U8", "S8"} & set(flags) else 16 if {"U16", "S16"} & set(flags) else 32
+            found[width] = found.get(width, 0) + 1
+        return found
+
+    fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    return fields["REG"], fields["STACK"] + fields["LOCAL"], widths("LDG"), widths("STG")
+
+
+def _amd(kernel: Any) -> tuple[int, int, dict[int, int], dict[int, int]]:
+    """The same from AMD's assembly text."""
+    text = kernel.asm["amdgcn"]
+    sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
+
+    def widths(kind: str) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for match in re.finditer(rf"\b(?:global|buffer)_{kind}_(?:d16_)?(?:hi_)?([a-z]+\d?)", text):
+            width = sizes.get(match.group(1), 8)
+            found[width] = found.get(width, 0) + 1
+        return found
+
+    def field(name: str) -> int:
+        match = re.search(rf"\.{name}:\s+(\d+)", text)
+        return int(match.group(1)) if match else 0
+
+    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count"), widths("load"), widths("store")
+
+
+def compiled(target: str) -> list[Compiled]:
+    """Every kernel in every case, compiled for a target."""
+    table = []
+    for case, call in CASES.items():
+        with offline(TARGETS[target]) as kernels:
+            call()
+        for kernel in kernels:
+            registers, spills, loads, stores = (_amd if "amdgcn" in kernel.asm else _nvidia)(kernel)
+            table.append(
+                Compiled(case, kernel.metadata.name, target, registers, spills, kernel.metadata.shared, loads, stores)
+            )
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", choices=TARGETS, nargs="*", default=list(TARGETS))
+    parser.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    arguments = parser.parse_args()
+    rows = [row for target in arguments.target for row in compiled(target)]
+    if arguments.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return
+    print(f"{'target':8}{'kernel':22}{'case':38}{'regs':>5}{'spills':>7}{'shared':>7}  loads, stores {{bits: count}}")
+    for row in rows:
+        print(
+            f"{row.target:8}{row.kernel:22}{row.case:38}{row.registers:5}{row.spills:7}{row.shared_bytes:7}  "
+            f"{row.loads} {row.stores}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""The curriculum of the margin: the positives must first win at all, then win by more and more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class CosineMargin:
+    """The margin at a training step: raised from 0 to its target along half a cosine, then held.
+
+        m_t = (M/2) * (1 - cos(pi * min((t/T)/alpha, 1)))        # alpha = 0: m_t = M; t > T: m_t = M
+
+    Half-way through the warm-up the margin is M/2. A value of this class is immutable, hashable and picklable.
+
+    Args:
+        target: M, the final margin in nats per token (the unit of a score), finite. A negative one is allowed: it
+            lowers the bar for the positives.
+        warmup_ratio: alpha, the fraction of training over which the margin rises, in [0, 1]; 0 means no warm-up.
+        total_steps: T, the length of training in steps (optimizer steps, usually), positive and finite.
+
+    Returns:
+        A schedule: call it with the step t, get m_t as a float.
+
+    Raises:
+        ValueError: an argument is out of its range; the message names it.
+
+    Source: arXiv:2605.12969.
+
+    >>> CosineMargin(target=0.5, warmup_ratio=0.2, total_steps=100)(20)
+    0.5
+    """
+
+    target: float
+    warmup_ratio: float
+    total_steps: float
+
+    def __post_init__(self) -> None:
+        # Comparisons with NaN are false, so each test is written to pass only what is right.
+        if not math.isfinite(self.target):
+            raise ValueError(f"target: expected a finite margin, got {self.target!r}")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"warmup_ratio: expected a fraction in [0, 1], got {self.warmup_ratio!r}")
+        if not 0 < self.total_steps < math.inf:
+            raise ValueError(f"total_steps: expected a positive finite number of steps, got {self.total_steps!r}")
+
+    def __call__(self, step: float) -> float:
+        """The margin at one step, by the class's equation.
+
+        Args:
+            step: t, counted from 0 in the unit of total_steps, non-negative and finite; past total_steps the margin
+                stays at its target.
+
+        Returns:
+            m_t in nats per token, between 0 and target.
+
+        Raises:
+            ValueError: step is negative, infinite or NaN.
+        """
+        if not 0 <= step < math.inf:
+            raise ValueError(f"step: expected a non-negative finite number, got {step!r}")
+        if self.warmup_ratio == 0:
+            return float(self.target)
+        # warmup_ratio <= 1, so a step past total_steps is past the warm-up, and the min covers it.
+        progress = min(step / self.total_steps / self.warmup_ratio, 1.0)
+        return self.target / 2 * (1 - math.cos(math.pi * progress))
