@@ -52,7 +52,7 @@ def conspo_metrics(
         "score_neg_mean": score_neg,
         "score_gap": score_pos - score_neg,
         "pos_prob_mean": mean(1 - q, positive),
-        "valid_group_fraction": num_valid / num_groups,
+        "valid_group_fraction": num_valid.to(dtype) / num_groups,
         "weight_abs_max": weights.abs().max() if weights.numel() else weights.new_zeros(()),
         "skipped_rollouts": (roles == 0).sum(),
     }

@@ -58,15 +58,16 @@ def _members(
     reward = tl.load(rewards_ptr + rollout, mask=inside, other=0)
     if reward.dtype.is_floating():
         scorable = inside & (reward == reward)
-        positive = scorable & (reward > tl.full((), threshold, reward.dtype))
     else:
         scorable = inside
-        positive = scorable & (reward.to(tl.float32) > tl.full((), threshold, tl.float32))
+        reward = reward.to(tl.float32)
+    # As PyTorch compares: in the dtype of the rewards, in fp32 where they are integers.
+    positive = reward > threshold.to(reward.dtype)
     if HAS_COUNTS:
         scorable = scorable & (tl.load(counts_ptr + rollout, mask=inside, other=0) > 0)
     else:
         scorable = scorable & (score == score)
-    return rollout, inside, score, positive & scorable, scorable & (positive == 0)
+    return rollout, inside, score, scorable & positive, scorable & (positive == 0)
 
 
 @triton.jit
@@ -120,6 +121,7 @@ def _kernel(
 ):  # fmt: skip
     acc: tl.constexpr = scores_ptr.dtype.element_ty
     tau = tl.full((), tau, acc)
+    threshold = tl.full((), threshold, tl.float64)
     margin = tl.load(margin_ptr).to(acc)
 
     denominator = tl.full((), 1, acc)

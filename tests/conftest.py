@@ -1,0 +1,67 @@
+"""Where the tests run: Triton's kernels on the GPU where there is one, else under its interpreter; memory poisoned."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import FunctionType
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton defines the kernels, so before their import
+
+IMPLEMENTATIONS = ("torch", "triton")
+
+
+def _hasten_interpreter() -> None:
+    """Triton's interpreter looks through triton.language at every call of a device function: 3/4 of its time.
+
+    Where what it would patch is patched already, there is nothing to look for.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+
+    def patch_once(fn: FunctionType) -> object:
+        modules = [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
+        if modules and not any(tl.core.is_builtin(module.arange) for module in modules):
+            return interpreter._LangPatchScope()
+        return patch(fn)
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _hasten_interpreter()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory() -> Iterator[None]:
+    """torch.empty gives NaN (and the largest integer): whatever a kernel leaves unwritten is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def device(implementation: str) -> torch.device:
+    """The GPU for Triton where there is one; the CPU otherwise."""
+    return torch.device("cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu")
