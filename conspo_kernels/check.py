@@ -187,8 +187,10 @@ def inplace_backward(value: Tensor) -> None:
         raise ValueError("inplace_backward overwrites logits, which here is a leaf that the caller owns")
     if not torch.compiler.is_compiling() and value._base is not None and value._base.is_leaf:
         raise ValueError("inplace_backward overwrites logits, which here is a view of a leaf that the caller owns")
-    span = value.shape[-1]
-    for stride, size in sorted(zip(value.stride()[:-1], value.shape[:-1], strict=True)):
-        if size > 1 and stride < span:
-            raise ValueError(f"inplace_backward needs logits whose rows do not overlap, got strides {value.stride()}")
-        span += stride * (size - 1)
+    outer, inner = ((1, 0), *zip(value.stride()[:-1], value.shape[:-1], strict=True))[-2:]
+    if inner[1] > 1 and inner[0] > outer[0]:
+        outer, inner = inner, outer
+    row = value.shape[-1]
+    span = inner[0] * (inner[1] - 1) + row
+    if (inner[1] > 1 and inner[0] < row) or (outer[1] > 1 and outer[0] < span):
+        raise ValueError(f"inplace_backward needs logits whose rows do not overlap, got strides {value.stride()}")

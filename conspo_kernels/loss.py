@@ -203,4 +203,7 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
     """A number as a 0-d tensor beside the scores, so that another value is not another program; tensors stay live."""
     if isinstance(value, Tensor):
         return value
+    if torch.compiler.is_compiling():
+        # Dynamo turns a float that is added to a tensor into an input of the graph, and one that fills it into a guard.
+        return torch.zeros((), dtype=like.dtype, device=like.device) + value
     return torch.full((), value, dtype=like.dtype, device=like.device)

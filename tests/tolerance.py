@@ -13,7 +13,7 @@ def value_floor(exact: Tensor, accumulate: torch.dtype) -> float:
 
 
 def grad_floor(exact: Tensor, dtype: torch.dtype, scores: Tensor, tau: float) -> float:
-    """Relative to the largest gradient: a rounding to its dtype, and the rounding of a score, which weights see / tau."""
+    """Relative to the largest gradient: a rounding to its dtype, and that of a score, which weights see / tau."""
     if not exact.numel():
         return 0.0
     size = scores[scores.isfinite()].abs().max().item() if scores.isfinite().any() else 0.0

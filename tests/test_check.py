@@ -1,0 +1,164 @@
+"""Every mistake has an error that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conspo_kernels import (
+    ConSPOLoss,
+    conspo_loss,
+    conspo_loss_from_scores,
+    conspo_scores,
+    sequence_scores,
+    token_logprobs,
+)
+
+
+def padded(**changes: Any) -> dict[str, Any]:
+    return {
+        "logits": torch.randn(4, 3, 9),
+        "labels": torch.zeros(4, 3, dtype=torch.long),
+        "rewards": torch.tensor([1.0, 0.0, 0.0, 1.0]),
+        "groups": 2,
+        **changes,
+    }
+
+
+def packed(**changes: Any) -> dict[str, Any]:
+    return {
+        "logits": torch.randn(6, 9),
+        "labels": torch.zeros(6, dtype=torch.long),
+        "rewards": torch.tensor([1.0, 0.0]),
+        "groups": 2,
+        "cu_seqlens": torch.tensor([0, 2, 6]),
+        **changes,
+    }
+
+
+def scores(**changes: Any) -> dict[str, Any]:
+    return {"scores": torch.randn(4), "rewards": torch.tensor([1.0, 0.0, 0.0, 1.0]), "groups": 2, **changes}
+
+
+def logprobs(**changes: Any) -> dict[str, Any]:
+    return {"logprobs": torch.randn(4, 3), "labels": torch.zeros(4, 3, dtype=torch.long), **changes}
+
+
+def loss(arguments: dict[str, Any]) -> Any:
+    return conspo_loss(**arguments)
+
+
+def tokens(arguments: dict[str, Any]) -> Any:
+    return token_logprobs(**{k: v for k, v in arguments.items() if k not in ("rewards", "groups")})
+
+
+META = torch.device("meta")
+
+VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
+    # logits
+    (loss, padded(logits=torch.zeros(4, 3, 9, dtype=torch.long)),
+     r"logits must be fp16, bf16, fp32 or fp64, got torch.int64"),
+    (loss, padded(logits=torch.randn(9)), r"logits must be \[B, T, V\], or packed .*, got \[9\]"),
+    (loss, padded(logits=torch.randn(1, 4, 3, 9)), r"logits must be .*, got \[1, 4, 3, 9\]"),
+    (loss, padded(logits=torch.randn(4, 3, 0)),
+     r"logits must have a vocabulary of at least one entry, got \[4, 3, 0\]"),
+    (loss, padded(logits=torch.randn(4, 9, 3).mT), r"logits must have a last stride of 1 .*, got strides \(27, 1, 3\)"),
+    # labels and mask
+    (loss, padded(labels=torch.zeros(4, 3)), "labels must be integers, got torch.float32"),
+    (loss, padded(labels=torch.zeros(4, 2, dtype=torch.long)), r"labels must have shape \[4, 3\] .*, got \[4, 2\]"),
+    (loss, packed(labels=torch.zeros(1, 6, dtype=torch.long)), r"labels must have shape \[6\] .*, got \[1, 6\]"),
+    (loss, padded(labels=torch.zeros(4, 3, dtype=torch.long, device=META)),
+     "labels must be on the device of logits, cpu, got meta"),
+    (loss, padded(labels=torch.full((4, 3), 9)),
+     r"labels must lie in \[0, 9\) or equal ignore_index \(-100\); found 9 at token \(0, 0\)"),
+    (loss, padded(mask=torch.ones(4, 2)), r"mask must have shape \[4, 3\] \(that of labels\), got \[4, 2\]"),
+    (loss, padded(mask=torch.ones(4, 3, dtype=torch.complex64)), "mask must be real, got torch.complex64"),
+    (loss, padded(mask=torch.ones(4, 3, device=META)), "mask must be on the device of labels, cpu, got meta"),
+    # cu_seqlens
+    (loss, packed(cu_seqlens=None), r"cu_seqlens is needed for the loss of packed tokens \[6\]"),
+    (tokens, packed(cu_seqlens=None, shift=True), r"cu_seqlens is needed for shift=True of packed tokens \[6\]"),
+    (loss, packed(cu_seqlens=torch.tensor([0.0, 6.0])), "cu_seqlens must be int32 or int64, got torch.float32"),
+    (loss, packed(cu_seqlens=torch.tensor([[0, 6]])), r"cu_seqlens must be \[S \+ 1\], got \[1, 2\]"),
+    (loss, packed(cu_seqlens=torch.tensor([], dtype=torch.int32)), r"cu_seqlens must be \[S \+ 1\], got \[0\]"),
+    (loss, padded(cu_seqlens=torch.tensor([0, 3])),
+     r"cu_seqlens goes with packed tokens, \[N\] or \[1, N\], got \[4, 3\]"),
+    (loss, packed(cu_seqlens=torch.tensor([1, 2, 6])), "cu_seqlens must begin with 0, got 1"),
+    (loss, packed(cu_seqlens=torch.tensor([0, 4, 2])), "cu_seqlens must not fall, got 4 then 2 at index 2"),
+    (loss, packed(cu_seqlens=torch.tensor([0, 2, 7])), "cu_seqlens must end within the 6 packed tokens, got 7"),
+    (tokens, packed(cu_seqlens=torch.tensor([0, 4, 2]), shift=True), "cu_seqlens must not fall"),
+    # rewards and groups
+    (loss, padded(rewards=torch.zeros(3)), r"rewards must have shape \[4\] \(one per rollout\), got \[3\]"),
+    (loss, padded(rewards=torch.zeros(4, 1)), r"rewards must have shape \[4\] .*, got \[4, 1\]"),
+    (loss, padded(rewards=torch.zeros(4, dtype=torch.complex64)),
+     "rewards must be float, int or bool, got torch.complex64"),
+    (loss, padded(groups=3), "groups=3 must divide the number of rollouts, got 4"),
+    (loss, padded(groups=0), "groups must be at least 1, got 0"),
+    (loss, padded(groups=torch.zeros(3, dtype=torch.long)), r"groups must have shape \[4\] .*, got \[3\]"),
+    (loss, padded(groups=torch.zeros(4)), "groups must be an int or integer prompt ids, got torch.float32"),
+    # numbers
+    *((loss, padded(**{name: bad}), f"{name} must be positive and finite, got {bad}")
+      for name in ("tau", "temperature", "logit_scale", "softcap") for bad in (0, -1.0, math.inf, math.nan)),
+    (loss, padded(reward_threshold=math.nan), "reward_threshold must not be NaN"),
+    (loss, padded(num_groups=0), "num_groups must be > 0, got 0"),
+    (loss, padded(num_groups=-2.5), "num_groups must be > 0, got -2.5"),
+    (loss, padded(num_groups=torch.tensor(0.0)), "num_groups must be > 0, got 0.0"),
+    (loss, padded(num_groups=torch.ones(2)),
+     r"num_groups must be a number or a real 0-d tensor, got torch.float32 \[2\]"),
+    (loss, padded(num_groups=2, reduction="sum"),
+     "num_groups is the denominator of reduction='mean', got reduction='sum'"),
+    (loss, padded(margin=torch.zeros(1)), r"margin must be a number or a real 0-d tensor, got torch.float32 \[1\]"),
+    (loss, padded(margin=torch.zeros((), requires_grad=True)), r"margin .* gets no gradient: pass margin.detach\(\)"),
+    (loss, padded(reduction="avg"), "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
+    (loss, padded(implementation="cuda"),
+     "implementation must be one of 'auto', 'triton', 'native', 'torch', got 'cuda'"),
+    # the other doors
+    (lambda a: conspo_loss_from_scores(**a), scores(scores=torch.randn(4, 1)), r"scores must be \[S\], got \[4, 1\]"),
+    (lambda a: conspo_loss_from_scores(**a), scores(scores=torch.arange(4)), "scores must be floating point, got torch.int64"),
+    (lambda a: conspo_loss_from_scores(**a), scores(implementation="x"), "implementation must be one of"),
+    (lambda a: sequence_scores(**a), logprobs(logprobs=torch.randn(4, 3, 2)), r"logprobs must be .*, got \[4, 3, 2\]"),
+    (lambda a: sequence_scores(**a), logprobs(logprobs=torch.arange(12).view(4, 3)), "logprobs must be floating point"),
+    (lambda a: sequence_scores(**a), logprobs(labels=torch.zeros(3, 4, dtype=torch.long)), r"labels must have shape \[4, 3\]"),
+    (lambda a: sequence_scores(**a), logprobs(implementation=None), "implementation must be one of .*, got None"),
+]  # fmt: skip
+
+TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
+    *((loss, padded(**{name: [1, 2]}), f"{name} must be a torch.Tensor, got list")
+      for name in ("logits", "labels", "rewards", "mask", "cu_seqlens")),
+    (loss, padded(groups=2.0), "groups must be an int or a tensor of prompt ids, got float"),
+    (loss, padded(groups=True), "groups must be an int or a tensor of prompt ids, got bool"),
+    *((loss, padded(**{name: "1"}), f"{name} must be a number, got str")
+      for name in ("tau", "temperature", "logit_scale", "softcap", "margin", "num_groups", "reward_threshold")),
+    (loss, padded(ignore_index=1.5), "ignore_index must be an int, got float"),
+    *((loss, padded(**{name: 1}), f"{name} must be True or False, got int")
+      for name in ("shift", "inplace_backward", "return_metrics")),
+    (tokens, padded(return_entropy=None), "return_entropy must be True or False, got NoneType"),
+    (lambda a: conspo_loss_from_scores(**a), scores(scores=[1.0]), "scores must be a torch.Tensor, got list"),
+    (lambda a: sequence_scores(**a), logprobs(logprobs=None), "logprobs must be a torch.Tensor, got NoneType"),
+    (lambda a: ConSPOLoss(**a), {"temprature": 1.0}, "ConSPOLoss got unknown settings temprature"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("door", "arguments", "message"), VALUE_ERRORS, ids=[m[:60] for *_, m in VALUE_ERRORS])
+def test_value_errors(door: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        door(arguments)
+
+
+@pytest.mark.parametrize(("door", "arguments", "message"), TYPE_ERRORS, ids=[m[:60] for *_, m in TYPE_ERRORS])
+def test_type_errors(door: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        door(arguments)
+
+
+def test_the_unchanged_arguments_are_fine() -> None:
+    results: list[Tensor] = [
+        loss(padded()), loss(packed()), tokens(padded()), tokens(packed()), tokens(packed(cu_seqlens=None)),
+        conspo_loss_from_scores(**scores()), sequence_scores(**logprobs()),
+        conspo_scores(padded()["logits"], padded()["labels"]),
+    ]  # fmt: skip
+    assert all(result.isfinite().all() for result in results)

@@ -1,0 +1,108 @@
+"""torch.compile takes every door whole, and neither lengths, rollouts nor margins make it compile anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from conspo_kernels import (
+    ConSPOLoss,
+    CosineMargin,
+    conspo_loss,
+    conspo_loss_from_scores,
+    conspo_scores,
+    sequence_scores,
+    token_logprobs,
+)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> None:
+    torch._dynamo.reset()
+
+
+def batch(num_rollouts: int, length: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden = torch.randn(num_rollouts, length, 6, device=device)
+    labels = torch.randint(0, 17, (num_rollouts, length), device=device)
+    rewards = torch.arange(num_rollouts, device=device) % 2
+    return hidden, labels, rewards, torch.randint(0, 3, (num_rollouts,), device=device)
+
+
+DOORS: dict[str, Callable[..., Tensor]] = {
+    "conspo_loss": lambda z, y, r, g, i: conspo_loss(z, y, r, 2, implementation=i),
+    "ids, shift, mask, metrics": lambda z, y, r, g, i: conspo_loss(
+        z, y, r, g, shift=True, mask=y > 3, return_metrics=True, implementation=i
+    ).loss,
+    "none": lambda z, y, r, g, i: conspo_loss(z, y, r, g, reduction="none", num_groups=None, implementation=i),
+    "in place": lambda z, y, r, g, i: conspo_loss(z, y, r, 2, inplace_backward=True, implementation=i),
+    "packed": lambda z, y, r, g, i: conspo_loss(
+        z.flatten(0, 1), y.flatten(), r, 2, shift=True, implementation=i,
+        cu_seqlens=torch.arange(len(r) + 1) * z.shape[1],
+    ),
+    "token_logprobs": lambda z, y, r, g, i: torch.stack(
+        token_logprobs(z, y, temperature=0.7, softcap=3.0, return_entropy=True, implementation=i)
+    ),
+    "sequence_scores": lambda z, y, r, g, i: sequence_scores(z[..., 0], y, implementation=i),
+    "conspo_scores": lambda z, y, r, g, i: conspo_scores(z, y, implementation=i) + z.sum() * 0,
+    "conspo_loss_from_scores": lambda z, y, r, g, i: conspo_loss_from_scores(z.sum((1, 2)), r, g, implementation=i),
+    "ConSPOLoss": lambda z, y, r, g, i: ConSPOLoss(tau=0.5, num_groups=3, implementation=i)(z, y, r, 2),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("door", DOORS)
+def test_fullgraph(door: str, implementation: str, device: torch.device) -> None:
+    hidden, labels, rewards, ids = batch(4, 5, device)
+    weight = torch.randn(6, 17, device=device, requires_grad=True)
+
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
+        return DOORS[door](hidden @ weight, labels, rewards, ids, implementation)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = function(hidden, weight, labels, rewards, ids)
+        (grad,) = torch.autograd.grad(loss.sum(), weight)
+        results.append((loss, grad))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_inductor(inplace: bool, implementation: str, device: torch.device) -> None:
+    hidden, labels, rewards, _ids = batch(4, 5, device)
+    weight = torch.randn(6, 17, device=device, requires_grad=True)
+
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor) -> Tensor:
+        return conspo_loss(hidden @ weight, labels, rewards, 2, inplace_backward=inplace, implementation=implementation)
+
+    grads = [
+        torch.autograd.grad(function(hidden, weight, labels, rewards), weight)[0]
+        for function in (step, torch.compile(step, fullgraph=True))
+    ]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["float margin", "tensor margin"])
+def test_steps_that_differ_recompile_nothing(as_tensor: bool, implementation: str, device: torch.device) -> None:
+    """Lengths, rollouts and margins of 20 steps; the first few teach dynamo which sizes change.
+
+    All but two tokens of a rollout are ignored, for the interpreter's sake.
+    """
+    counter = CompileCounterWithBackend("aot_eager")
+    schedule = CosineMargin(0.5, 0.9, 20)
+    weight = torch.randn(6, 17, device=device, requires_grad=True)
+
+    @torch.compile(fullgraph=True, backend=counter)
+    def step(hidden: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor, margin: float | Tensor) -> Tensor:
+        return conspo_loss(hidden @ weight, labels, rewards, ids, margin=margin, implementation=implementation)
+
+    frames = []
+    for i in range(20):
+        margin = schedule(i + 1)
+        hidden, labels, rewards, ids = batch(4 + 2 * (i // 4), 5 + i, device)
+        labels[:, 2:] = -100
+        step(hidden, labels, rewards, ids, torch.tensor(margin) if as_tensor else margin).backward()
+        frames.append(counter.frame_count)
+    assert frames[4] == frames[-1], frames  # by then all have changed once

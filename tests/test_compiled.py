@@ -1,0 +1,76 @@
+"""The kernels compiled for GPUs that are not here: access widths, registers, spills, and when Triton compiles anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def python(*arguments: str) -> str:
+    """In a process of its own: Triton's interpreter, which the other tests want, is chosen once per process."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    result = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
+def test_compiled_kernels(target: str) -> None:
+    rows = json.loads(python("-m", "benchmarks.compiled", "--json", "--target", target))
+    walks = {(row["case"], row["kernel"]): row for row in rows}
+    assert len(walks) == len(rows) >= 25
+    for row in rows:
+        what = f"{row['kernel']}, {row['case']}"
+        assert row["spills"] == 0, what
+        assert row["registers"] <= 128, what
+    for (case, kernel), row in walks.items():
+        if kernel in ("_statistics_kernel", "_backward_kernel") and case[:2] in ("bf", "fp"):
+            # The tiles: four 16-byte loads for whole ones, four for the masked one (two each under a softcap). What is
+            # narrower are a label, a coefficient, and the edges of a row.
+            wide = 4 if "softcap" in case and kernel == "_backward_kernel" else 8
+            if target == "gfx942":
+                wide //= 2  # 64 lanes a wave: twice the threads, half the loads of each
+            assert row["loads"]["128"] == wide, (case, kernel, row["loads"])
+            assert sum(count for bits, count in row["loads"].items() if bits != "128") <= 7, (case, kernel)
+        if kernel == "_backward_kernel" and case[:2] in ("bf", "fp") and "elsewhere" not in case:
+            assert max(row["stores"], key=lambda bits: row["stores"][bits]) == "128", (case, row["stores"])
+            assert sum(count for bits, count in row["stores"].items() if bits != "128") <= 2, (case, row["stores"])
+
+
+LENGTHS_AND_MARGINS = """
+import torch
+from benchmarks.compiled import TARGETS, call_group_infonce, call_sequence_score, call_token_logprob, offline
+
+def kernels_of(step):
+    with offline(TARGETS["sm_90"]) as kernels:
+        for i in range(20):
+            step(i)
+    return len({id(kernel) for kernel in kernels}), len({kernel.metadata.name for kernel in kernels}), len(kernels)
+
+def logits(i, vocab_size):
+    # Lengths and rollouts around 1 and 16, which Triton would like to know; a view, so that strides change too.
+    return torch.zeros(1 + i % 4, 2 + i, vocab_size, dtype=torch.bfloat16)[:, :-1]
+
+for vocab_size in (4096, 257):
+    print(*kernels_of(lambda i: call_token_logprob(logits(i, vocab_size))))
+for packed in (False, True):
+    print(*kernels_of(lambda i: call_sequence_score(packed, num_tokens=1 + i)))
+for ragged in (False, True):
+    print(*kernels_of(lambda i: call_group_infonce(ragged, num_groups=1 + i, size=2 + i % 3, margin=0.1 * i)))
+"""
+
+
+def test_triton_compiles_once_for_all_lengths_rollouts_and_margins() -> None:
+    """Triton's cache after 20 different steps, read without a GPU: what is launched is one binary per kernel."""
+    counts = [tuple(map(int, line.split())) for line in python("-c", LENGTHS_AND_MARGINS).splitlines()]
+    assert counts[:2] == [(3, 3, 60), (3, 3, 60)]
+    assert counts[2:] == [(2, 2, 40), (2, 2, 40), (1, 1, 20), (1, 1, 20)]

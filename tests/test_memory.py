@@ -1,0 +1,76 @@
+"""What the loss allocates, read off the allocator: nothing of the logits' size but the gradient, or not even that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from conspo_kernels import conspo_loss
+
+B, T, V = 4, 256, 20_000
+LOGITS_BYTES = B * T * V * 2
+
+
+def allocations(function: Callable[[], object]) -> list[int]:
+    """Sizes of all CPU allocations during a call, by any thread and any op, in bytes."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+
+
+@pytest.fixture
+def no_poison() -> None:
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("view", ["shift", "slice"])
+def test_allocations(inplace: bool, view: str, no_poison: None) -> None:
+    """conspo_loss(shift=True) needs the gradient and no more; in place, not even that. A view is read in place."""
+    base = torch.randn(B, T, V, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.randint(0, V, (B, T))
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+    logits = base * 1
+
+    def forward() -> torch.Tensor:
+        if view == "shift":
+            return conspo_loss(logits, ids, rewards, 2, shift=True, inplace_backward=inplace, implementation="torch")
+        return conspo_loss(logits[:, :-1], ids[:, 1:], rewards, 2, inplace_backward=inplace, implementation="torch")
+
+    losses: list[torch.Tensor] = []
+    assert max(allocations(lambda: losses.append(forward()))) < LOGITS_BYTES // 2
+
+    def backward() -> None:
+        torch.autograd.grad(losses[0], logits)
+
+    large = [size for size in allocations(backward) if size >= LOGITS_BYTES // 2]
+    # The backward of slicing, autograd's own, allocates a full buffer; that is why `shift` is the recommended way.
+    assert len(large) == (0 if inplace else 1) + (1 if view == "slice" else 0), large
+
+
+def test_the_count_sees_what_it_should(no_poison: None) -> None:
+    """Eager PyTorch keeps several copies: the same count finds them."""
+    logits = torch.randn(B, T, V, dtype=torch.bfloat16)
+    assert sum(size >= LOGITS_BYTES for size in allocations(lambda: logits.float().log_softmax(-1))) == 2
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_allocations_of_the_triton_launchers(inplace: bool) -> None:
+    """Small enough to interpret: of a size to tell [B, T, V] from everything else."""
+    logits = torch.randn(2, 4, 4096, requires_grad=True) * 1
+    labels = torch.randint(0, 4096, (2, 4))
+    losses: list[torch.Tensor] = []
+
+    def forward() -> None:
+        losses.append(
+            conspo_loss(
+                logits, labels, torch.tensor([1, 0]), 2, inplace_backward=inplace, shift=True, implementation="triton"
+            )
+        )
+
+    assert max(allocations(forward)) < logits.numel()
+    large = [n for n in allocations(lambda: torch.autograd.grad(losses[0], logits)) if n >= logits.numel()]
+    assert len(large) == (0 if inplace else 1)
