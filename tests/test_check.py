@@ -118,11 +118,13 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
      "implementation must be one of 'auto', 'triton', 'native', 'torch', got 'cuda'"),
     # the other doors
     (lambda a: conspo_loss_from_scores(**a), scores(scores=torch.randn(4, 1)), r"scores must be \[S\], got \[4, 1\]"),
-    (lambda a: conspo_loss_from_scores(**a), scores(scores=torch.arange(4)), "scores must be floating point, got torch.int64"),
+    (lambda a: conspo_loss_from_scores(**a), scores(scores=torch.arange(4)),
+     "scores must be floating point, got torch.int64"),
     (lambda a: conspo_loss_from_scores(**a), scores(implementation="x"), "implementation must be one of"),
     (lambda a: sequence_scores(**a), logprobs(logprobs=torch.randn(4, 3, 2)), r"logprobs must be .*, got \[4, 3, 2\]"),
     (lambda a: sequence_scores(**a), logprobs(logprobs=torch.arange(12).view(4, 3)), "logprobs must be floating point"),
-    (lambda a: sequence_scores(**a), logprobs(labels=torch.zeros(3, 4, dtype=torch.long)), r"labels must have shape \[4, 3\]"),
+    (lambda a: sequence_scores(**a), logprobs(labels=torch.zeros(3, 4, dtype=torch.long)),
+     r"labels must have shape \[4, 3\]"),
     (lambda a: sequence_scores(**a), logprobs(implementation=None), "implementation must be one of .*, got None"),
 ]  # fmt: skip
 
