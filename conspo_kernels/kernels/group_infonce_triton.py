@@ -15,7 +15,7 @@ from ..objective import Segments
 from .softmax_triton import NEG_INF, finite_max
 
 MEMBERS = 16
-GROUPS = 32
+GROUPS = 16
 NUM_WARPS = 8
 UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size")
 

@@ -243,14 +243,15 @@ def backward(
     grad_base, grad_early = aligned_base(grad_logits)
     row = (early, logits.stride(0), logits.stride(1))
     grad_row = (grad_early, grad_logits.stride(0), grad_logits.stride(1))
-    # The slope of a softcap doubles the registers per logit: half the logits in flight, twice the programs.
-    cut = tiles(logits) if transform.softcap is None else tiles(logits, NUM_LANES // 2)
+    vector = tiles(logits)["VECTOR"]
+    same_alignment = all((a - b) % vector == 0 for a, b in zip(row, grad_row, strict=True))
+    # The slope of a softcap and the addresses of narrow stores double the registers per logit: halve the tile.
+    light = transform.softcap is None and same_alignment
     _backward_kernel[(num_tokens * num_chunks,)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
         labels.shape[1], ignore_index,
-        **_constants(logits, transform), **cut,
-        HAS_ENTROPY=grad_entropy is not None,
-        SAME_ALIGNMENT=all((a - b) % cut["VECTOR"] == 0 for a, b in zip(row, grad_row, strict=True)),
+        **_constants(logits, transform), **tiles(logits, NUM_LANES if light else NUM_LANES // 2),
+        HAS_ENTROPY=grad_entropy is not None, SAME_ALIGNMENT=same_alignment,
     )  # fmt: skip
 
 
