@@ -34,7 +34,7 @@ def test_compiled_kernels(target: str) -> None:
         assert row["registers"] <= 128, what
     for (case, kernel), row in walks.items():
         if kernel in ("_statistics_kernel", "_backward_kernel") and case[:2] in ("bf", "fp"):
-            # The tiles: four 16-byte loads for whole ones, four for the masked one, or two each where the tile is halved.
+            # The tiles: four 16-byte loads for whole ones, four for the masked one, two each where the tile is halved.
             # What is narrower are a label, a coefficient, and the edges of a row.
             halved = kernel == "_backward_kernel" and ("softcap" in case or "elsewhere" in case)
             wide = 4 if halved else 8
