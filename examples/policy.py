@@ -1,0 +1,76 @@
+"""The demo's policy: a Llama of half a million parameters and a tokenizer of single characters.
+
+Everything else in the demo reaches the model through `Policy` alone: another model needs another `Policy`.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+
+class CharTokenizer:
+    """One token per lower-case letter or digit. `>` ends the prompt; specials decode to what no verifier accepts."""
+
+    specials = ("<pad>", "<eos>", ">")
+    pad_id, eos_id, prompt_end_id = range(3)
+
+    def __init__(self) -> None:
+        self.symbols = [*self.specials, *string.ascii_lowercase, *string.digits]
+        self._ids = {symbol: index for index, symbol in enumerate(self.symbols)}
+
+    def __len__(self) -> int:
+        return len(self.symbols)
+
+    def encode_prompt(self, text: str) -> list[int]:
+        return [*(self._ids[symbol] for symbol in text), self.prompt_end_id]
+
+    def encode_response(self, text: str) -> list[int]:
+        return [*(self._ids[symbol] for symbol in text), self.eos_id]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text before the first end-of-sequence token."""
+        text = []
+        for index in ids:
+            if index == self.eos_id:
+                break
+            text.append(self.symbols[index])
+        return "".join(text)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model with the tokenizer it was built for."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: CharTokenizer
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+
+def build_policy(device: torch.device) -> Policy:
+    """A freshly initialised policy; its weights follow from torch's global seed."""
+    tokenizer = CharTokenizer()
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+        tie_word_embeddings=False,
+        attention_dropout=0.0,
+        pad_token_id=tokenizer.pad_id,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_id,
+    )
+    # Built on the CPU, then moved: the weights depend on the seed and not on the device.
+    return Policy("llama-3x128-char", LlamaForCausalLM(config).to(device), tokenizer)
