@@ -16,7 +16,7 @@ from . import check
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """labels: [B, T].  offsets: [S + 1] int64 on the labels' device, or None: the rows are the rollouts."""
+    """labels: [B, T] int64.  offsets: [S + 1] int64 on the labels' device, or None: the rows are the rollouts."""
 
     labels: Tensor
     offsets: Tensor | None
@@ -26,6 +26,7 @@ class TokenLayout:
         cls, labels: Tensor, mask: Tensor | None, offsets: Tensor | None, shift: bool, ignore_index: int
     ) -> TokenLayout:
         """From labels shaped [B, T], [N] or [1, N]; `offsets` are the checked cu_seqlens of packed ones."""
+        labels = labels.long()  # a narrower type may not hold ignore_index: -100 is 156 in uint8
         if labels.dim() == 1:
             labels = labels[None]
             mask = None if mask is None else mask[None]

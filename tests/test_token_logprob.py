@@ -113,13 +113,21 @@ def test_labels_under_the_mask_are_not_looked_at(implementation: str, device: to
         assert (logprobs != 0).tolist() == [[True, False, True]]
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.int16], ids=str)
-def test_labels_of_any_integer_type(dtype: torch.dtype, implementation: str, device: torch.device) -> None:
-    logits = torch.randn(2, 3, 7, device=device)
-    labels = torch.randint(0, 7, (2, 3), device=device)
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.uint8, torch.int8, torch.int16], ids=str)
+@pytest.mark.parametrize("shift", [False, True])
+def test_labels_of_any_integer_type(dtype: torch.dtype, shift: bool, implementation: str, device: torch.device) -> None:
+    """-100, or 2**40, is no label of a narrow type: 156, which uint8 takes for -100, is one like others."""
+    logits = torch.randn(2, 3, 200, device=device)
+    labels = torch.randint(0, 100, (2, 3), device=device)
+    if dtype == torch.uint8:
+        labels[0, 1] = 156
     strided = torch.stack([labels, labels], -1).to(dtype)[..., 0]
-    a = token_logprobs(logits, labels, implementation=implementation)
-    assert torch.equal(token_logprobs(logits, strided, implementation=implementation), a)
+    mask = torch.tensor([[True, True, False], [True, True, True]], device=device)
+    for ignore_index in (-100, 2**40):
+        kwargs = {"mask": mask, "shift": shift, "implementation": implementation, "ignore_index": ignore_index}
+        a = token_logprobs(logits, labels, **kwargs)
+        assert torch.equal(token_logprobs(logits, strided, **kwargs), a)
+        assert (a != 0).sum() == (3 if shift else 5)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
