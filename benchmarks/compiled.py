@@ -109,15 +109,17 @@ def call_sequence_score(packed: bool, num_tokens: int = 8) -> None:
     kernels.backward(scores, counts, labels, offsets, -100)
 
 
-def call_group_infonce(ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0) -> None:
+def call_group_infonce(
+    ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0, rewards: Tensor | None = None
+) -> None:
     from conspo_kernels.kernels import group_infonce_triton as kernels
     from conspo_kernels.objective import equal_segments
 
     n = num_groups * size
     segments = equal_segments(n, size, torch.device("cpu")) if ragged else None
     kernels.forward(
-        torch.zeros(n), torch.zeros(n), torch.ones(n, dtype=torch.int32), segments, 0 if ragged else size,
-        torch.tensor(margin), None, 1.0, 0.5, "mean",
+        torch.zeros(n), torch.zeros(n) if rewards is None else rewards, torch.ones(n, dtype=torch.int32), segments,
+        0 if ragged else size, torch.tensor(margin), None, 1.0, 0.5, "mean",
     )  # fmt: skip
 
 

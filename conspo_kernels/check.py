@@ -45,7 +45,7 @@ def _number(name: str, value: Any) -> None:
 
 def _positive(name: str, value: Any) -> None:
     _number(name, value)
-    if not (value > 0 and math.isfinite(value)):
+    if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}")
 
 
@@ -66,6 +66,8 @@ def implementation(value: Any) -> None:
 def ignore_index(value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must fit 64 bits, got {value}")
 
 
 def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
@@ -130,8 +132,8 @@ def scores(value: Any) -> None:
 
 def rewards(value: Any, num_rollouts: int) -> None:
     _tensor("rewards", value)
-    if value.is_complex():
-        raise ValueError(f"rewards must be float, int or bool, got {value.dtype}")
+    if value.is_complex() or (value.is_floating_point() and value.dtype not in LOGIT_DTYPES):
+        raise ValueError(f"rewards must be fp16, bf16, fp32, fp64, int or bool, got {value.dtype}")
     _shape("rewards", value, (num_rollouts,), "one per rollout")
 
 
@@ -152,7 +154,7 @@ def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_
     _positive("tau", tau)
     _scalar("margin", margin)
     _number("reward_threshold", reward_threshold)
-    if math.isnan(reward_threshold):
+    if reward_threshold != reward_threshold:
         raise ValueError("reward_threshold must not be NaN, got nan")
     _choice("reduction", reduction, REDUCTIONS)
     if num_groups is not None:
@@ -167,6 +169,8 @@ def _scalar(name: str, value: Any) -> None:
     """A number or a 0-d tensor."""
     if not isinstance(value, Tensor):
         _number(name, value)
+        if not torch.compiler.is_compiling() and not abs(value) <= torch.finfo(torch.float32).max:
+            raise ValueError(f"{name} must be finite in fp32, got {value}")
         return
     if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name} must be a number or a real 0-d tensor, got {value.dtype} {list(value.shape)}")
@@ -181,13 +185,19 @@ def flags(**values: Any) -> None:
 
 def inplace_backward(value: Tensor) -> None:
     """The gradient may be written over these logits: they are not a leaf or its view, and no two rows share storage."""
-    if not value.requires_grad:
+    if not (value.requires_grad and torch.is_grad_enabled()):
         return
     if value.is_leaf:
         raise ValueError("inplace_backward overwrites logits, which here is a leaf that the caller owns")
-    if not torch.compiler.is_compiling() and value._base is not None and value._base.is_leaf:
-        raise ValueError("inplace_backward overwrites logits, which here is a view of a leaf that the caller owns")
-    outer, inner = ((1, 0), *zip(value.stride()[:-1], value.shape[:-1], strict=True))[-2:]
+    if not torch.compiler.is_compiling():
+        if value._base is not None and value._base.is_leaf:
+            raise ValueError("inplace_backward overwrites logits, which here is a view of a leaf that the caller owns")
+        # What hooks pack and unpack, activation checkpointing's too, autograd does not check for modifications.
+        if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
+            raise ValueError(
+                "inplace_backward must be called outside of saved-tensor hooks and checkpoint(), got inside"
+            )
+    outer, inner = ((1, 1), *zip(value.stride()[:-1], value.shape[:-1], strict=True))[-2:]
     if inner[1] > 1 and inner[0] > outer[0]:
         outer, inner = inner, outer
     row = value.shape[-1]

@@ -36,7 +36,8 @@ class TokenLayout:
             labels = _next_labels(labels, offsets, ignore_index)
         if offsets is not None:
             position = torch.arange(labels.shape[1], device=labels.device)
-            labels = torch.where(position < offsets[-1], labels, ignore_index)
+            inside = (position >= offsets[0]) & (position < offsets[-1])
+            labels = torch.where(inside, labels, ignore_index)
         return cls(labels, offsets)
 
 

@@ -64,4 +64,4 @@ class CosineMargin:
             return float(self.target)
         # warmup_ratio <= 1, so a step past total_steps is past the warm-up, and the min covers it.
         progress = min(step / self.total_steps / self.warmup_ratio, 1.0)
-        return self.target / 2 * (1 - math.cos(math.pi * progress))
+        return float(self.target / 2 * (1 - math.cos(math.pi * progress)))

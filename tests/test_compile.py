@@ -84,6 +84,20 @@ def test_inductor(inplace: bool, implementation: str, device: torch.device) -> N
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
+def test_schedules_of_the_other_numbers_compile(implementation: str, device: torch.device) -> None:
+    """tau and the threshold are settings: another value may compile anew, but must compile."""
+    scores, rewards = torch.randn(4, device=device), torch.tensor([1.0, 0.0, 0.0, 1.0], device=device)
+
+    def step(scores: Tensor, value: float) -> Tensor:
+        return conspo_loss_from_scores(
+            scores, rewards, 2, tau=value, reward_threshold=value / 4, implementation=implementation
+        )
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for value in (1.0, 0.9, 0.8):
+        torch.testing.assert_close(compiled(scores, value), step(scores, value))
+
+
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float margin", "tensor margin"])
 def test_steps_that_differ_recompile_nothing(as_tensor: bool, implementation: str, device: torch.device) -> None:
     """Lengths, rollouts and margins of 20 steps; the first few teach dynamo which sizes change.

@@ -26,7 +26,7 @@ ROOT = PACKAGE  # the package's __init__, as a module that imports or is importe
 EXTENSION = "_C"
 CORE = {"torch", "numpy"}  # the dependencies every installation has
 ANYTHING = {"*"}
-EDGES = {"integrations", "gradcheck", "__main__"}
+EDGES = {"integrations", "gradcheck*", "__main__"}
 DOORS = {"loss", "logprobs", "two_phase", "modules"}
 
 
@@ -44,7 +44,7 @@ class Rule(NamedTuple):
 RULES = {
     ROOT: Rule(ours=DOORS | {"margin"}, foreign=set(), names={"ConSPOOutput"}),
     "__main__": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
-    "gradcheck": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
+    "gradcheck*": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
     "reference": Rule(ours=set(), foreign={"torch"}),
     "margin": Rule(ours=set(), foreign={"torch"}),
     "check": Rule(ours=set(), foreign={"torch"}),

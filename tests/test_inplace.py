@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from conspo_kernels import conspo_loss, token_logprobs
+from conspo_kernels.kernels import token_logprob_torch
 
 LABELS = torch.tensor([[1, 2], [3, 4]])
 REWARDS = torch.tensor([1.0, 0.0])
@@ -131,3 +133,45 @@ def test_a_gradient_of_the_gradient_raises(leaf: Tensor, implementation: str) ->
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
+
+
+def test_saved_tensor_hooks_and_checkpoints_raise(leaf: Tensor, implementation: str) -> None:
+    """What hooks unpack, autograd does not check for modifications: nobody would be told."""
+    weight = torch.randn(9, 9, requires_grad=True, device=leaf.device)
+
+    def loss(hidden: Tensor) -> Tensor:
+        return loss_of(torch.tanh(hidden @ weight), implementation)
+
+    with pytest.raises(ValueError, match="inplace_backward must be called outside of saved-tensor hooks"):
+        checkpoint(loss, leaf, use_reentrant=False)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x),
+        pytest.raises(ValueError, match="inplace_backward must be called outside of saved-tensor hooks"),
+    ):
+        loss(leaf)
+
+
+def test_packed_rows_that_overlap_by_one_raise(implementation: str, device: torch.device) -> None:
+    flat = torch.randn(33, device=device, requires_grad=True) * 1
+    labels = torch.tensor([1, 2, 3, 4], device=device)
+    with pytest.raises(ValueError, match="inplace_backward needs logits whose rows do not overlap"):
+        token_logprobs(flat.unfold(0, 9, 8), labels, inplace_backward=True, implementation=implementation)
+
+
+def test_a_leaf_under_no_grad_is_left_alone(leaf: Tensor, implementation: str) -> None:
+    with torch.no_grad():
+        assert not loss_of(leaf, implementation).requires_grad
+
+
+def test_where_rows_cannot_be_chosen(leaf: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The PyTorch twin's way on an accelerator, taken on the CPU: all rows, some of them without gradient."""
+    labels = torch.tensor([[1, -100], [3, 4]])
+
+    def grad(inplace: bool) -> Tensor:
+        loss = conspo_loss(leaf.cpu() * 1, labels, REWARDS, 2, inplace_backward=inplace, implementation="torch")
+        return torch.autograd.grad(loss, leaf)[0]
+
+    expected = grad(inplace=False)
+    monkeypatch.setattr(token_logprob_torch, "_can_choose", lambda keep: False)
+    assert torch.equal(grad(inplace=False), expected)
+    assert torch.equal(grad(inplace=True), expected)

@@ -114,6 +114,16 @@ def test_infinite_scores_do_not_spread(bad: int, implementation: str) -> None:
     assert grad[2:].isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64, torch.bfloat16, torch.float32], ids=str)
+def test_scalars_of_any_dtype_leave_the_loss_its_own(dtype: torch.dtype, implementation: str) -> None:
+    scores, rewards = torch.tensor([-1.0, -2.0]), torch.tensor([1, 0])
+    scalar = torch.tensor(2.0).to(dtype)
+    loss = conspo_loss_from_scores(scores, rewards, 2, margin=scalar, num_groups=scalar, implementation=implementation)
+    assert loss.dtype == torch.float32
+    expected = conspo_loss_from_scores(scores, rewards, 2, margin=2.0, num_groups=2, implementation=implementation)
+    assert torch.equal(loss, expected)
+
+
 def test_a_score_of_nan_takes_no_part(implementation: str) -> None:
     """NaN is how `conspo_scores` marks a rollout without response tokens."""
     scores = torch.tensor([-1.0, math.nan, -2.0])

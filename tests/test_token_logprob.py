@@ -188,6 +188,30 @@ def test_long_rollouts_take_several_blocks(implementation: str, device: torch.de
     assert max_error(grad, kept.double() / 6000) <= 1e-18
 
 
+def test_long_rollouts_of_equal_logprobs(implementation: str, device: torch.device) -> None:
+    """What a confident policy gives: summed one after another in fp32, the mean would be off by 3e-4 of itself."""
+    scores = sequence_scores(
+        torch.full((1, 32768), -7.3, device=device), torch.zeros(1, 32768, dtype=torch.long, device=device),
+        implementation=implementation,
+    )  # fmt: skip
+    assert scores.item() == pytest.approx(-7.3, rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_softcaps_far_above_the_logits(dtype: torch.dtype, implementation: str, device: torch.device) -> None:
+    """tanh near 0, times a large cap, must not multiply a rounding."""
+    logits = (torch.randn(1, 4, 97) * 3).to(device, dtype).requires_grad_(True)
+    labels = torch.randint(0, 97, (1, 4), device=device)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    for softcap in (10.0, 30.0, 100.0, 1e3, 1e4, 1e6, 1e30):
+        logprobs = token_logprobs(logits, labels, softcap=softcap, implementation=implementation)
+        exact_leaf = logits.detach().double().requires_grad_(True)
+        exact = (softcap * torch.tanh(exact_leaf / softcap)).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+        assert max_error(logprobs, exact) <= tolerance, softcap
+        grads = [torch.autograd.grad(x.sum(), leaf)[0] for x, leaf in ((logprobs, logits), (exact, exact_leaf))]
+        assert max_error(*grads) <= tolerance, softcap
+
+
 def test_empty_sequences_between_others(implementation: str, device: torch.device) -> None:
     """Packed, shifted: the label of a position never comes from the next sequence, empty ones around or not."""
     logits = torch.randn(5, 7, device=device)

@@ -18,6 +18,7 @@ MEMBERS = 16
 GROUPS = 16
 NUM_WARPS = 8
 UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size")
+UNALIGNED = ("scores_ptr", "rewards_ptr", "margin_ptr", "num_groups_ptr")  # a user's slice begins anywhere
 
 
 @triton.jit
@@ -111,7 +112,7 @@ def _negatives(
 
 
 # Reads scores, rewards and counts a few times, from the cache after the first; writes 2 numbers per rollout.
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _kernel(
     scores_ptr, rewards_ptr, counts_ptr, order_ptr, offsets_ptr, margin_ptr, num_groups_ptr, loss_ptr, weights_ptr,
     roles_ptr,

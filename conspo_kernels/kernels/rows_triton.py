@@ -32,6 +32,9 @@ UNSPECIALIZED = (
     "stride_grad_t",
 )
 
+# Read a number at a time, from wherever a user's slice begins: knowing the alignment would only make for more binaries.
+UNALIGNED = ("labels_ptr", "grad_logprobs_ptr", "grad_entropy_ptr")
+
 
 @triton.jit
 def row_offset(token, num_positions, early, stride_b, stride_t):

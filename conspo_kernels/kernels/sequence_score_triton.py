@@ -11,19 +11,20 @@ from torch import Tensor
 
 BLOCK = 4096
 NUM_WARPS = 8
-UNSPECIALIZED = ("num_tokens", "num_positions", "num_segments", "ignore_index")
+UNSPECIALIZED = ("num_tokens", "num_positions", "ignore_index")
+UNALIGNED = ("logprobs_ptr", "labels_ptr", "grad_scores_ptr")  # a user's slice begins anywhere
 
 
 @triton.jit
-def _segment(s, offsets_ptr, num_segments, num_positions, num_tokens, PACKED: tl.constexpr):
-    """Tokens [start, stop) of segment s. Segment S of a packed batch is what lies past the last offset.
+def _segment(s, offsets_ptr, num_positions, num_tokens, PACKED: tl.constexpr):
+    """Tokens [start, stop) of segment s.
 
     Offsets are clamped: those on an accelerator cannot be checked without a synchronisation, and must not be followed
     out of the tensor.
     """
     if PACKED:
         start = tl.load(offsets_ptr + s)
-        stop = tl.load(offsets_ptr + s + 1, mask=s < num_segments, other=num_tokens)
+        stop = tl.load(offsets_ptr + s + 1)
         start = tl.minimum(tl.maximum(start, 0), num_tokens)
         stop = tl.minimum(tl.maximum(stop, start), num_tokens)
     else:
@@ -33,14 +34,14 @@ def _segment(s, offsets_ptr, num_segments, num_positions, num_tokens, PACKED: tl
 
 
 # Reads a log-probability and a label per token; writes two numbers per rollout.
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _forward_kernel(
     logprobs_ptr, labels_ptr, offsets_ptr, scores_ptr, counts_ptr,
-    num_segments: tl.int64, num_positions: tl.int64, num_tokens: tl.int64, ignore_index: tl.int64,
+    num_positions: tl.int64, num_tokens: tl.int64, ignore_index: tl.int64,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    start, stop = _segment(s, offsets_ptr, num_segments, num_positions, num_tokens, PACKED)
+    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
     total = tl.zeros((BLOCK,), logprobs_ptr.dtype.element_ty)
     count = tl.zeros((BLOCK,), tl.int32)
     while start < stop:
@@ -56,15 +57,15 @@ def _forward_kernel(
 
 
 # Reads a label per token and two numbers per rollout; writes a gradient per token.
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
     grad_scores_ptr, counts_ptr, labels_ptr, offsets_ptr, grad_logprobs_ptr,
-    num_segments: tl.int64, num_positions: tl.int64, num_tokens: tl.int64, ignore_index: tl.int64,
+    num_positions: tl.int64, num_tokens: tl.int64, ignore_index: tl.int64,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    start, stop = _segment(s, offsets_ptr, num_segments, num_positions, num_tokens, PACKED)
-    n = tl.load(counts_ptr + s, mask=s < num_segments, other=0)
+    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
+    n = tl.load(counts_ptr + s)
     grad = tl.load(grad_scores_ptr + s, mask=n > 0, other=0.0) / tl.maximum(n, 1)
     while start < stop:
         tokens = start + tl.arange(0, BLOCK)
@@ -81,7 +82,7 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, ignore_ind
     counts = torch.empty(num_segments, dtype=torch.int32, device=logprobs.device)
     if num_segments > 0:
         _forward_kernel[(num_segments,)](
-            logprobs, labels, offsets, scores, counts, num_segments, labels.shape[1], labels.numel(), ignore_index,
+            logprobs, labels, offsets, scores, counts, labels.shape[1], labels.numel(), ignore_index,
             PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return scores, counts
@@ -89,12 +90,13 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, ignore_ind
 
 def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int) -> Tensor:
     """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
-    grad_logprobs = torch.empty(labels.shape, dtype=grad_scores.dtype, device=labels.device)
+    # Of packed tokens, those outside all segments have no program.
+    allocate = torch.empty if offsets is None else torch.zeros
+    grad_logprobs = allocate(labels.shape, dtype=grad_scores.dtype, device=labels.device)
     num_segments = counts.numel()
-    num_programs = num_segments + (offsets is not None)  # the last one clears what lies past the last offset
-    if num_programs > 0:
-        _backward_kernel[(num_programs,)](
-            grad_scores, counts, labels, offsets, grad_logprobs, num_segments, labels.shape[1], labels.numel(),
+    if num_segments > 0:
+        _backward_kernel[(num_segments,)](
+            grad_scores, counts, labels, offsets, grad_logprobs, labels.shape[1], labels.numel(),
             ignore_index, PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_logprobs

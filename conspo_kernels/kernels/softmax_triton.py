@@ -20,6 +20,12 @@ def capped(z, inner):
     t = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     u = (1 - t) / (1 + t)
     u = tl.where(x < 0, -u, u)
+    # 1 - t cancels for small x, and a large softcap multiplies what is lost: there the series, to a rounding.
+    x2 = x * x
+    series = x2 * (-1382 / 155925 + x2 * (21844 / 6081075))
+    series = x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835) + x2 * series)))
+    small: tl.constexpr = 0.03 if z.dtype == tl.float64 else 0.3
+    u = tl.where(tl.abs(x) < small, x + x * series, u)
     return tl.where(z == NEG_INF, NEG_INF, u), 4 * t / ((1 + t) * (1 + t)) * inner
 
 

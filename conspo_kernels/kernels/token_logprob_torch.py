@@ -16,14 +16,18 @@ CHUNK_ELEMENTS = 1 << 21
 
 
 def _row_chunks(keep: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions (b, t) of the tokens to work on, a chunk of rows at a time.
+    """Positions (b, t) of the tokens to keep, a chunk of rows at a time; of all tokens where they cannot be chosen."""
+    if _can_choose(keep):
+        tokens = keep.flatten().nonzero()[:, 0]
+    else:
+        tokens = torch.arange(keep.numel(), device=keep.device)
+    for chunk in tokens.split(max(1, CHUNK_ELEMENTS // vocab_size)):
+        yield chunk // keep.shape[1], chunk % keep.shape[1]
 
-    On a CPU the others are left out; elsewhere their number is not known without a synchronisation, so all are taken.
-    """
-    wanted = keep if keep.device.type == "cpu" else torch.ones_like(keep)
-    b, t = wanted.nonzero(as_tuple=True)
-    rows = max(1, CHUNK_ELEMENTS // vocab_size)
-    yield from zip(b.split(rows), t.split(rows), strict=True)
+
+def _can_choose(keep: Tensor) -> bool:
+    """Whether the number of tokens to keep is known without a synchronisation."""
+    return keep.device.type == "cpu"
 
 
 def _transformed(z: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
@@ -86,8 +90,9 @@ def backward(
     if grad_entropy is not None:
         h_bt = torch.where(active, grad_entropy, 0.0)
         nonzero |= h_bt != 0
-    for rows in _row_chunks(~nonzero, vocab_size):
-        grad_logits[rows] = 0.0
+    if _can_choose(nonzero):
+        for rows in _row_chunks(~nonzero, vocab_size):
+            grad_logits[rows] = 0.0
     for rows in _row_chunks(nonzero, vocab_size):
         u, slope = _transformed(logits[rows].to(acc), transform)
         c = c_bt[rows][:, None]

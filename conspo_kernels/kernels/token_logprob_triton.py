@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import NUM_LANES, UNSPECIALIZED, aligned_base, edges, interior, num_chunks_of, row_offset, tiles
+from .rows_triton import (
+    NUM_LANES,
+    UNALIGNED,
+    UNSPECIALIZED,
+    aligned_base,
+    edges,
+    interior,
+    num_chunks_of,
+    row_offset,
+    tiles,
+)
 from .softmax_triton import LN_2, LOG2_E, NEG_INF, capped, fold, grad_tile, merge
 from .transform import LogitTransform
 
@@ -19,7 +29,7 @@ COMBINE_ROWS = 16
 
 
 # Reads N * V logits once; writes 2 (3 with entropy) numbers per token and chunk.
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _statistics_kernel(
     logits_ptr, labels_ptr, partial_ptr,
     logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_positions: tl.int64,
@@ -74,7 +84,7 @@ def _statistics_kernel(
 
 
 # Reads the partial statistics and one logit per token; writes 3 (4 with entropy) numbers per token.
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _combine_kernel(
     logits_ptr, labels_ptr, partial_ptr, logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr,
     logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_tokens: tl.int64,
@@ -125,7 +135,7 @@ def _backward_tile(
 
 
 # Reads and writes N * V once. Tokens whose coefficients are zero, ignored ones too, are zero-filled and not read.
-@triton.jit(do_not_specialize=UNSPECIALIZED)
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
     logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
     grad_logits_ptr,

@@ -42,8 +42,8 @@ def group_infonce(
     """
     device = scores.device
 
-    def here(x: Tensor | None) -> Tensor | None:
-        return None if x is None else x.to(device, non_blocking=True)
+    def here(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+        return None if x is None else x.to(device, dtype or x.dtype, non_blocking=True)
 
     if num_groups is not None and num_groups.device.type == "cpu" and not num_groups.item() > 0:
         raise ValueError(f"num_groups must be > 0, got {num_groups.item()}")
@@ -52,8 +52,8 @@ def group_infonce(
         segments = Segments(here(order), here(offsets), here(slots))  # type: ignore[arg-type]
     with torch.cuda.device_of(scores):
         return twin("group_infonce", implementation, device).forward(
-            scores.contiguous(), here(rewards).contiguous(), counts, segments, group_size, here(margin),  # type: ignore[union-attr]
-            here(num_groups), tau, reward_threshold, reduction,
+            scores.contiguous(), here(rewards).contiguous(), counts, segments, group_size, here(margin, scores.dtype),  # type: ignore[union-attr]
+            here(num_groups, scores.dtype), tau, reward_threshold, reduction,
         )  # fmt: skip
 
 

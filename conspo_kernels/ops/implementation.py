@@ -21,7 +21,7 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def _unavailable(implementation: str, device: torch.device) -> str | None:
+def unavailable(implementation: str, device: torch.device) -> str | None:
     """Why an implementation cannot run on a device, or None."""
     if implementation == "torch":
         return None
@@ -38,11 +38,11 @@ def _unavailable(implementation: str, device: torch.device) -> str | None:
 def choose(op: str, implementation: str, device: torch.device) -> str:
     """The implementation of an op for tensors on a device: "auto" means Triton on a GPU, PyTorch elsewhere."""
     if implementation != "auto":
-        reason = _unavailable(implementation, device)
+        reason = unavailable(implementation, device)
         if reason is not None:
             raise ValueError(f"implementation={implementation!r} cannot run {op} here: {reason}")
         return implementation
-    chosen = "triton" if device.type == "cuda" and _unavailable("triton", device) is None else "torch"
+    chosen = "triton" if device.type == "cuda" and unavailable("triton", device) is None else "torch"
     logger.info("%s on %s: implementation=%r", op, device, chosen)
     return chosen
 

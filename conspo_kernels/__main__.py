@@ -1,0 +1,169 @@
+"""python -m conspo_kernels info: what is here, and what would run.  gradcheck: whether it is right.
+
+Exit codes: 0, or 1 where a gradient check fails, or 2 for wrong usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy
+import torch
+
+from . import __version__, gradcheck, gradcheck_cases
+from .ops.implementation import HAS_TRITON, choose, unavailable
+
+# The registered ops, and the door that is one of them and nothing else.
+OPS = {
+    "token_logprob": "token_logprobs",
+    "sequence_score": "sequence_scores",
+    "group_infonce": "conspo_loss_from_scores",
+}
+IMPLEMENTATIONS = ("torch", "triton", "native")
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels would run on the CPU."""
+    return unavailable("triton", torch.device("cpu")) is None
+
+
+def triton_version() -> str | None:
+    if not HAS_TRITON:
+        return None
+    import triton
+
+    return triton.__version__
+
+
+def information() -> dict[str, Any]:
+    """Versions, devices, and which implementation of each op runs where."""
+    cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    choices = []
+    for device in map(torch.device, ["cpu", *(["cuda"] if cuda else [])]):
+        for op in OPS:
+            reasons = {name: unavailable(name, device) for name in IMPLEMENTATIONS}
+            choices.append(
+                {
+                    "op": op,
+                    "device": device.type,
+                    "auto": choose(op, "auto", device),
+                    "runs": [name for name, reason in reasons.items() if reason is None],
+                    "others": {name: reason for name, reason in reasons.items() if reason is not None},
+                }
+            )
+    return {
+        "versions": {
+            "conspo_kernels": __version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "triton": triton_version(),
+            "numpy": numpy.__version__,
+            "cuda": torch.version.cuda,
+            "hip": torch.version.hip,
+        },
+        "platform": platform.platform(),
+        "cpu_threads": torch.get_num_threads(),
+        "cuda_devices": [
+            {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)}
+            for p in cuda
+        ],
+        "triton_interprets": interpreting(),
+        "implementations": choices,
+    }
+
+
+def print_information(info: dict[str, Any]) -> None:
+    lines = [(name, value or "absent") for name, value in info["versions"].items()]
+    lines += [("platform", info["platform"]), ("cpu", f"{info['cpu_threads']} threads")]
+    for i, gpu in enumerate(info["cuda_devices"]):
+        lines.append((f"cuda:{i}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB"))
+    if not info["cuda_devices"]:
+        lines.append(("cuda devices", "none"))
+    lines.append(("Triton interprets", "yes" if info["triton_interprets"] else "no"))
+    for name, value in lines:
+        print(f"{name:18} {value}")
+    print(f"\n{'op':15} {'device':7} {'auto':7} {'runs':15} others")
+    for row in info["implementations"]:
+        runs = ", ".join(row["runs"])
+        print(f"{row['op']:15} {row['device']:7} {row['auto']:7} {runs:15} {', '.join(row['others']) or '-'}")
+    reasons = [(row["device"], *pair) for row in info["implementations"] for pair in row["others"].items()]
+    print()
+    for device, name, reason in dict.fromkeys(reasons):
+        print(f"{name} does not run on {device}: {reason}")
+
+
+def run_gradcheck(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    device: torch.device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not torch.cuda.is_available() and "triton" not in sys.modules:
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton defines the kernels
+    reasons = {name: unavailable(name, device) for name in IMPLEMENTATIONS}
+    for name in arguments.implementation or ():
+        if reasons[name] is not None:
+            parser.error(f"implementation {name} does not run on {device}: {reasons[name]}")
+    implementations = arguments.implementation or [name for name, reason in reasons.items() if reason is None]
+    right = gradcheck.gradcheck(
+        ops=[OPS.get(op, op) for op in arguments.op],
+        shapes=arguments.shape,
+        dtypes=arguments.dtype,
+        implementations=implementations,
+        not_run={name: reason for name, reason in reasons.items() if reason is not None},
+        device=device,
+        interpreted=interpreting(),
+        as_json=arguments.json,
+    )
+    return 0 if right else 1
+
+
+def device_here(text: str) -> torch.device:
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"not a device: {text!r}") from error
+    found = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
+    if (device.index or 0) >= found:
+        raise argparse.ArgumentTypeError(f"there is no {text} here")
+    return device
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; its exit code. Wrong usage raises SystemExit(2), as argparse does."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("python -m conspo_kernels", description=__doc__, formatter_class=formatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    info = commands.add_parser("info", help="versions, devices, and which implementation of each op runs where")
+    check = commands.add_parser(
+        "gradcheck",
+        help="values and gradients of every door against the fp64 oracle",
+        description=gradcheck.__doc__,
+        formatter_class=formatter,
+    )
+    check.add_argument("--device", type=device_here, help="default: cuda where there is a GPU, else cpu")
+    check.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, help="default: all that run here")
+    for option, choices, default in (
+        ("--dtype", gradcheck.DTYPES, list(gradcheck.DTYPES)),
+        ("--op", [*gradcheck_cases.GRADED, *OPS], list(gradcheck_cases.GRADED)),
+        ("--shape", gradcheck_cases.SHAPES, ["small"]),
+    ):
+        words = f"one or more of {', '.join(choices)}; default: {', '.join(default)}"
+        check.add_argument(option, nargs="+", choices=list(choices), default=default, metavar="NAME", help=words)
+    for command in (info, check):
+        command.add_argument("--json", action="store_true", help="print JSON rather than a table")
+    arguments = parser.parse_args(argv)
+    if arguments.command == "gradcheck":
+        return run_gradcheck(arguments, check)
+    found = information()
+    if arguments.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print_information(found)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
