@@ -7,18 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from benchmarks.measure import allocations
 from conspo_kernels import conspo_loss
 
 B, T, V = 4, 256, 20_000
 LOGITS_BYTES = B * T * V * 2
 
 
-def allocations(function: Callable[[], object]) -> list[int]:
-    """Sizes of all CPU allocations during a call, by any thread and any op, in bytes."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()
-    return [event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0]
+def allocated(function: Callable[[], object]) -> list[int]:
+    """Bytes of each allocation on the CPU during a call, by any thread and any op."""
+    return [size for size in allocations(function) if size > 0]
 
 
 @pytest.fixture
@@ -41,12 +39,12 @@ def test_allocations(inplace: bool, view: str, no_poison: None) -> None:
         return conspo_loss(logits[:, :-1], ids[:, 1:], rewards, 2, inplace_backward=inplace, implementation="torch")
 
     losses: list[torch.Tensor] = []
-    assert max(allocations(lambda: losses.append(forward()))) < LOGITS_BYTES // 2
+    assert max(allocated(lambda: losses.append(forward()))) < LOGITS_BYTES // 2
 
     def backward() -> None:
         torch.autograd.grad(losses[0], logits)
 
-    large = [size for size in allocations(backward) if size >= LOGITS_BYTES // 2]
+    large = [size for size in allocated(backward) if size >= LOGITS_BYTES // 2]
     # The backward of slicing, autograd's own, allocates a full buffer; that is why `shift` is the recommended way.
     assert len(large) == (0 if inplace else 1) + (1 if view == "slice" else 0), large
 
@@ -54,7 +52,7 @@ def test_allocations(inplace: bool, view: str, no_poison: None) -> None:
 def test_the_count_sees_what_it_should(no_poison: None) -> None:
     """Eager PyTorch keeps several copies: the same count finds them."""
     logits = torch.randn(B, T, V, dtype=torch.bfloat16)
-    assert sum(size >= LOGITS_BYTES for size in allocations(lambda: logits.float().log_softmax(-1))) == 2
+    assert sum(size >= LOGITS_BYTES for size in allocated(lambda: logits.float().log_softmax(-1))) == 2
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -71,6 +69,6 @@ def test_allocations_of_the_triton_launchers(inplace: bool) -> None:
             )
         )
 
-    assert max(allocations(forward)) < logits.numel()
-    large = [n for n in allocations(lambda: torch.autograd.grad(losses[0], logits)) if n >= logits.numel()]
+    assert max(allocated(forward)) < logits.numel()
+    large = [n for n in allocated(lambda: torch.autograd.grad(losses[0], logits)) if n >= logits.numel()]
     assert len(large) == (0 if inplace else 1)

@@ -1,0 +1,115 @@
+"""The benchmarks run, refuse to time what is wrong, and count what they say they count."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks import logits_path
+from benchmarks.baselines import eager_fp32, infonce
+from benchmarks.logits_path import OPS, Candidate, Exact, Inputs
+from benchmarks.measure import Call, Timing, interleaved, peak_bytes
+from benchmarks.shapes import Shape
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SHAPE = Shape(4, 3, 50, torch.float32, group_size=4)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "triton"])
+def test_quick_suite(implementation: str, tmp_path: Path) -> None:
+    """Every op from end to end, Triton's kernels interpreted; torch.compile, which takes a minute, is left out."""
+    providers = ["conspo_kernels", "eager", "eager, fp32", "F.cross_entropy"]
+    command = ["-m", "benchmarks.run", "--suite", "quick", "--repeats", "2", "--out", str(tmp_path), "--provider"]
+    result = subprocess.run(
+        [sys.executable, *command, *providers, "--implementation", implementation],
+        capture_output=True, text=True, cwd=REPOSITORY, env={**os.environ, "TRITON_INTERPRET": "1"}, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "quick.json").read_text())
+    assert {row["op"] for row in report["rows"]} == {*OPS, "scores + backward"}
+    assert all(row["ok"] for row in report["rows"]), result.stdout
+    assert {*providers, "limit: copy", "limit: read"} <= {row["provider"] for row in report["rows"]}
+    assert report["environment"]["torch"] == torch.__version__
+    for row in report["rows"]:
+        if "bytes" in row and row["op"] == "forward + backward" and row["provider"] == "conspo_kernels":
+            assert row["bytes"] == 3 * row["tokens"] * row["vocab_size"] * (4 if row["dtype"] == "float32" else 2)
+            assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"]["median"])
+
+
+def wrong_value(logits: Tensor, labels: Tensor) -> Tensor:
+    return eager_fp32(logits, labels) + 1e-3
+
+
+class WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logprobs):  # type: ignore[no-untyped-def]
+        return logprobs.clone()
+
+    @staticmethod
+    def backward(ctx, grad):  # type: ignore[no-untyped-def]
+        return grad * 1.001
+
+
+@pytest.mark.parametrize("op", [op for op in OPS.values() if not op.loss], ids=lambda op: op.name)
+def test_the_gate(op: logits_path.Op) -> None:
+    """What is right passes, a wrong value or gradient does not."""
+    inputs = Inputs.of(SHAPE, CPU)
+    exact = Exact.of(inputs)
+
+    def ok(function: object) -> bool:
+        candidate = Candidate(lambda logits: function(logits, inputs.labels), torch.float32)  # type: ignore[operator]
+        return logits_path.errors(op, candidate, inputs, exact).ok
+
+    assert ok(eager_fp32)
+    assert not ok(wrong_value)
+    assert not ok(lambda logits, labels: eager_fp32(logits, labels) * torch.nan)
+    assert ok(lambda logits, labels: WrongGradient.apply(eager_fp32(logits, labels))) is not op.backward
+
+
+def test_eager_objective() -> None:
+    """The rivals' objective is the library's."""
+    from conspo_kernels import conspo_loss_from_scores
+
+    scores = torch.randn(24, dtype=torch.float64)
+    rewards = (torch.arange(24) % 3 == 0).double()
+    ours = conspo_loss_from_scores(scores, rewards, 6, tau=0.5, margin=0.2)
+    torch.testing.assert_close(infonce(scores, rewards, 6, 0.5, 0.2), ours)
+
+
+def test_timing() -> None:
+    assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.0, 3.0, 3)
+    assert Timing.of([3.0]) == Timing(3.0, 3.0, 3.0, 1)
+
+
+def test_calls_are_interleaved_and_warmed_up() -> None:
+    order: list[str] = []
+    calls = {name: Call(lambda: None, lambda _, name=name: order.append(name)) for name in "abc"}
+    timings = interleaved(calls, CPU, repeats=5, warmups=1)
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert len(rounds) == 6
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len({tuple(names) for names in rounds}) > 1
+    assert {timing.repeats for timing in timings.values()} == {5}
+
+
+def test_peak_memory() -> None:
+    """The most that is held at once, not the sum; what is prepared does not count."""
+    torch.use_deterministic_algorithms(False)  # filling new memory allocates too
+
+    def run(x: Tensor) -> Tensor:
+        y = x + 1
+        del x
+        z = y * 2
+        del y
+        return z * 2
+
+    call = Call(lambda: torch.zeros(1 << 20), run)
+    assert 2 << 22 <= peak_bytes(call, CPU) < (2 << 22) + 4096
