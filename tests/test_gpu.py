@@ -1,0 +1,203 @@
+"""What a GPU has to pass beyond the shared cases: real sizes, streams, no synchronisation, memory, the two commands.
+
+Without a GPU the same tests run on tiny shapes under Triton's interpreter, so that what they say is known to run; what
+only a GPU has (its allocator, its streams, its graphs) is skipped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from benchmarks.logits_path import OPS, OURS, Exact, Inputs, call, candidates, errors
+from benchmarks.measure import peak_bytes
+from benchmarks.shapes import GEMMA, GPT2, QWEN, Shape
+from conspo_kernels import conspo_loss, token_logprobs
+from conspo_kernels.__main__ import main
+
+pytestmark = pytest.mark.gpu
+ON_GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+
+
+def size(real: int, tiny: int) -> int:
+    return real if ON_GPU else tiny
+
+
+@pytest.fixture(autouse=True)
+def _no_poison() -> None:
+    torch.use_deterministic_algorithms(False)  # filling new memory with NaN is an allocation and a launch too
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+@pytest.mark.parametrize(
+    ("vocab_size", "dtype"),
+    [
+        (QWEN, torch.bfloat16), (GEMMA, torch.bfloat16), (GPT2, torch.bfloat16), (GPT2, torch.float16),
+        (QWEN, torch.float32),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_model_sizes(op: object, vocab_size: int, dtype: torch.dtype) -> None:
+    """Against fp64, at the sizes that are timed."""
+    inputs = Inputs.of(Shape(8, size(64, 1), size(vocab_size, 1000 + vocab_size % 2), dtype, group_size=4), DEVICE)
+    ours = candidates(op, inputs, "triton")[OURS]  # type: ignore[arg-type]
+    found = errors(op, ours, inputs, Exact.of(inputs))  # type: ignore[arg-type]
+    assert found.ok, found
+
+
+def test_views_of_model_size() -> None:
+    """Rows that are strided, start anywhere and have an odd length are read in place."""
+    base = torch.randn(2, size(513, 3), size(QWEN, 500) + 7, device=DEVICE).bfloat16()
+    view = base[:, 1:, 3:-1]
+    labels = torch.randint(view.shape[-1], view.shape[:2], device=DEVICE)
+    logits = view.detach().requires_grad_()
+    logprobs = token_logprobs(logits, labels, implementation="triton")
+    (grad,) = torch.autograd.grad(logprobs.sum(), logits)
+    rows = slice(-2, None)
+    exact = view[:, rows].double().log_softmax(-1)
+    picked = exact.gather(-1, labels[:, rows, None])[..., 0]
+    assert (logprobs[:, rows] - picked).abs().max() <= 1e-5
+    expected = -exact.exp()
+    expected.scatter_add_(-1, labels[:, rows, None], torch.ones_like(picked)[..., None])
+    assert (grad[:, rows].double() - expected).abs().max() <= 2**-8
+
+
+@needs_gpu
+def test_more_than_2_to_the_31_logits() -> None:
+    """The last rows of 16,384 x 151,936, 5 GB."""
+    logits = torch.empty(1, 16_384, QWEN, dtype=torch.bfloat16, device=DEVICE).normal_()
+    labels = torch.randint(QWEN, logits.shape[:2], device=DEVICE)
+    leaf = logits.requires_grad_()
+    logprobs = token_logprobs(leaf, labels, implementation="triton")
+    (grad,) = torch.autograd.grad(logprobs.sum(), leaf)
+    exact = logits[:, -2:].detach().double().log_softmax(-1)
+    assert (logprobs[:, -2:] - exact.gather(-1, labels[:, -2:, None])[..., 0]).abs().max() <= 1e-5
+    expected = -exact.exp()
+    expected.scatter_add_(-1, labels[:, -2:, None], torch.ones_like(expected[..., :1]))
+    assert (grad[:, -2:].double() - expected).abs().max() <= 2**-8
+
+
+@needs_gpu
+def test_a_bad_label_is_not_read() -> None:
+    labels = torch.tensor([[0, 10**12, -5]], device=DEVICE)
+    logits = torch.randn(1, 3, 100, device=DEVICE, requires_grad=True)
+    logprobs = token_logprobs(logits, labels)
+    assert logprobs.isnan().tolist() == [[False, True, True]]
+    logprobs.nansum().backward()
+    torch.cuda.synchronize()
+
+
+def loss_of(logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, **more: object) -> Tensor:
+    loss = conspo_loss(logits, labels, rewards, groups, implementation="triton", **more)  # type: ignore[arg-type]
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+def step(where: str, packed: bool) -> tuple[Tensor, Tensor]:
+    """One loss and gradient; rewards, ids and offsets on the CPU or beside the logits."""
+    torch.manual_seed(0)
+    vocab_size = size(10_000, 50)
+    beside = DEVICE if where == "beside" else torch.device("cpu")
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device=beside)
+    ids = torch.tensor([3, 5, 3, 5], device=beside)
+    sizes = (12,) if packed else (4, 3)
+    logits = torch.randn(*sizes, vocab_size, device=DEVICE, requires_grad=True) * 1
+    labels = torch.randint(vocab_size, sizes, device=DEVICE)
+    options = {"cu_seqlens": torch.tensor([0, 3, 6, 9, 12], device=beside)} if packed else {}
+    loss = loss_of(logits, labels, rewards, ids, shift=True, margin=0.1, **options)
+    return loss, torch.autograd.grad(loss, logits)[0]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_rewards_ids_and_offsets_anywhere(packed: bool) -> None:
+    for ours, other in zip(step("cpu", packed), step("beside", packed), strict=True):
+        assert torch.equal(ours, other)
+
+
+@needs_gpu
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_no_synchronisation(packed: bool) -> None:
+    """Rewards and ids on the GPU, and everything warmed up: nothing waits."""
+    step("beside", packed)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss, grad = step("beside", packed)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
+@needs_gpu
+def test_another_stream() -> None:
+    expected = step("beside", False)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        found = step("beside", False)
+    stream.synchronize()
+    assert all(torch.equal(ours, other) for ours, other in zip(found, expected, strict=True))
+
+
+@needs_gpu
+def test_cuda_graph() -> None:
+    """Loss and backward captured; the margin and the logits are live in replays."""
+    logits = torch.randn(4, 8, 1000, device=DEVICE)
+    labels = torch.randint(1000, (4, 8), device=DEVICE)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device=DEVICE)
+    margin = torch.zeros((), device=DEVICE)
+
+    def run() -> tuple[Tensor, Tensor]:
+        leaf = logits.detach().requires_grad_()
+        loss = loss_of(leaf, labels, rewards, 2, margin=margin)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    margin.fill_(0.7)
+    logits.mul_(1.5)
+    graph.replay()
+    assert all(torch.equal(ours, other) for ours, other in zip(captured, run(), strict=True))
+
+
+@pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
+def test_memory(op: object) -> None:
+    """Beyond the gradient, where it is new: a few numbers per token and chunk of its row."""
+    inputs = Inputs.of(Shape(4, size(256, 4), size(QWEN, 5000), torch.bfloat16, group_size=4), DEVICE)
+    ours = candidates(op, inputs, "triton")[OURS]  # type: ignore[arg-type]
+    timed = call(op, ours, inputs)  # type: ignore[arg-type]
+    timed.run(timed.prepare())
+    gradient = 0 if op.inplace or not op.backward else inputs.logits.nbytes  # type: ignore[attr-defined]
+    assert peak_bytes(timed, DEVICE) <= gradient + inputs.labels.numel() * 256 + 2**14
+
+
+def test_gradcheck_command(capsys: pytest.CaptureFixture[str]) -> None:
+    shapes = ["small", "wide", "model"] if ON_GPU else ["small"]
+    assert main(["gradcheck", "--device", DEVICE.type, "--implementation", "triton", "--json", "--shape", *shapes]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["triton_interpreted"] is not ON_GPU
+
+
+def test_benchmarks_run(tmp_path: Path) -> None:
+    command = ["-m", "benchmarks.run", "--suite", "quick", "--repeats", "1", "--device", DEVICE.type]
+    only = [] if ON_GPU else ["--provider", OURS]  # torch.compile takes a minute on a CPU
+    result = subprocess.run(
+        [sys.executable, *command, "--implementation", "triton", "--out", str(tmp_path), *only],
+        capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent, env=dict(os.environ), check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
