@@ -1,5 +1,91 @@
-"""The package is pure Python and described in pyproject.toml; this file is for tools that still run setup.py."""
+"""Builds the native CPU path with torch's extension tools; everything else about the package is in pyproject.toml.
+
+CONSPO_BUILD says what is built:
+
+    auto (default)   the CPU extension where torch and a C++ compiler are found; else a pure Python package, and why
+    cpu              the CPU extension, or fail
+    none             a pure Python package
+"""
+
+import os
+import platform
+import shutil
+import sys
+import sysconfig
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+ROOT = Path(__file__).resolve().parent
+CHOICES = ("auto", "cpu", "none")
+
+
+def extension_tools():
+    """torch.utils.cpp_extension of the torch that will load the extension.
+
+    pip builds in an environment of its own, without torch; the one to build against is in the environment around it.
+    """
+    try:
+        from torch.utils import cpp_extension
+    except ImportError:
+        sys.path += dict.fromkeys(sysconfig.get_path(name) for name in ("purelib", "platlib"))
+        from torch.utils import cpp_extension
+    return cpp_extension
+
+
+def obstacle():
+    """Why the extension cannot be built here, or None."""
+    if platform.system() == "Windows":
+        return "the sources want GCC or Clang"
+    compiler = os.environ.get("CXX", "c++").split()[-1]
+    if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
+        return f"no C++ compiler: {compiler}, g++ and clang++ are not on the path"
+    try:
+        extension_tools()
+    except ImportError as error:
+        return f"torch, which the extension is built against, is not in this environment ({error}): install it first"
+    return None
+
+
+def extension():
+    """What setuptools needs to build conspo_kernels._C."""
+    cpp_extension = extension_tools()
+    sources = ["csrc/module.cpp", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))]
+    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+    # OpenMP is what ATen's at::parallel_for is made of; the run-time library is the one that torch has loaded already.
+    openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
+    # As system headers, torch's own warnings are not ours.
+    system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
+    warnings = ["-Wall", "-Wextra", *system]
+    # The exponential counts on a * b + c being rounded once where the CPU can; no NaN or order of sums is given up.
+    arithmetic = ["-ffp-contract=fast", "-fno-math-errno"]
+    return {
+        "ext_modules": [
+            cpp_extension.CppExtension(
+                "conspo_kernels._C",
+                sources,
+                depends=headers,
+                extra_compile_args=["-O3", "-fvisibility=hidden", *arithmetic, *warnings, *openmp],
+                extra_link_args=openmp,
+            )
+        ],
+        "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=bool(shutil.which("ninja")))},
+    }
+
+
+def options():
+    wanted = os.environ.get("CONSPO_BUILD", "auto")
+    if wanted not in CHOICES:
+        sys.exit(f"CONSPO_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")
+    if wanted == "none":
+        return {}
+    reason = obstacle()
+    if reason is None:
+        return extension()
+    if wanted == "cpu":
+        sys.exit(f"CONSPO_BUILD=cpu: the CPU extension cannot be built: {reason}")
+    print(f"conspo_kernels: the CPU extension is NOT built: {reason}", file=sys.stderr)
+    return {}
+
+
+setup(**options())

@@ -16,6 +16,7 @@ from .shapes import SCORES, Shape
 
 OURS = "conspo_kernels"
 TAU, MARGIN = 0.5, 0.25
+GATE = 1e-4  # nats: ten times what the library promises
 GATE_ROWS = 8  # rows of the gradient that are compared with fp64
 EXACT_ROWS = 64  # rows of logits that are in fp64 at a time
 
@@ -146,21 +147,24 @@ class Errors(NamedTuple):
 
 
 def errors(op: Op, candidate: Candidate, inputs: Inputs, exact: Exact) -> Errors:
-    """The correctness gate that a candidate passes before it is timed."""
+    """The correctness gate that a candidate passes before it is timed: against what is wrong, not what is imprecise.
+
+    F.cross_entropy in fp32, for one, is off by 2e-5 at 150,000 logits.
+    """
     timed = call(op, candidate, inputs)
     found = timed.run(timed.prepare())
     value, grad = found if op.backward else (found, None)  # type: ignore[misc]
     expected = exact.loss if op.loss else exact.logprobs
-    digits = torch.finfo(candidate.rounds_to).eps * exact.logprobs.abs().max().item()
+    allowed = GATE + torch.finfo(candidate.rounds_to).eps * exact.logprobs.abs().max().item()
     value_error = (value.double() - expected).abs().max().item()
     if grad is None:
-        return Errors(value_error, 1e-5 + digits, None, None)
+        return Errors(value_error, allowed, None, None)
     rows = grad.flatten(0, 1)[:GATE_ROWS].double()
     expected_rows, coefficients = (
         (exact.grad_loss, exact.coefficients) if op.loss else (exact.grad_logprobs, inputs.grad)
     )
-    allowed = (torch.finfo(inputs.logits.dtype).eps + digits + 1e-5) * coefficients.abs().max().item()
-    return Errors(value_error, 1e-5 + digits, (rows - expected_rows).abs().max().item(), allowed)
+    allowed_gradient = (torch.finfo(inputs.logits.dtype).eps + allowed) * coefficients.abs().max().item()
+    return Errors(value_error, allowed, (rows - expected_rows).abs().max().item(), allowed_gradient)
 
 
 def _scores(device: torch.device) -> tuple[Tensor, Tensor]:

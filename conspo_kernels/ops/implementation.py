@@ -7,13 +7,16 @@ import importlib
 import importlib.util
 import logging
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
+
+from ..kernels import native
 
 logger = logging.getLogger("conspo_kernels")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+BEST = {"cuda": "triton", "cpu": "native"}  # where it can run; "torch" elsewhere
 
 
 def _interpreting() -> bool:
@@ -26,7 +29,9 @@ def unavailable(implementation: str, device: torch.device) -> str | None:
     if implementation == "torch":
         return None
     if implementation == "native":
-        return "this build has no native extension"
+        if device.type != "cpu":
+            return f"the native kernels run on CPU tensors, the tensors are on {device}"
+        return native.OBSTACLE
     if not HAS_TRITON:
         return "Triton is not installed"
     if device.type != "cuda" and not _interpreting():
@@ -36,18 +41,27 @@ def unavailable(implementation: str, device: torch.device) -> str | None:
 
 @functools.lru_cache(maxsize=64)
 def choose(op: str, implementation: str, device: torch.device) -> str:
-    """The implementation of an op for tensors on a device: "auto" means Triton on a GPU, PyTorch elsewhere."""
+    """The implementation of an op for tensors on a device: "auto" is Triton on a GPU, native on a CPU, else PyTorch."""
     if implementation != "auto":
         reason = unavailable(implementation, device)
         if reason is not None:
             raise ValueError(f"implementation={implementation!r} cannot run {op} here: {reason}")
         return implementation
-    chosen = "triton" if device.type == "cuda" and unavailable("triton", device) is None else "torch"
-    logger.info("%s on %s: implementation=%r", op, device, chosen)
-    return chosen
+    best = BEST.get(device.type, "torch")
+    reason = unavailable(best, device)
+    if reason is None:
+        logger.info("%s on %s: implementation=%r", op, device, best)
+        return best
+    # An extension that was built and does not load is a surprise, one that was never built is not.
+    level = logging.WARNING if best == "native" and native.BUILT else logging.INFO
+    logger.log(level, "%s on %s: implementation='torch', not %r: %s", op, device, best, reason)
+    return "torch"
 
 
 @functools.lru_cache(maxsize=64)
-def twin(op: str, implementation: str, device: torch.device) -> ModuleType:
-    """The module of `kernels` that runs an op."""
-    return importlib.import_module(f"..kernels.{op}_{choose(op, implementation, device)}", __package__)
+def twin(op: str, implementation: str, device: torch.device) -> Any:
+    """What runs an op: a module of `kernels`, or the part of `kernels.native` that is one op's."""
+    chosen = choose(op, implementation, device)
+    if chosen == "native":
+        return getattr(native, op)
+    return importlib.import_module(f"..kernels.{op}_{chosen}", __package__)

@@ -1,0 +1,213 @@
+// The row kernels of token log-probabilities: statistics (forward) and gradient (backward) of a part of a row.
+//
+// Included once per instruction set, as vector.h is.
+
+namespace conspo {
+namespace CONSPO_ISA {
+
+// Elements whose maximum is taken before their exponentials are: they come from memory for the one and from the L1 cache
+// for the other, while the next block is fetched. A lane of the sum adds at most 4096 / 16 terms in fp32, the blocks' sums
+// are added in fp64.
+constexpr int64_t BLOCK = 4096;
+constexpr int UNROLLED = 4;
+
+// u and du/dz; -inf, a masked entry of the vocabulary, stays -inf.
+template <typename T, bool CAPPED>
+struct Capped {
+  T inner;
+
+  Float<T> value(Float<T> z) const {
+    if constexpr (!CAPPED) return z;
+    return z == -INFINITE<T> ? z : tanh<T>(z * inner);
+  }
+
+  Float<T> slope(Float<T> z, Float<T> u) const {
+    if constexpr (!CAPPED) return broadcast<T>(1);
+    return z == -INFINITE<T> ? broadcast<T>(0) : (1 - u * u) * inner;
+  }
+};
+
+// The last elements of a part, fewer than a pack's, with what is missing filled up.
+template <typename E>
+inline Pack<E> load_tail(const E* from, int count, E fill) {
+  E elements[Pack<E>::SIZE];
+  for (int i = 0; i < Pack<E>::SIZE; ++i) elements[i] = i < count ? from[i] : fill;
+  return load(elements);
+}
+
+template <typename E>
+inline void store_tail(E* to, const Pack<E>& pack, int count) {
+  E elements[Pack<E>::SIZE];
+  store(elements, pack);
+  for (int i = 0; i < count; ++i) to[i] = elements[i];
+}
+
+template <typename E>
+constexpr E MINUS_INFINITY = E(-__builtin_inf());
+template <>
+constexpr BFloat16 MINUS_INFINITY<BFloat16> = {0xff80};
+template <>
+constexpr Half MINUS_INFINITY<Half> = {0xfc00};
+
+// Joins the maximum of a new block to what is known of the blocks before it: their sums are of exponentials that are now
+// relative to another maximum.
+inline void raise(Statistics& part, double block_max, double scale) {
+  if (!(block_max > part.max)) return;
+  const double shift = (part.max - block_max) * scale, factor = __builtin_exp(shift);
+  part.max = block_max;
+  part.moment = factor == 0 ? 0 : factor * (part.moment + shift * part.sum);
+  part.sum = factor == 0 ? 0 : factor * part.sum;
+}
+
+// Maximum and, with it known, sums of a block of at most BLOCK elements.
+template <typename E, bool CAPPED, bool ENTROPY>
+inline void fold_block(const E* z, int64_t count, const Transform& transform, Statistics& part) {
+  using T = typename Accumulate<E>::Type;
+  constexpr int SIZE = Pack<E>::SIZE, VECTORS = Pack<E>::VECTORS, PACKS = UNROLLED / VECTORS;
+  const int64_t full = count / SIZE * SIZE;
+  const Capped<T, CAPPED> capped{T(transform.inner)};
+  Float<T> kept[CAPPED ? BLOCK / LANES<T> : 1];  // a tanh is worth keeping, a conversion is not
+
+  Float<T> largest[UNROLLED];
+  for (auto& v : largest) v = broadcast<T>(-INFINITE<T>);
+  const auto take = [&](int64_t at, int first) {
+    const Pack<E> pack = load(z + at);
+    for (int k = 0; k < VECTORS; ++k) {
+      const Float<T> u = capped.value(pack.v[k]);
+      if constexpr (CAPPED) kept[at / LANES<T> + k] = u;
+      largest[first + k] = max<T>(u, largest[first + k]);
+    }
+  };
+  int64_t i = 0;
+  for (; i + PACKS * SIZE <= full; i += PACKS * SIZE)
+    for (int j = 0; j < PACKS; ++j) take(i + j * SIZE, j * VECTORS);
+  for (; i < full; i += SIZE) take(i, 0);
+  Pack<E> tail = load_tail(z + full, int(count - full), MINUS_INFINITY<E>);
+  for (auto& v : tail.v) largest[0] = max<T>(v = capped.value(v), largest[0]);
+  raise(part, double(max_lane<T>(max<T>(max<T>(largest[0], largest[1]), max<T>(largest[2], largest[3])))),
+        transform.scale);
+
+  // Of entries that are all -inf so far the maximum is -inf; their exponentials are 0 beside any finite number.
+  const T m = part.max == -__builtin_inf() ? T(0) : T(part.max), scale = T(transform.scale);
+  const Exponential<T> exponential(transform.scale);
+  Float<T> sum[UNROLLED], moment[UNROLLED];
+  for (int j = 0; j < UNROLLED; ++j) sum[j] = moment[j] = broadcast<T>(0);
+  const auto add = [&](Float<T> u, int j) {
+    const Float<T> d = u - m, e = exponential.of_negative(d);
+    sum[j] += e;
+    if constexpr (ENTROPY) moment[j] += e > 0 ? e * (d * scale) : broadcast<T>(0);
+  };
+  const auto add_pack = [&](int64_t at, int first) {
+    __builtin_prefetch(z + at + BLOCK);
+    if constexpr (CAPPED) {
+      for (int k = 0; k < VECTORS; ++k) add(kept[at / LANES<T> + k], first + k);
+    } else {
+      const Pack<E> pack = load(z + at);
+      for (int k = 0; k < VECTORS; ++k) add(pack.v[k], first + k);
+    }
+  };
+  for (i = 0; i + PACKS * SIZE <= full; i += PACKS * SIZE)
+    for (int j = 0; j < PACKS; ++j) add_pack(i + j * SIZE, j * VECTORS);
+  for (; i < full; i += SIZE) add_pack(i, 0);
+  for (int k = 0; k < VECTORS; ++k) add(tail.v[k], k);
+  for (const auto& v : sum) part.sum += sum_lanes<T>(v);
+  if constexpr (ENTROPY)
+    for (const auto& v : moment) part.moment += sum_lanes<T>(v);
+}
+
+template <typename E, bool CAPPED, bool ENTROPY>
+void statistics_of(const E* row, int64_t begin, int64_t end, const Transform& transform, Statistics* out) {
+  Statistics part{-__builtin_inf(), 0, 0};
+  for (int64_t at = begin; at < end; at += BLOCK)
+    fold_block<E, CAPPED, ENTROPY>(row + at, end - at < BLOCK ? end - at : BLOCK, transform, part);
+  *out = part;
+}
+
+template <typename E>
+void statistics(
+    const void* row, int64_t begin, int64_t end, const Transform& transform, bool entropy, Statistics* out) {
+  const E* z = static_cast<const E*>(row);
+  if (transform.capped) {
+    entropy ? statistics_of<E, true, true>(z, begin, end, transform, out)
+            : statistics_of<E, true, false>(z, begin, end, transform, out);
+  } else {
+    entropy ? statistics_of<E, false, true>(z, begin, end, transform, out)
+            : statistics_of<E, false, false>(z, begin, end, transform, out);
+  }
+}
+
+template <typename E, bool CAPPED, bool ENTROPY>
+void gradient_of(
+    E* to, const E* row, int64_t begin, int64_t end, const Transform& transform, const RowGradient& given) {
+  using T = typename Accumulate<E>::Type;
+  constexpr int SIZE = Pack<E>::SIZE;
+  // A NaN that is passed on has zeros where bf16 has no digits.
+  const auto number = [](double x) { return x == x ? T(x) : T(__builtin_nan("")); };
+  const Capped<T, CAPPED> capped{T(transform.inner)};
+  const Exponential<T> exponential(1);
+  const T m = number(given.max), scale = T(transform.scale), log_sum = number(given.log_sum);
+  const T c = number(given.c * transform.scale), h = number(given.h * transform.scale);
+  const T entropy = number(given.entropy);
+
+  const auto gradients = [&](Pack<E> z, T is_label) {
+    for (auto& v : z.v) {
+      const Float<T> u = capped.value(v);
+      const Float<T> log_p = (u - m) * scale - log_sum;
+      const Float<T> p = exponential.of_negative(log_p);
+      Float<T> g = c * (is_label - p);
+      if constexpr (ENTROPY) g -= h * ((p > 0 ? p * log_p : broadcast<T>(0)) + p * entropy);
+      if constexpr (CAPPED) g *= capped.slope(v, u);
+      v = g;
+    }
+    return z;
+  };
+
+  // The label's element is computed apart, before it may be written over, and stored last.
+  const bool has_label = begin <= given.label && given.label < end;
+  E at_label[SIZE];
+  if (has_label) store(at_label, gradients(load_tail(row + given.label, 1, row[given.label]), T(1)));
+  int64_t i = begin;
+  for (; i + SIZE <= end; i += SIZE) store(to + i, gradients(load(row + i), T(0)));
+  if (i < end) store_tail(to + i, gradients(load_tail(row + i, int(end - i), row[i]), T(0)), int(end - i));
+  if (has_label) to[given.label] = at_label[0];
+}
+
+template <typename E>
+void gradient(
+    void* to, const void* row, int64_t begin, int64_t end, const Transform& transform, const RowGradient& given) {
+  E* out = static_cast<E*>(to);
+  const E* z = static_cast<const E*>(row);
+  if (transform.capped) {
+    given.h != 0 ? gradient_of<E, true, true>(out, z, begin, end, transform, given)
+                 : gradient_of<E, true, false>(out, z, begin, end, transform, given);
+  } else {
+    given.h != 0 ? gradient_of<E, false, true>(out, z, begin, end, transform, given)
+                 : gradient_of<E, false, false>(out, z, begin, end, transform, given);
+  }
+}
+
+// The exponentials themselves, for their test.
+template <typename T>
+void exp_each(void* to, const void* from, int64_t count, bool negative) {
+  const Exponential<T> exponential(1);
+  T* out = static_cast<T*>(to);
+  const T* in = static_cast<const T*>(from);
+  for (int64_t i = 0; i < count; i += LANES<T>) {
+    const int n = int(count - i < LANES<T> ? count - i : LANES<T>);
+    Pack<T> x = load_tail(in + i, n, T(0));
+    x.v[0] = negative ? exponential.of_negative(x.v[0]) : exponential.of(x.v[0]);
+    store_tail(out + i, x, n);
+  }
+}
+
+}  // namespace CONSPO_ISA
+
+// In the order of `Element`.
+const RowKernels CONSPO_KERNELS[ELEMENTS] = {
+    {CONSPO_ISA::statistics<float>, CONSPO_ISA::gradient<float>, CONSPO_ISA::exp_each<float>},
+    {CONSPO_ISA::statistics<double>, CONSPO_ISA::gradient<double>, CONSPO_ISA::exp_each<double>},
+    {CONSPO_ISA::statistics<BFloat16>, CONSPO_ISA::gradient<BFloat16>, nullptr},
+    {CONSPO_ISA::statistics<Half>, CONSPO_ISA::gradient<Half>, nullptr},
+};
+
+}  // namespace conspo
