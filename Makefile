@@ -7,13 +7,16 @@ VENV    ?= .venv
 WORKERS ?= auto
 BIN     := $(VENV)/bin
 
-SOURCES := pyproject.toml constraints.txt setup.py
+# The native CPU path is part of what is tested and demonstrated: without a compiler this fails rather than be slow.
+export CONSPO_BUILD ?= cpu
+
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if $(OUT),--out '$(OUT)') \
            $(if $(LOSS),--loss '$(LOSS)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would race
-.PHONY: help test lint typecheck unit slow demo sweep format clean
+.PHONY: help test lint typecheck unit slow sanitize demo sweep format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +41,19 @@ unit: $(VENV)/.installed-dev  ## the tests, under Triton's interpreter where the
 slow: $(VENV)/.installed-dev  ## the tests marked slow (large tensors: tens of GB), one at a time
 	$(BIN)/python -m pytest -m slow
 
+# In a copy, as the sanitizers' extension takes the place of the other; the allocator's own figures are not theirs.
+COPY := build/sanitize
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1 -Werror
+sanitize: $(VENV)/.installed-dev  ## the native kernels under AddressSanitizer and UBSan
+	rm -rf $(COPY) && mkdir -p $(COPY)
+	cp -r conspo_kernels csrc benchmarks tests setup.py pyproject.toml README.md LICENSE $(COPY)
+	rm -f $(COPY)/conspo_kernels/_C*.so
+	cd $(COPY) && CFLAGS='$(SANITIZERS)' $(abspath $(BIN))/python setup.py -q build_ext --inplace
+	cd $(COPY) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=. \
+	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
+	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_native.py tests/test_loss.py \
+	  -k "(test_native or native) and not memory and not built"
+
 demo: $(VENV)/.installed-train  ## warm up a small model and train it with the loss
 	$(BIN)/python examples/train.py $(RUNS)
 
@@ -55,5 +71,6 @@ clean:  ## remove the environment, caches and build results, keep runs/
 # One stamp per extra, touched last: an install that failed or was interrupted is tried again.
 $(VENV)/.installed-%: $(SOURCES)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt -e '.[$*]'
+	$(BIN)/python -m pip install -c constraints.txt torch setuptools
+	CFLAGS='$(CFLAGS) -Werror' $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[$*]'
 	@touch $@

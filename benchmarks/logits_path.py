@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from conspo_kernels import conspo_loss, conspo_loss_from_scores, token_logprobs
+from conspo_kernels.kernels.transform import LogitTransform
+from conspo_kernels.ops.implementation import twin
 
 from .baselines import conspo_loss_of, infonce, rivals
 from .measure import Call
@@ -29,6 +31,7 @@ class Op(NamedTuple):
     backward: bool = False
     inplace: bool = False
     loss: bool = False
+    known: bool = False  # the coefficients, so that forward computes the gradient too
 
 
 OPS = {
@@ -37,6 +40,7 @@ OPS = {
         Op("forward", 1),
         Op("forward + backward", 3, backward=True),
         Op("forward + in-place backward", 3, backward=True, inplace=True),
+        Op("known coefficients, in place", 2, backward=True, inplace=True, known=True),  # R W, if the caches hold a row
         Op("loss + backward", 3, backward=True, inplace=True, loss=True),
     )
 }
@@ -64,11 +68,12 @@ class Candidate(NamedTuple):
 
     compute: Callable[[Tensor], Tensor]
     rounds_to: torch.dtype
+    implementation: str = "auto"
 
 
 def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candidate]:
     """Who computes an op: the library, then its rivals."""
-    _logits, labels, rewards, _grad, group_size = inputs
+    logits, labels, rewards, _grad, group_size = inputs
 
     def ours(logits: Tensor) -> Tensor:
         if op.loss:
@@ -78,7 +83,10 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
             )  # type: ignore[return-value]  # fmt: skip
         return token_logprobs(logits, labels, inplace_backward=op.inplace, implementation=implementation)  # type: ignore[return-value]
 
-    found = {OURS: Candidate(ours, torch.float32)}
+    found = {OURS: Candidate(ours, torch.float32, implementation)}
+    if op.known:  # which no rival has
+        has = hasattr(twin("token_logprob", implementation, logits.device), "forward_backward")
+        return found if has else {}
     for rival in rivals(inputs.logits.dtype):
         function = conspo_loss_of(rival.token_logprobs) if op.loss else rival.token_logprobs
         function = torch.compile(function) if rival.compiled else function
@@ -92,7 +100,17 @@ def call(op: Op, candidate: Candidate, inputs: Inputs) -> Call:
     """What is timed. Each repeat of a backward gets a fresh copy of the logits, as some write over them."""
     if not op.backward:
         return Call(lambda: inputs.logits, torch.no_grad()(candidate.compute))
-    base = inputs.logits.detach().requires_grad_()
+    base = inputs.logits.detach().requires_grad_(not op.known)
+
+    if op.known:
+        kernels = twin("token_logprob", candidate.implementation, base.device)
+        coefficients = inputs.grad.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
+
+        def known(logits: Tensor) -> tuple[Tensor, Tensor]:
+            arguments = (logits, inputs.labels, coefficients, -100, LogitTransform())
+            return kernels.forward_backward(logits, *arguments), logits
+
+        return Call(lambda: base * 1, known)
 
     def run(logits: Tensor) -> tuple[Tensor, Tensor]:
         out = candidate.compute(logits)

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from . import __version__, gradcheck, gradcheck_cases
+from .kernels import native
 from .ops.implementation import HAS_TRITON, choose, unavailable
 
 # The registered ops, and the door that is one of them and nothing else.
@@ -73,6 +74,8 @@ def information() -> dict[str, Any]:
             {"name": p.name, "capability": f"{p.major}.{p.minor}", "memory_gib": round(p.total_memory / 2**30, 1)}
             for p in cuda
         ],
+        "native_instruction_set": native.instruction_set(),
+        "native_instruction_sets": native.instruction_sets(),
         "triton_interprets": interpreting(),
         "implementations": choices,
     }
@@ -85,6 +88,7 @@ def print_information(info: dict[str, Any]) -> None:
         lines.append((f"cuda:{i}", f"{gpu['name']}, capability {gpu['capability']}, {gpu['memory_gib']} GiB"))
     if not info["cuda_devices"]:
         lines.append(("cuda devices", "none"))
+    lines.append(("native kernels", info["native_instruction_set"] or native.OBSTACLE))
     lines.append(("Triton interprets", "yes" if info["triton_interprets"] else "no"))
     for name, value in lines:
         print(f"{name:18} {value}")

@@ -1,12 +1,14 @@
 // conspo_kernels._C: the native kernels as bare functions. Schema, fake and autograd are those of conspo_kernels/ops.
 
 #include <torch/csrc/utils/pybind.h>
+#include <torch/version.h>
 
 #include "cpu/instruction_set.h"
 #include "cpu/ops.h"
 
 PYBIND11_MODULE(_C, m) {
   const auto unlocked = py::call_guard<py::gil_scoped_release>();
+  m.attr("torch_version") = TORCH_VERSION;  // whose binary interface this is built for
   m.def("token_logprob_forward", &conspo::token_logprob_forward, unlocked);
   m.def("token_logprob_backward", &conspo::token_logprob_backward, unlocked);
   m.def("token_logprob_forward_backward", &conspo::token_logprob_forward_backward, unlocked);

@@ -38,6 +38,14 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     _hasten_interpreter()
 
 
+def pytest_sessionstart() -> None:
+    """Who asked for the native kernels to be built wants them tested, not skipped."""
+    from conspo_kernels.kernels import native
+
+    if os.environ.get("CONSPO_BUILD") == "cpu" and native.OBSTACLE is not None:
+        pytest.exit(f"CONSPO_BUILD=cpu, but {native.OBSTACLE}", returncode=1)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """`-m gpu` selects, beside what is marked, every case that Triton's kernels run."""
     for item in items:
@@ -58,6 +66,11 @@ def _poisoned_memory() -> Iterator[None]:
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> str:
+    if request.param == "native":
+        from conspo_kernels.kernels import native
+
+        if native.OBSTACLE is not None:
+            pytest.skip(native.OBSTACLE)
     return request.param
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from conspo_kernels import __version__, gradcheck_cases
 from conspo_kernels.__main__ import main
+from conspo_kernels.kernels import native
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = ["--op", "conspo_loss_from_scores", "--dtype", "fp64", "fp32"]
@@ -41,7 +42,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def plant(monkeypatch: pytest.MonkeyPatch, implementation: str, op: str, function: str, wrong: Any) -> None:
     """Replace a function of a twin by wrong(the function)."""
-    kernels = importlib.import_module(f"conspo_kernels.kernels.{op}_{implementation}")
+    name = "native" if implementation == "native" else f"{op}_{implementation}"
+    kernels = importlib.import_module(f"conspo_kernels.kernels.{name}")
+    kernels = getattr(kernels, op) if implementation == "native" else kernels
     monkeypatch.setattr(kernels, function, wrong(getattr(kernels, function)))
 
 
@@ -52,7 +55,7 @@ def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     text = capsys.readouterr().out
-    for word in (__version__, torch.__version__, "Triton interprets", "token_logprob", "native does not run on cpu"):
+    for word in (__version__, torch.__version__, "Triton interprets", "token_logprob", "native kernels"):
         assert word in text
 
 
@@ -62,6 +65,7 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert info["versions"].keys() == {"conspo_kernels", "python", "torch", "triton", "numpy", "cuda", "hip"}
     assert info["versions"]["conspo_kernels"] == __version__
     assert info["platform"]
+    assert info["native_instruction_sets"][-1:] == ([] if native.OBSTACLE else [info["native_instruction_set"]])
     assert info["cpu_threads"] == torch.get_num_threads()
     assert len(info["cuda_devices"]) == torch.cuda.device_count()
     for gpu in info["cuda_devices"]:
@@ -72,9 +76,10 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
         (op, device) for op in ("token_logprob", "sequence_score", "group_infonce") for device in devices
     }
     for (_op, device), row in rows.items():
-        assert row["auto"] == ("triton" if device == "cuda" else "torch")
+        on_cpu = "torch" if native.OBSTACLE else "native"
+        assert row["auto"] == ("triton" if device == "cuda" else on_cpu)
         assert "torch" in row["runs"]
-        assert row["others"]["native"] == "this build has no native extension"
+        assert ("native" in row["runs"]) == (device == "cpu" and native.OBSTACLE is None)
         assert ("triton" in row["runs"]) == (device == "cuda" or info["triton_interprets"])
 
 
@@ -86,10 +91,15 @@ def test_info_in_a_process() -> None:
     assert "TRITON_INTERPRET=1" in info["implementations"][0]["others"]["triton"]
 
 
-def test_gradcheck(capsys: pytest.CaptureFixture[str]) -> None:
+def without_native(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "OBSTACLE", "this installation has no native extension")
+
+
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    without_native(monkeypatch)
     assert main(["gradcheck", *FEW]) == 0
     text = capsys.readouterr().out
-    assert "not run: native: this build has no native extension" in text
+    assert "not run: native: this installation has no native extension" in text
     assert ("Triton runs under its interpreter" in text) == (not HAS_CUDA)
     table = [line for line in text.splitlines() if line.startswith("conspo_loss_from_scores ")]
     assert len(table) == 3 * 2 * 2
@@ -106,7 +116,8 @@ def test_gradcheck_json(capsys: pytest.CaptureFixture[str]) -> None:
     }  # fmt: skip
     assert (found["ok"], found["checks"], found["failed"]) == (True, len(found["rows"]), 0)
     assert found["triton_interpreted"] == (not HAS_CUDA)
-    assert {row["implementation"] for row in found["rows"]} == {"torch", "triton"}
+    runs = {"torch", "triton"} if native.OBSTACLE or HAS_CUDA else {"torch", "triton", "native"}
+    assert {row["implementation"] for row in found["rows"]} == runs
     for row in found["rows"]:
         assert row["ok"] is True
         assert row["value_error"] <= row["value_tolerance"]
@@ -115,7 +126,7 @@ def test_gradcheck_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_gradcheck_in_a_process() -> None:
-    done = run("gradcheck", "--op", "group_infonce", "--dtype", "fp32")
+    done = run("gradcheck", "--op", "group_infonce", "--dtype", "fp32", "--implementation", "torch", "triton")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 checks, 0 failed" in done.stdout
     assert ("Triton runs under its interpreter" in done.stdout) == (not HAS_CUDA)
@@ -124,7 +135,7 @@ def test_gradcheck_in_a_process() -> None:
 
 def test_every_door_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Triton in one dtype only: the interpreter takes its time, and the tests of the doors run the rest."""
-    dtypes = ["fp64", "fp32", "bf16", "fp16"] if implementation == "torch" or HAS_CUDA else ["bf16"]
+    dtypes = ["fp64", "fp32", "bf16", "fp16"] if implementation != "triton" or HAS_CUDA else ["bf16"]
     assert main(["gradcheck", "--implementation", implementation, "--json", "--dtype", *dtypes]) == 0
     found = report(capsys)
     assert {row["op"] for row in found["rows"]} == set(gradcheck_cases.GRADED)
@@ -147,14 +158,17 @@ def test_other_shapes(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["gradcheck", "--op", "softmax"], "invalid choice"),
         (["gradcheck", "--shape", "huge"], "invalid choice"),
         (["gradcheck", "--implementation", "cuda"], "invalid choice"),
-        (["gradcheck", "--implementation", "native"], "native does not run on .*: this build has no native extension"),
+        (["gradcheck", "--implementation", "native"], "native does not run on .*"),
         (["gradcheck", "--device", "cuda:99"], "there is no cuda:99 here"),
         (["gradcheck", "--device", "meta"], "there is no meta here"),
         (["gradcheck", "--device", "toaster"], "not a device: 'toaster'"),
         (["info", "--dtype", "fp32"], "unrecognized arguments"),
     ],
 )
-def test_wrong_usage_exits_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_2(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_native(monkeypatch)
     with pytest.raises(SystemExit) as exit_info:
         main(arguments)
     assert exit_info.value.code == 2

@@ -6,9 +6,11 @@ with the same signatures.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,17 +19,32 @@ from ..objective import Segments
 from .transform import LogitTransform
 
 BUILT = importlib.util.find_spec("conspo_kernels._C") is not None
-OBSTACLE: str | None = None if BUILT else "this installation has no native extension"
-if BUILT:
+_C: Any = None
+
+
+def _load() -> str | None:
+    """Import the extension; why it cannot be used, or None. Every minor release of torch has its own binary interface."""
+    global _C
+    if not BUILT:
+        return "this installation has no native extension"
     try:
-        from conspo_kernels import _C
-    except ImportError as error:  # built for another torch, most often
-        OBSTACLE = f"the native extension does not load ({error}); build it again for torch {torch.__version__}"
+        _C = importlib.import_module("conspo_kernels._C")
+    except ImportError as error:
+        return f"the native extension does not load ({error}); install it again, for torch {torch.__version__}"
+    if _C.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return (
+            f"the native extension was built for torch {_C.torch_version}, this is {torch.__version__}: install again"
+        )
+    return None
+
+
+OBSTACLE = _load()
 
 REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
 
 
-class Twin(NamedTuple):
+@dataclass
+class Twin:
     """The functions of one op."""
 
     forward: Callable[..., Any]
