@@ -23,7 +23,7 @@ _C: Any = None
 
 
 def _load() -> str | None:
-    """Import the extension; why it cannot be used, or None. Every minor release of torch has its own binary interface."""
+    """Import the extension; why it cannot be used, or None. Each release of torch has its own binary interface."""
     global _C
     if not BUILT:
         return "this installation has no native extension"
