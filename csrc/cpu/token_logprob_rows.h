@@ -10,6 +10,7 @@ namespace CONSPO_ISA {
 // are added in fp64.
 constexpr int64_t BLOCK = 4096;
 constexpr int UNROLLED = 4;
+constexpr int64_t AHEAD = 2048;  // elements that backward fetches ahead: what the CPU does by itself ends with a page
 
 // u and du/dz; -inf, a masked entry of the vocabulary, stays -inf.
 template <typename T, bool CAPPED>
@@ -136,6 +137,13 @@ void statistics(
   }
 }
 
+struct Label {
+  static constexpr bool IS_LABEL = true;
+};
+struct Elsewhere {
+  static constexpr bool IS_LABEL = false;
+};
+
 template <typename E, bool CAPPED, bool ENTROPY>
 void gradient_of(
     E* to, const E* row, int64_t begin, int64_t end, const Transform& transform, const RowGradient& given) {
@@ -149,12 +157,12 @@ void gradient_of(
   const T c = number(given.c * transform.scale), h = number(given.h * transform.scale);
   const T entropy = number(given.entropy);
 
-  const auto gradients = [&](Pack<E> z, T is_label) {
+  const auto gradients = [&](Pack<E> z, auto place) {
     for (auto& v : z.v) {
       const Float<T> u = capped.value(v);
       const Float<T> log_p = (u - m) * scale - log_sum;
       const Float<T> p = exponential.of_negative(log_p);
-      Float<T> g = c * (is_label - p);
+      Float<T> g = decltype(place)::IS_LABEL ? c * (1 - p) : -c * p;
       if constexpr (ENTROPY) g -= h * ((p > 0 ? p * log_p : broadcast<T>(0)) + p * entropy);
       if constexpr (CAPPED) g *= capped.slope(v, u);
       v = g;
@@ -165,10 +173,13 @@ void gradient_of(
   // The label's element is computed apart, before it may be written over, and stored last.
   const bool has_label = begin <= given.label && given.label < end;
   E at_label[SIZE];
-  if (has_label) store(at_label, gradients(load_tail(row + given.label, 1, row[given.label]), T(1)));
+  if (has_label) store(at_label, gradients(load_tail(row + given.label, 1, row[given.label]), Label{}));
   int64_t i = begin;
-  for (; i + SIZE <= end; i += SIZE) store(to + i, gradients(load(row + i), T(0)));
-  if (i < end) store_tail(to + i, gradients(load_tail(row + i, int(end - i), row[i]), T(0)), int(end - i));
+  for (; i + SIZE <= end; i += SIZE) {
+    __builtin_prefetch(row + i + AHEAD);
+    store(to + i, gradients(load(row + i), Elsewhere{}));
+  }
+  if (i < end) store_tail(to + i, gradients(load_tail(row + i, int(end - i), row[i]), Elsewhere{}), int(end - i));
   if (has_label) to[given.label] = at_label[0];
 }
 
