@@ -88,6 +88,34 @@ def logits(value: Any) -> None:
         raise ValueError(f"logits must have a last stride of 1 (the others are free), got strides {value.stride()}")
 
 
+def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
+    """Hidden states and the head that makes logits of them."""
+    for name, value in (("hidden", hidden), ("weight", weight), *(() if bias is None else (("bias", bias),))):
+        _tensor(name, value)
+        if hasattr(value, "full_tensor"):
+            raise ValueError(
+                f"{name} must be a whole tensor, got a DTensor: call the loss where the parameter is gathered, inside "
+                f"the wrapped module's forward, or pass {name}.full_tensor()"
+            )
+        _dtype(name, value, LOGIT_DTYPES, "fp16, bf16, fp32 or fp64")
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden must be [B, T, H], or packed [N, H] or [1, N, H], got {list(hidden.shape)}")
+    if weight.numel() == 0:
+        raise ValueError(
+            f"weight must be [V, H], got the empty {list(weight.shape)}: if it is sharded (ZeRO-3), gather it around "
+            "the call"
+        )
+    if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
+        raise ValueError(f"weight must be [V, H] with H = {hidden.shape[-1]} of hidden, got {list(weight.shape)}")
+    if bias is not None:
+        _shape("bias", bias, (weight.shape[0],), "one per row of weight")
+    for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
+        _same_device(name, value, "hidden", hidden)
+        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+    _positive("workspace_mib", workspace_mib)
+
+
 def tokens(labels: Any, mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
     """Labels and mask: one per row of `like`, the tensor called `tokens_name`, whose tokens have the expected shape."""
     _tensor("labels", labels)

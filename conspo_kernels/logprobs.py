@@ -9,6 +9,7 @@ from torch import Tensor
 
 from . import check
 from .layout import TokenLayout, rows
+from .ops.linear_logprob import linear_logprob
 from .ops.sequence_score import sequence_offsets, sequence_score
 from .ops.token_logprob import token_logprob
 
@@ -72,6 +73,57 @@ def token_logprobs(
     return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
 
 
+def linear_token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    workspace_mib: float = 512,
+    mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    return_entropy: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`token_logprobs` of logits = hidden @ weight.T + bias, which are never whole in memory.
+
+    Args:
+        hidden: [B, T, H] padded, or packed [N, H] or [1, N, H]; fp16, bf16, fp32 or fp64. Under autocast hidden, weight
+            and bias are cast as `F.linear` casts them.
+        weight: [V, H], the lm_head's; dtype and device of hidden.
+        bias: [V] or None.
+        workspace_mib: memory for tiles of logits, MiB.
+        Others: as `token_logprobs`.
+
+    Returns:
+        As `token_logprobs`.
+
+    Raises:
+        TypeError, ValueError: as `token_logprobs`; for a sharded weight (DTensor, or empty under ZeRO-3) with how to
+            gather it.
+
+    Cost, in GEMMs of 2 * N * H * V operations: without gradient 1. With one 4, as backward computes the logits again;
+        3 where all of them fit the workspace and are kept; 2 where neither weight nor bias needs a gradient (and the
+        entropy is not asked for). Memory: the gradients, one accumulator in fp32, and the workspace. On a CPU ignored
+        tokens cost nothing.
+
+    Source: DESIGN section 5.
+    """
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    check.linear(hidden, weight, bias, workspace_mib)
+    check.flags(return_entropy=return_entropy)
+    layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, None)
+    head = LinearHead.of(hidden, weight, bias, workspace_mib)
+    logprobs, entropy = head.logprobs(layout.labels, options, return_entropy)
+    logprobs = logprobs.view(labels.shape)
+    return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
+
+
 def sequence_scores(
     logprobs: Tensor,
     labels: Tensor,
@@ -122,6 +174,52 @@ class TokenOptions(NamedTuple):
     softcap: float | None = None
 
 
+class LinearHead(NamedTuple):
+    """Hidden states [N, H] and the head's weight [V, H] and bias, in the dtype that they are multiplied in."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    workspace: int
+
+    @classmethod
+    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace_mib: float) -> LinearHead:
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            hidden, weight, bias = (
+                x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias)
+            )  # type: ignore[assignment]
+        return cls(hidden.reshape(-1, hidden.shape[-1]), weight, bias, int(workspace_mib * 2**20))
+
+    @property
+    def needs(self) -> list[bool]:
+        """Whether hidden, weight and bias want a gradient."""
+        wanted = torch.is_grad_enabled()
+        return [wanted and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)]
+
+    def mode(self, with_entropy: bool) -> str:
+        """The mode of `ops/linear_logprob.py` with the fewest GEMMs."""
+        needs = self.needs
+        if not any(needs):
+            return "none"
+        if not any(needs[1:]) and not with_entropy:
+            return "frozen"
+        size = self.hidden.shape[0] * self.weight.shape[0] * self.hidden.element_size()
+        return "store" if size <= self.workspace else "recompute"
+
+    def logprobs(
+        self, labels: Tensor, options: TokenOptions, with_entropy: bool = False, keep: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (empty unless asked for), shaped like labels [B, T]."""
+        logprobs, entropy, *_ = linear_logprob(
+            self.hidden, self.weight, self.bias, labels.flatten(), keep, options.ignore_index, options.temperature,
+            options.logit_scale, options.softcap, with_entropy, self.mode(with_entropy), self.workspace,
+            options.implementation,
+        )  # fmt: skip
+        return logprobs.view(labels.shape), entropy
+
+
 def token_layout(
     name: str, like: Tensor, shape: tuple[int, ...], labels: Tensor, options: TokenOptions, needed_for: str | None
 ) -> TokenLayout:
@@ -130,6 +228,7 @@ def token_layout(
     needed_for: what cannot be had of packed tokens without cu_seqlens.
     """
     check.implementation(options.implementation)
+    check.logit_transform(options.temperature, options.logit_scale, options.softcap)
     check.flags(shift=options.shift)
     check.ignore_index(options.ignore_index)
     check.tokens(labels, options.mask, name, shape, like)
@@ -151,7 +250,6 @@ def label_logprobs(
 ) -> tuple[Tensor, Tensor, TokenLayout]:
     """Log-probabilities and entropies [B, T] (empty unless asked for) of arguments it checks, and their layout."""
     check.logits(logits)
-    check.logit_transform(options.temperature, options.logit_scale, options.softcap)
     check.flags(inplace_backward=inplace_backward, return_entropy=with_entropy)
     if inplace_backward:
         check.inplace_backward(logits)

@@ -9,7 +9,7 @@ from ..kernels.transform import LogitTransform
 from .implementation import twin
 
 
-def _check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
+def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
     """Labels are values: they are looked at where that costs no synchronisation, on the CPU."""
     if labels.device.type != "cpu":
         return
@@ -45,7 +45,7 @@ def token_logprob(
         logprobs, entropy, row_max, log_sum: [B, T] fp32, or fp64 for fp64 logits; 0 where ignored.
     """
     del inplace_backward
-    _check_labels(labels, ignore_index, logits.shape[-1])
+    check_labels(labels, ignore_index, logits.shape[-1])
     transform = LogitTransform(temperature, logit_scale, softcap)
     with torch.cuda.device_of(logits):
         kernels = twin("token_logprob", implementation, logits.device)

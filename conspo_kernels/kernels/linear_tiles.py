@@ -1,0 +1,279 @@
+"""The fused-linear path's loop over tiles of logits, for every implementation.
+
+GEMMs by torch, z = hidden @ weight.T + bias for a tile; its statistics, and in backward its gradient in place, by the
+token_logprob twin that is handed in. Names: n tokens (after those without gradient are left out), v vocabulary, h hidden;
+z a tile of logits. GEMM: 2 * N * H * V operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .known_coefficients import forward_backward as at_known_coefficients
+from .tiling import Problem, Tile, backward_tile, row_tile
+from .transform import LogitTransform
+
+IGNORED, ELSEWHERE = -2, -1  # labels of a tile: of no token, and of a token whose label lies in another tile
+
+
+class Head(NamedTuple):
+    """weight [V, H] and bias [V] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Tokens(NamedTuple):
+    """hidden [N, H] and labels [N]; index: which of them take part, [n] int64, None: all."""
+
+    hidden: Tensor
+    labels: Tensor
+    index: Tensor | None
+
+    @classmethod
+    def of(cls, hidden: Tensor, labels: Tensor, ignore_index: int, keep: Tensor | None) -> Tokens:
+        """Those with a label, where that costs no synchronisation: labels, or else `keep` [N] bool, on the CPU."""
+        active = labels != ignore_index
+        labels = torch.where(active, labels, IGNORED)
+        chosen = active if labels.device.type == "cpu" else keep
+        if chosen is None or chosen.all():
+            return cls(hidden, labels, None)
+        return cls(hidden, labels, chosen.nonzero()[:, 0].to(hidden.device, non_blocking=True))
+
+    @property
+    def count(self) -> int:
+        return self.labels.shape[0] if self.index is None else self.index.shape[0]
+
+    def problem(self, head: Head) -> Problem:
+        vocab_size, hidden_size = head.weight.shape
+        return Problem(self.count, vocab_size, hidden_size, self.hidden.element_size(), self.index is not None)
+
+    def chosen(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        """Rows of a tensor [N, ...], of those that take part."""
+        return x[rows] if self.index is None else x.index_select(0, self.index[rows])
+
+    def spread(self, x: Tensor) -> Tensor:
+        """[n, ...] back to [N, ...], zero where no part is taken."""
+        if self.index is None:
+            return x
+        return x.new_zeros(self.labels.shape[0], *x.shape[1:]).index_copy_(0, self.index, x)
+
+
+class Gradients(NamedTuple):
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+class Needs(NamedTuple):
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+def _slices(total: int, size: int) -> Iterator[slice]:
+    for start in range(0, total, max(1, size)):
+        yield slice(start, min(start + size, total))
+
+
+def _gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def _add_gemm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the precision of `total`."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # a product is rounded once to bf16 or fp16, the sum is not
+        total += torch.mm(a, b)
+
+
+class _Sum:
+    """A gradient [rows, H] that is a sum of products: written at once where there is one, else summed in fp32."""
+
+    def __init__(self, out: Tensor, terms: int) -> None:
+        self.out = out
+        narrow = out.element_size() < 4
+        self.total = torch.empty_like(out, dtype=torch.float32) if terms > 1 and narrow else out
+
+    def add(self, rows: slice, first: bool, a: Tensor, b: Tensor) -> None:
+        total = self.total[rows]
+        if not first:
+            _add_gemm(total, a, b)
+        elif total.dtype == a.dtype:
+            _gemm(a, b, total)
+        else:
+            total.zero_()
+            _add_gemm(total, a, b)
+
+    def result(self) -> Tensor:
+        return self.out if self.total is self.out else self.out.copy_(self.total)
+
+
+class Logits:
+    """Tiles of logits in one buffer."""
+
+    def __init__(self, tokens: Tokens, head: Head, tile: Tile, buffer: Tensor | None = None) -> None:
+        self.tokens, self.head = tokens, head
+        if buffer is None:
+            buffer = tokens.hidden.new_empty(min(tile.rows, tokens.count) * min(tile.columns, head.weight.shape[0]))
+        self.buffer = buffer.flatten()
+
+    def tile(self, hidden: Tensor, columns: slice) -> Tensor:
+        """hidden [r, H] -> [r, c]."""
+        weight, bias = self.head
+        size = (hidden.shape[0], columns.stop - columns.start)
+        out = self.buffer[: size[0] * size[1]].view(size)
+        return _gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
+
+
+class Forward(NamedTuple):
+    """[N] each, entropy None unless asked for; stored: what the mode keeps for backward."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    row_max: Tensor
+    log_sum: Tensor
+    stored: Tensor | None
+
+
+def forward(
+    kernels: Any, tokens: Tokens, head: Head, transform: LogitTransform, with_entropy: bool, mode: str, workspace: int
+) -> Forward:
+    """One GEMM; a second in mode "frozen", for the gradient of hidden with coefficients of one.
+
+    stored: "store": the logits [N, V], of which the first n rows are filled.  "frozen": [N, H].
+    """
+    problem = tokens.problem(head)
+    vocab_size, hidden_size = head.weight.shape
+    everything = slice(0, vocab_size)
+    stored = None
+    if mode == "store":
+        tile = Tile(problem.num_tokens, vocab_size)
+        stored = tokens.hidden.new_empty(tokens.labels.shape[0], vocab_size)
+    else:
+        tile = row_tile(problem, workspace)
+    if mode == "frozen":
+        stored = tokens.hidden.new_empty(problem.num_tokens, hidden_size)
+    logits = Logits(tokens, head, tile, stored if mode == "store" else None)
+    parts: list[list[Tensor]] = []
+    for rows in _slices(problem.num_tokens, tile.rows):
+        z = logits.tile(tokens.chosen(tokens.hidden, rows), everything)[None]
+        labels = tokens.chosen(tokens.labels, rows)[None]
+        found = kernels.forward(z, labels, IGNORED, transform, with_entropy)
+        parts.append([x[0] for x in found if x is not None])
+        if mode == "frozen":
+            assert stored is not None
+            ones = torch.ones_like(found[0])
+            kernels.backward(z, z, labels, found[2], found[3], None, ones, None, IGNORED, transform)
+            _gemm(z[0], head.weight, stored[rows])
+    acc = torch.float64 if tokens.hidden.dtype == torch.float64 else torch.float32
+    nothing = [torch.empty(0, dtype=acc, device=tokens.hidden.device)] * (4 if with_entropy else 3)
+    columns = [tokens.spread(torch.cat(column)) for column in zip(*(parts or [nothing]), strict=True)]
+    entropy = columns.pop(1) if with_entropy else None
+    if mode == "frozen":
+        assert stored is not None
+        stored = tokens.spread(stored)
+    return Forward(columns[0], entropy, columns[1], columns[2], stored)
+
+
+def backward(
+    kernels: Any, tokens: Tokens, head: Head, transform: LogitTransform, found: Forward, grad_logprobs: Tensor,
+    grad_entropy: Tensor | None, needs: Needs, workspace: int,
+) -> Gradients:  # fmt: skip
+    """From statistics: one GEMM for the logits (none where they were stored), and one for each of dH and dW."""
+    problem = tokens.problem(head)
+    vocab_size, hidden_size = head.weight.shape
+    stored = found.stored
+    if stored is None:
+        tile = backward_tile(problem, workspace, needs.hidden, needs.weight)
+    else:
+        tile = Tile(problem.num_tokens, vocab_size)
+    logits = Logits(tokens, head, tile, stored)
+    row_slices = list(_slices(problem.num_tokens, tile.rows))
+    column_slices = list(_slices(vocab_size, tile.columns))
+    new = tokens.hidden.new_empty
+    sums = {}
+    if needs.hidden:
+        sums["hidden"] = _Sum(new(problem.num_tokens, hidden_size), len(column_slices))
+    grad_weight = new(vocab_size, hidden_size) if needs.weight else None
+    grad_bias = torch.zeros(vocab_size, dtype=found.row_max.dtype, device=logits.buffer.device) if needs.bias else None
+    for c, columns in enumerate(column_slices):
+        weight = head.weight[columns]
+        # A slice of dW is summed over the tiles of rows before the next slice begins.
+        slice_sum = None if grad_weight is None else _Sum(grad_weight[columns], len(row_slices))
+        for r, rows in enumerate(row_slices):
+            hidden = tokens.chosen(tokens.hidden, rows)
+            if stored is None:
+                z = logits.tile(hidden, columns)
+            else:
+                z = logits.buffer[: problem.num_tokens * vocab_size].view(problem.num_tokens, vocab_size)
+
+            def of_rows(x: Tensor | None, rows: slice = rows) -> Tensor | None:
+                return None if x is None else tokens.chosen(x, rows)[None]
+
+            labels = _labels_in(tokens.chosen(tokens.labels, rows), columns)
+            kernels.backward(
+                z[None], z[None], labels[None], of_rows(found.row_max), of_rows(found.log_sum),
+                None if grad_entropy is None else of_rows(found.entropy), of_rows(grad_logprobs), of_rows(grad_entropy),
+                IGNORED, transform,
+            )  # fmt: skip
+            if needs.hidden:
+                sums["hidden"].add(rows, c == 0, z, weight)
+            if slice_sum is not None:
+                slice_sum.add(slice(None), r == 0, z.t(), hidden)
+            if grad_bias is not None:
+                grad_bias[columns] += z.sum(0, dtype=grad_bias.dtype)
+        if slice_sum is not None:
+            slice_sum.result()
+    if not row_slices and grad_weight is not None:
+        grad_weight.zero_()
+    grad_hidden = tokens.spread(sums["hidden"].result()) if needs.hidden else None
+    return Gradients(grad_hidden, grad_weight, None if grad_bias is None else grad_bias.to(tokens.hidden.dtype))
+
+
+def forward_backward(
+    kernels: Any, tokens: Tokens, head: Head, transform: LogitTransform, coefficients: Tensor, needs: Needs,
+    workspace: int,
+) -> tuple[Tensor, Gradients]:  # fmt: skip
+    """logprobs [N], and the gradients of sum(coefficients * logprobs), in one walk: three GEMMs."""
+    problem = tokens.problem(head)
+    vocab_size, hidden_size = head.weight.shape
+    tile = row_tile(problem, workspace)
+    logits = Logits(tokens, head, tile)
+    row_slices = list(_slices(problem.num_tokens, tile.rows))
+    new = tokens.hidden.new_empty
+    logprobs = []
+    grad_hidden = new(problem.num_tokens, hidden_size) if needs.hidden else None
+    weight_sum = _Sum(new(vocab_size, hidden_size), len(row_slices)) if needs.weight else None
+    grad_bias = torch.zeros(vocab_size, dtype=coefficients.dtype, device=logits.buffer.device) if needs.bias else None
+    for r, rows in enumerate(row_slices):
+        hidden = tokens.chosen(tokens.hidden, rows)
+        z = logits.tile(hidden, slice(0, vocab_size))
+        labels, c = tokens.chosen(tokens.labels, rows)[None], tokens.chosen(coefficients, rows)[None]
+        logprobs.append(at_known_coefficients(kernels, z[None], z[None], labels, c, IGNORED, transform)[0])
+        if grad_hidden is not None:
+            _gemm(z, head.weight, grad_hidden[rows])
+        if weight_sum is not None:
+            weight_sum.add(slice(None), r == 0, z.t(), hidden)
+        if grad_bias is not None:
+            grad_bias += z.sum(0, dtype=grad_bias.dtype)
+    if not row_slices and weight_sum is not None:
+        weight_sum.total.zero_()
+    return tokens.spread(torch.cat(logprobs) if logprobs else coefficients[:0]), Gradients(
+        None if grad_hidden is None else tokens.spread(grad_hidden),
+        None if weight_sum is None else weight_sum.result(),
+        None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
+    )
+
+
+def _labels_in(labels: Tensor, columns: slice) -> Tensor:
+    """Labels relative to a slice of the vocabulary."""
+    inside = (labels >= columns.start) & (labels < columns.stop)
+    return torch.where(inside, labels - columns.start, torch.where(labels == IGNORED, IGNORED, ELSEWHERE))

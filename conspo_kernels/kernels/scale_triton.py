@@ -1,0 +1,26 @@
+"""x *= factor by a factor that is most often 1, which the host does not know: then nothing is read or written."""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 8192
+
+
+# Reads one number; reads and writes x once unless it is 1.
+@triton.jit(do_not_specialize=("count",), do_not_specialize_on_alignment=("factor_ptr",))
+def _kernel(x_ptr, factor_ptr, count: tl.int64, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr)
+    if factor != 1:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        mask = offsets < count
+        x = tl.load(x_ptr + offsets, mask=mask)
+        tl.store(x_ptr + offsets, (x.to(factor.dtype) * factor).to(x.dtype), mask=mask)
+
+
+def scale_(x: Tensor, factor: Tensor) -> None:
+    """x contiguous, factor 0-d."""
+    if x.numel():
+        _kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK)
+
+

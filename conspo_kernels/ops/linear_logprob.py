@@ -1,0 +1,269 @@
+"""conspo::linear_logprob: token log-probabilities from hidden states and the lm_head weight, logits never materialised.
+
+Modes, each the least number of GEMMs (2 * N * H * V operations) for what is known and needed:
+
+    none       1   no gradient
+    recompute  4   backward computes the logits again
+    store      3   all logits fit the workspace and are kept for backward
+    frozen     2   neither weight nor bias needs a gradient: that of hidden for coefficients of one, in the forward
+    known      3   `linear_known`: the coefficients are there beforehand, all gradients in the forward
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..kernels import linear_tiles
+from ..kernels.linear_tiles import Forward, Head, Needs, Tokens
+from ..kernels.transform import LogitTransform
+from .implementation import twin
+from .token_logprob import check_labels
+
+
+@torch.library.custom_op("conspo::linear_logprob", mutates_args=())
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    keep: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    with_entropy: bool,
+    mode: str,
+    workspace: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Log-probabilities, entropy (empty unless asked for), the statistics (max, log-sum) and what the mode stores.
+
+    Args:
+        hidden: [N, H].
+        weight: [V, H].
+        bias: [V] or None.
+        labels: [N] int64.
+        keep: [N] bool on the CPU: tokens whose gradient and log-probability matter to nobody are False. None: not known.
+        mode: "none", "recompute", "store" or "frozen".
+        workspace: bytes for tiles of logits.
+
+    Returns:
+        logprobs, entropy, row_max, log_sum: [N] fp32, or fp64 for fp64 hidden; 0 where ignored.
+        stored: [N, V] for "store", [N, H] for "frozen", else empty.
+    """
+    check_labels(labels, ignore_index, weight.shape[0])
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    with torch.cuda.device_of(hidden):
+        kernels = twin("token_logprob", implementation, hidden.device)
+        tokens = Tokens.of(hidden, labels, ignore_index, keep)
+        found = linear_tiles.forward(kernels, tokens, Head(weight, bias), transform, with_entropy, mode, workspace)
+    logprobs, entropy, row_max, log_sum, stored = found
+    return logprobs, or_empty(entropy, logprobs), row_max, log_sum, or_empty(stored, logprobs)
+
+
+def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
+    """An op returns tensors, and no tensor twice."""
+    return like.new_empty(0) if x is None else x
+
+
+@linear_logprob.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    keep: Tensor | None,
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    with_entropy: bool,
+    mode: str,
+    workspace: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    logprobs, entropy, row_max, log_sum = (hidden.new_empty(labels.shape, dtype=dtype) for _ in range(4))
+    stored = logprobs.new_empty(0)
+    if mode == "store":
+        stored = hidden.new_empty(labels.shape[0], weight.shape[0])
+    elif mode == "frozen":
+        stored = hidden.new_empty(labels.shape[0], hidden.shape[1])
+    return logprobs, entropy if with_entropy else logprobs.new_empty(0), row_max, log_sum, stored
+
+
+def _gradients(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    keep: Tensor | None,
+    found: Forward,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    needs: list[bool],
+    ignore_index: int,
+    transform: LogitTransform,
+    workspace: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    with torch.cuda.device_of(hidden):
+        kernels = twin("token_logprob", implementation, hidden.device)
+        tokens = Tokens.of(hidden, labels, ignore_index, keep)
+        grads = linear_tiles.backward(
+            kernels, tokens, Head(weight, bias), transform, found, grad_logprobs, grad_entropy, Needs(*needs), workspace
+        )
+    hidden_grad, weight_grad, bias_grad = (or_empty(grad, found.logprobs) for grad in grads)
+    return hidden_grad, weight_grad, bias_grad
+
+
+def fake_gradients(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor, needs: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    inputs = (hidden, weight, bias)
+    hidden_grad, weight_grad, bias_grad = (
+        torch.empty_like(x, memory_format=torch.contiguous_format) if needed and x is not None else like.new_empty(0)
+        for x, needed in zip(inputs, needs, strict=True)
+    )
+    return hidden_grad, weight_grad, bias_grad
+
+
+@torch.library.custom_op("conspo::linear_logprob_backward", mutates_args=())
+def linear_logprob_backward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    keep: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    needs: list[bool],
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    workspace: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias, empty where `needs` says no; the logits are computed again."""
+    return _gradients(
+        hidden, weight, bias, labels, keep, Forward(row_max, entropy, row_max, log_sum, None), grad_logprobs,
+        grad_entropy, needs, ignore_index, LogitTransform(temperature, logit_scale, softcap), workspace, implementation,
+    )  # fmt: skip
+
+
+@linear_logprob_backward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    keep: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    needs: list[bool],
+    *_others: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(hidden, weight, bias, row_max, needs)
+
+
+@torch.library.custom_op("conspo::linear_logprob_backward_", mutates_args={"stored"})
+def linear_logprob_backward_(
+    stored: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    keep: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    needs: list[bool],
+    ignore_index: int,
+    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
+    workspace: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same from stored logits [N, V], which their gradient overwrites: a second backward is told by autograd."""
+    return _gradients(
+        hidden, weight, bias, labels, keep, Forward(row_max, entropy, row_max, log_sum, stored), grad_logprobs,
+        grad_entropy, needs, ignore_index, LogitTransform(temperature, logit_scale, softcap), workspace, implementation,
+    )  # fmt: skip
+
+
+@linear_logprob_backward_.register_fake
+def _(
+    stored: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    keep: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    needs: list[bool],
+    *_others: object,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return fake_gradients(hidden, weight, bias, row_max, needs)
+
+
+def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    hidden, weight, bias, labels, keep, *ctx.transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation = inputs
+    _logprobs, entropy, row_max, log_sum, stored = output
+    if ctx.mode == "frozen":
+        ctx.save_for_backward(stored)
+    else:
+        ctx.save_for_backward(hidden, weight, bias, labels, keep, row_max, log_sum, entropy, stored)
+    ctx.mark_non_differentiable(row_max, log_sum, stored, *(() if with_entropy else (entropy,)))
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-def]
+    nothing = (None,) * 10
+    needs = list(ctx.needs_input_grad[:3])
+    if not any(needs) or (grad_logprobs is None and grad_entropy is None):
+        return None, None, None, *nothing
+    if ctx.mode == "frozen":
+        (stored,) = ctx.saved_tensors
+        return scaled_rows(stored, grad_logprobs), None, None, *nothing
+    hidden, weight, bias, labels, keep, row_max, log_sum, entropy, stored = ctx.saved_tensors
+    if grad_logprobs is None:
+        grad_logprobs = torch.zeros_like(row_max)
+    arguments = (
+        hidden, weight, bias, labels, keep, row_max, log_sum, entropy, grad_logprobs, grad_entropy, needs,
+        *ctx.transform, ctx.workspace, ctx.implementation,
+    )  # fmt: skip
+    if ctx.mode == "store":
+        grads = linear_logprob_backward_(stored, *arguments)
+    else:
+        grads = linear_logprob_backward(*arguments)
+    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *nothing
+
+
+linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("conspo::scaled_rows", mutates_args=())
+def scaled_rows(rows: Tensor, factors: Tensor) -> Tensor:
+    """rows [N, H] times factors [N], rounded once; 0 where a factor is 0, whatever the row."""
+    out = torch.mul(rows, factors[:, None], out=torch.empty_like(rows))
+    return out.masked_fill_((factors == 0)[:, None], 0)
+
+
+@scaled_rows.register_fake
+def _(rows: Tensor, factors: Tensor) -> Tensor:
+    return torch.empty_like(rows)
