@@ -134,6 +134,7 @@ def token_layout(
     check.ignore_index(options.ignore_index)
     check.tokens(labels, options.mask, name, shape, like)
     check.cu_seqlens(options.cu_seqlens, shape, needed_for or ("shift=True" if options.shift else None))
+    check.devices(labels.device, cu_seqlens=options.cu_seqlens)
     offsets = None
     if options.cu_seqlens is not None:
         offsets = sequence_offsets(options.cu_seqlens, labels.numel(), labels.device)

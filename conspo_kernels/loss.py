@@ -178,6 +178,9 @@ def _loss(
     """The objective on scores [S] and, where they are known, counts of response tokens."""
     num_rollouts = scores.shape[0]
     check.rewards(rewards, num_rollouts)
+    check.devices(
+        scores.device, rewards=rewards, groups=groups, margin=objective.margin, num_groups=objective.num_groups
+    )
     layout = GroupLayout.of(groups, num_rollouts)
     margin = _constant(objective.margin, scores)
     denominator = None if objective.num_groups is None else _constant(objective.num_groups, scores)
