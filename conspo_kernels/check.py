@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+INTEGERS = "int8, int16, int32, int64 or uint8"
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -25,6 +27,16 @@ def _tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
+
+
+def _reverse_mode(name: str, value: Tensor) -> None:
+    """Registered ops have a backward and nothing else: a forward-mode derivative of theirs would be zero in silence."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise NotImplementedError(f"{name} is inside a torch.func transform, of which there is none here: use autograd")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{name} carries a tangent, but there is no forward-mode derivative here")
 
 
 def _dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], words: str) -> None:
@@ -93,6 +105,7 @@ def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
 
 def logits(value: Any) -> None:
     _tensor("logits", value)
+    _reverse_mode("logits", value)
     _dtype("logits", value, LOGIT_DTYPES, "fp16, bf16, fp32 or fp64")
     if value.dim() not in (2, 3):
         raise ValueError(f"logits must be [B, T, V], or packed [N, V] or [1, N, V], got {list(value.shape)}")
@@ -105,7 +118,7 @@ def logits(value: Any) -> None:
 def tokens(labels: Any, mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
     """Labels and mask: one per row of `like`, the tensor called `tokens_name`, whose tokens have the expected shape."""
     _tensor("labels", labels)
-    _dtype("labels", labels, INTEGER_DTYPES, "integers")
+    _dtype("labels", labels, INTEGER_DTYPES, INTEGERS)
     _shape("labels", labels, expected, f"one per row of {tokens_name}")
     _same_device("labels", labels, tokens_name, like)
     if mask is not None:
@@ -132,6 +145,7 @@ def cu_seqlens(value: Any, shape: tuple[int, ...], needed_for: str | None) -> No
 
 def logprobs(value: Any) -> None:
     _tensor("logprobs", value)
+    _reverse_mode("logprobs", value)
     _dtype("logprobs", value, LOGIT_DTYPES, "floating point")
     if value.dim() not in (1, 2):
         raise ValueError(f"logprobs must be [B, T], or packed [N] or [1, N], got {list(value.shape)}")
@@ -139,6 +153,7 @@ def logprobs(value: Any) -> None:
 
 def scores(value: Any) -> None:
     _tensor("scores", value)
+    _reverse_mode("scores", value)
     _dtype("scores", value, LOGIT_DTYPES, "floating point")
     if value.dim() != 1:
         raise ValueError(f"scores must be [S], got {list(value.shape)}")
@@ -154,7 +169,7 @@ def rewards(value: Any, num_rollouts: int) -> None:
 def groups(value: Any, num_rollouts: int) -> None:
     if isinstance(value, Tensor):
         _tensor("groups", value)
-        _dtype("groups", value, INTEGER_DTYPES, "an int or integer prompt ids")
+        _dtype("groups", value, INTEGER_DTYPES, f"an int or prompt ids in {INTEGERS}")
         _shape("groups", value, (num_rollouts,), "one prompt id per rollout")
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -162,7 +177,7 @@ def groups(value: Any, num_rollouts: int) -> None:
     if not 1 <= value < 2**63:
         raise ValueError(f"groups must be at least 1 and fit 64 bits, got {value}")
     if num_rollouts % int(value) != 0:
-        raise ValueError(f"groups={value} must divide the number of rollouts, got {num_rollouts}")
+        raise ValueError(f"groups={value} rollouts per prompt must divide the number of rollouts, got {num_rollouts}")
 
 
 def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_groups: Any) -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from conspo_kernels import (
     ConSPOLoss,
@@ -89,7 +90,7 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     *((loss, padded(**{name: torch.eye(4).to_sparse()}), f"{name} must be a dense tensor, got torch.sparse_coo")
       for name in ("logits", "labels", "mask", "rewards", "groups")),
     # labels and mask
-    (loss, padded(labels=torch.zeros(4, 3)), "labels must be integers, got torch.float32"),
+    (loss, padded(labels=torch.zeros(4, 3)), "labels must be int8, int16, int32, int64 or uint8, got torch.float32"),
     (loss, padded(labels=torch.zeros(4, 2, dtype=torch.long)), r"labels must have shape \[4, 3\] .*, got \[4, 2\]"),
     (loss, packed(labels=torch.zeros(1, 6, dtype=torch.long)), r"labels must have shape \[6\] .*, got \[1, 6\]"),
     (loss, padded(labels=torch.zeros(4, 3, dtype=torch.long, device=META)),
@@ -116,7 +117,7 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (loss, padded(rewards=torch.zeros(4, 1)), r"rewards must have shape \[4\] .*, got \[4, 1\]"),
     (loss, padded(rewards=torch.zeros(4, dtype=torch.complex64)),
      "rewards must be .*, int or bool, got torch.complex64"),
-    (loss, padded(groups=3), "groups=3 must divide the number of rollouts, got 4"),
+    (loss, padded(groups=3), "groups=3 rollouts per prompt must divide the number of rollouts, got 4"),
     (loss, padded(groups=0), "groups must be at least 1 and fit 64 bits, got 0"),
     (loss, padded(groups=torch.zeros(3, dtype=torch.long)), r"groups must have shape \[4\] .*, got \[3\]"),
     (loss, padded(logits=torch.zeros(0, 3, 9), labels=torch.zeros(0, 3).long(), rewards=torch.ones(0), groups=2**63),
@@ -124,7 +125,7 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     *((door, arguments(**{name: value.to(META)}), f"{name} must be on the CPU, got meta")
       for door, arguments in ((loss, padded), (from_scores, scores)) for name, value in COMPANIONS.items()),
     (loss, packed(cu_seqlens=torch.tensor([0, 6], device=META)), "cu_seqlens must be on the CPU, got meta"),
-    (loss, padded(groups=torch.zeros(4)), "groups must be an int or integer prompt ids, got torch.float32"),
+    (loss, padded(groups=torch.zeros(4)), "groups must be an int or prompt ids in int8, .*, got torch.float32"),
     # numbers
     *((loss, padded(**{name: bad}), f"{name} must be positive and finite, .*, got {re.escape(str(bad))}$")
       for name in ("tau", "temperature", "logit_scale", "softcap", "num_groups")
@@ -148,7 +149,6 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (loss, padded(reduction="avg"), "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
     (loss, padded(implementation="cuda"),
      "implementation must be one of 'auto', 'triton', 'native', 'torch', got 'cuda'"),
-    (loss, padded(implementation="native"), "implementation='native' cannot run token_logprob here: this build has no"),
     # the other doors
     (from_scores, scores(scores=torch.randn(4, 1)), r"scores must be \[S\], got \[4, 1\]"),
     (from_scores, scores(scores=torch.arange(4)),
@@ -190,6 +190,9 @@ def test_type_errors(door: Callable[..., Any], arguments: dict[str, Any], messag
         door(arguments)
 
 
+OTHERS = ("inplace_backward", "choose", "_reverse_mode", "_no_second_derivative")
+
+
 def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, int]:
     """File and line of the error of a call."""
     try:
@@ -201,13 +204,13 @@ def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str,
 
 
 def test_every_error_at_the_door_and_in_the_ops_is_provoked_here() -> None:
-    """But those of `inplace_backward`, which test_inplace.py provokes."""
+    """But those of `inplace_backward`, `choose` and `_reverse_mode`, which have tests of their own."""
     reached = {raised_at(door, arguments) for door, arguments, _ in VALUE_ERRORS + TYPE_ERRORS}
     package = Path(check.__file__).parent
     missing = []
     for path in (package / "check.py", *sorted((package / "ops").glob("*.py"))):
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if not isinstance(function, ast.FunctionDef) or function.name == "inplace_backward":
+            if not isinstance(function, ast.FunctionDef) or function.name in OTHERS:
                 continue
             for node in ast.walk(function):
                 lines = range(node.lineno, (node.end_lineno or 0) + 1) if isinstance(node, ast.Raise) else ()
@@ -241,3 +244,21 @@ def test_the_unchanged_arguments_are_fine() -> None:
         conspo_scores(padded()["logits"], padded()["labels"]),
     ]  # fmt: skip
     assert all(result.isfinite().all() for result in results)
+
+
+def test_no_forward_mode_no_torch_func_no_second_derivative() -> None:
+    """A registered op has none of them, and a tangent of its would be zero in silence."""
+    logits, labels = torch.randn(1, 2, 5), torch.zeros(1, 2, dtype=torch.long)
+
+    def value(logits: Tensor) -> Tensor:
+        return token_logprobs(logits, labels).sum()
+
+    for transform in (lambda: torch.func.jvp(value, (logits,), (logits,)), lambda: torch.func.grad(value)(logits)):
+        with pytest.raises(NotImplementedError, match=r"logits is inside a torch\.func transform"):
+            transform()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="logits carries a tangent"):
+        value(forward_ad.make_dual(logits, logits))
+    leaf = logits.requires_grad_()
+    (grad,) = torch.autograd.grad(value(leaf).square(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="conspo_kernels has no second derivative"):
+        grad.sum().backward()

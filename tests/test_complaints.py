@@ -25,7 +25,7 @@ from tolerance import max_error
 from torch import Tensor
 
 from conspo_kernels import conspo_loss, token_logprobs
-from conspo_kernels.kernels import group_infonce_triton, sequence_score_triton, token_logprob_triton
+from conspo_kernels.kernels import group_infonce_triton, native, sequence_score_triton, token_logprob_triton
 from conspo_kernels.ops import implementation as choice
 from conspo_kernels.ops.token_logprob import token_logprob, token_logprob_backward_
 from conspo_kernels.reference import reference_loss
@@ -170,7 +170,11 @@ def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="conspo_kernels"):
         for _ in range(3):
             token_logprobs(torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.long))
-    assert [record.message for record in caplog.records] == ["token_logprob on cpu: implementation='torch'"]
+    assert [record.message for record in caplog.records] == [
+        "token_logprob on cpu: implementation='native'"
+        if native.OBSTACLE is None
+        else f"token_logprob on cpu: implementation='torch', not 'native': {native.OBSTACLE}"
+    ]
 
 
 def test_compiles_with_python_floats(implementation: str, device: torch.device) -> None:  # Liger#1366
@@ -207,7 +211,7 @@ def test_batches_that_are_no_multiple_of_the_generations(
     """The last batch of an epoch: an int raises and says why, ids take groups of any sizes."""
     logits, labels = batch(device)
     logits, labels = logits[:5], labels[:5]
-    with pytest.raises(ValueError, match="groups=2 must divide the number of rollouts, got 5"):
+    with pytest.raises(ValueError, match="groups=2 rollouts per prompt must divide the number of rollouts, got 5"):
         conspo_loss(logits, labels.to(device), REWARDS[:5], 2, implementation=implementation)
     ids = torch.tensor([0, 0, 0, 1, 0])
     loss = conspo_loss(logits, labels.to(device), REWARDS[:5], ids, implementation=implementation)

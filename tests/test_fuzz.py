@@ -189,6 +189,8 @@ def assert_exact(door: Door, name: str, a: Arguments, copies: Arguments, returne
     info = torch.finfo(main.dtype)
     allowed = relative * 4 * slope / denominator + 2 * info.eps * exact_grad.abs().max().item() if grad.numel() else 0.0
     assert grad.dtype == main.dtype
+    if allowed > info.max:  # a rounding of tanh times a slope of 1e18 is more than an fp16 holds
+        return
     assert max_error(grad, exact_grad.to(main.dtype)) <= allowed + info.tiny, "gradient"
 
 
@@ -222,7 +224,7 @@ def call(name: str, a: Arguments, may_raise: bool) -> bool:
 
 def examples(implementation: str, factor: float) -> settings:
     """The interpreter is slow."""
-    share = {"torch": 1.0, "triton": 0.1}[implementation]
+    share = {"torch": 1.0, "native": 1.0, "triton": 0.1}[implementation]
     return settings(max_examples=max(1, round(settings.default.max_examples * factor * share)))
 
 
