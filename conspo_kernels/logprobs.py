@@ -88,8 +88,8 @@ def sequence_scores(
 
     Args:
         logprobs: [B, T] padded (a row is a rollout), or packed [N] or [1, N]; floating point.
-        labels: integers, shaped like logprobs; those and `mask` (the same shape), `shift` and `ignore_index` as given to
-            `token_logprobs`: they say which tokens count.
+        labels: integers, shaped like logprobs, and `mask`, of the same shape, `shift` and `ignore_index`: as given to
+            `token_logprobs`; they say which tokens count.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed rollouts; required for [N].
         implementation: "auto", "triton", "native" or "torch".
 
