@@ -6,21 +6,37 @@ what needs the values of a tensor is checked inside the ops.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
+INTEGERS = "int8, int16, int32, int64 or uint8"
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 REDUCTIONS = ("mean", "sum", "none")
+
+# Quotients and products of two numbers between these fit fp32, so no kernel meets an infinite or a zero factor.
+SMALLEST, LARGEST = 1e-18, 1e18
 
 
 def _tensor(name: str, value: Any) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if value.layout != torch.strided or value.is_nested:
+        raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
+
+
+def _reverse_mode(name: str, value: Tensor) -> None:
+    """Registered ops have a backward and nothing else: a forward-mode derivative of theirs would be zero in silence."""
+    if torch.compiler.is_compiling():
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise NotImplementedError(f"{name} is inside a torch.func transform, of which there is none here: use autograd")
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(f"{name} carries a tangent, but there is no forward-mode derivative here")
 
 
 def _dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], words: str) -> None:
@@ -45,8 +61,18 @@ def _number(name: str, value: Any) -> None:
 
 def _positive(name: str, value: Any) -> None:
     _number(name, value)
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}")
+    in_range(name, value)
+
+
+def in_range(name: str, value: float) -> None:
+    """A number that is multiplied and divided by."""
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"{name} must be positive and finite, from {SMALLEST} to {LARGEST}, got {value}")
+
+
+def margin_in_range(value: float) -> None:
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"margin must be finite, from {-LARGEST} to {LARGEST}, got {value}")
 
 
 def _flag(name: str, value: Any) -> None:
@@ -55,7 +81,7 @@ def _flag(name: str, value: Any) -> None:
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
@@ -79,6 +105,7 @@ def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
 
 def logits(value: Any) -> None:
     _tensor("logits", value)
+    _reverse_mode("logits", value)
     _dtype("logits", value, LOGIT_DTYPES, "fp16, bf16, fp32 or fp64")
     if value.dim() not in (2, 3):
         raise ValueError(f"logits must be [B, T, V], or packed [N, V] or [1, N, V], got {list(value.shape)}")
@@ -119,7 +146,7 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
 def tokens(labels: Any, mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
     """Labels and mask: one per row of `like`, the tensor called `tokens_name`, whose tokens have the expected shape."""
     _tensor("labels", labels)
-    _dtype("labels", labels, INTEGER_DTYPES, "integers")
+    _dtype("labels", labels, INTEGER_DTYPES, INTEGERS)
     _shape("labels", labels, expected, f"one per row of {tokens_name}")
     _same_device("labels", labels, tokens_name, like)
     if mask is not None:
@@ -146,6 +173,7 @@ def cu_seqlens(value: Any, shape: tuple[int, ...], needed_for: str | None) -> No
 
 def logprobs(value: Any) -> None:
     _tensor("logprobs", value)
+    _reverse_mode("logprobs", value)
     _dtype("logprobs", value, LOGIT_DTYPES, "floating point")
     if value.dim() not in (1, 2):
         raise ValueError(f"logprobs must be [B, T], or packed [N] or [1, N], got {list(value.shape)}")
@@ -153,6 +181,7 @@ def logprobs(value: Any) -> None:
 
 def scores(value: Any) -> None:
     _tensor("scores", value)
+    _reverse_mode("scores", value)
     _dtype("scores", value, LOGIT_DTYPES, "floating point")
     if value.dim() != 1:
         raise ValueError(f"scores must be [S], got {list(value.shape)}")
@@ -167,43 +196,56 @@ def rewards(value: Any, num_rollouts: int) -> None:
 
 def groups(value: Any, num_rollouts: int) -> None:
     if isinstance(value, Tensor):
-        _dtype("groups", value, INTEGER_DTYPES, "an int or integer prompt ids")
+        _tensor("groups", value)
+        _dtype("groups", value, INTEGER_DTYPES, f"an int or prompt ids in {INTEGERS}")
         _shape("groups", value, (num_rollouts,), "one prompt id per rollout")
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"groups must be an int or a tensor of prompt ids, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"groups must be at least 1, got {value}")
+    if not 1 <= value < 2**63:
+        raise ValueError(f"groups must be at least 1 and fit 64 bits, got {value}")
     if num_rollouts % int(value) != 0:
-        raise ValueError(f"groups={value} must divide the number of rollouts, got {num_rollouts}")
+        raise ValueError(f"groups={value} rollouts per prompt must divide the number of rollouts, got {num_rollouts}")
 
 
 def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_groups: Any) -> None:
     _positive("tau", tau)
     _scalar("margin", margin)
+    # Under torch.compile a comparison would tie the program to one margin: there the op checks the tensor made of it.
+    if not isinstance(margin, Tensor) and not torch.compiler.is_compiling():
+        margin_in_range(margin)
     _number("reward_threshold", reward_threshold)
     if reward_threshold != reward_threshold:
         raise ValueError("reward_threshold must not be NaN, got nan")
+    if isinstance(reward_threshold, int) and not -(2**63) <= reward_threshold < 2**63:
+        raise ValueError(f"reward_threshold must fit 64 bits, got {reward_threshold}")
     _choice("reduction", reduction, REDUCTIONS)
     if num_groups is not None:
         _scalar("num_groups", num_groups)
         if reduction != "mean":
             raise ValueError(f"num_groups is the denominator of reduction='mean', got reduction={reduction!r}")
-        if not isinstance(num_groups, Tensor) and not num_groups > 0:
-            raise ValueError(f"num_groups must be > 0, got {num_groups}")
+        if not isinstance(num_groups, Tensor):
+            in_range("num_groups", num_groups)
 
 
 def _scalar(name: str, value: Any) -> None:
     """A number or a 0-d tensor."""
     if not isinstance(value, Tensor):
         _number(name, value)
-        if not torch.compiler.is_compiling() and not abs(value) <= torch.finfo(torch.float32).max:
-            raise ValueError(f"{name} must be finite in fp32, got {value}")
         return
+    _tensor(name, value)
     if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name} must be a number or a real 0-d tensor, got {value.dtype} {list(value.shape)}")
     if value.requires_grad:
         raise ValueError(f"{name} is a constant of the loss and gets no gradient: pass {name}.detach()")
+
+
+def devices(device: torch.device, **values: Any) -> None:
+    """Tensors that come along: where the computation is, or on the CPU, from where they are brought without waiting."""
+    for name, value in values.items():
+        if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != device:
+            places = "the CPU" if device.type == "cpu" else f"the CPU or {device}, where the computation is"
+            raise ValueError(f"{name} must be on {places}, got {value.device}")
 
 
 def flags(**values: Any) -> None:

@@ -62,8 +62,8 @@ def rows(logits: Tensor) -> Tensor:
 class GroupLayout:
     """Groups of `size` consecutive rollouts, or, where size is 0, ragged ones as segments of a sorted order.
 
-    order [S], offsets [S + 1] (as many slots as rollouts, the trailing ones empty: how many there are is then nobody's
-    business on the host), slots [S]: the fields of `objective.Segments`, on the device of the ids.
+    order [S], offsets [S + 1] (as many slots as rollouts, the trailing ones empty, so that no count need be
+    read back from a GPU), slots [S]: the fields of `objective.Segments`, on the device of the ids.
     """
 
     num_rollouts: int

@@ -39,17 +39,17 @@ def token_logprobs(
             free: a view such as `logits[:, :-1]` is read in place.
         labels: [B, T], [N] or [1, N] integers, aligned with the logits that predict them; `ignore_index`: no token.
         mask: shaped like labels, any real dtype, zero = no token. Labels under it are never looked at.
-        cu_seqlens: [S + 1] int32 or int64, offsets of packed sequences; needed where `shift` is. Rows past the last
-            offset are ignored.
+        cu_seqlens: [S + 1] int32 or int64, offsets of packed sequences; required for [N] with `shift`. Rows past the
+            last offset are ignored. Without it [1, N] is one sequence.
         shift: labels (and mask) are the input ids: position t predicts label t + 1 within its own sequence. Outputs
             stay aligned with the logits. Better than slicing the logits, whose backward allocates a full buffer.
         temperature: T > 0 that the rollouts were sampled at.
         logit_scale: factor > 0 before the softcap.
         softcap: bound of the capped logits, > 0, or None.
         ignore_index: the label that means "no token"; it wins over an entry of the vocabulary.
-        inplace_backward: backward writes the gradient over the storage of `logits`: no [.., V] buffer is allocated.
-            Logits must not be a leaf. Whoever else needs their values in backward, a second backward too, gets
-            autograd's "modified by an inplace operation" error.
+        inplace_backward: backward writes the gradient over the storage of `logits`, and so of every alias of them: no
+            [.., V] buffer is allocated. Logits must not be a leaf. Who else needs their values in a later backward, a
+            second one too, gets autograd's "modified by an inplace operation" error; who reads them gets the gradient.
         return_entropy: also return the entropy of each row's distribution, in nats, differentiable too.
         implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
 
@@ -63,7 +63,7 @@ def token_logprobs(
     Cost: forward reads the logits once and allocates O(N); backward reads and writes them once. Tokens that are ignored
         or whose incoming gradient is zero are not read.
 
-    Source: DESIGN section 2; arXiv:2605.12969.
+    Source: arXiv:2605.12969.
     """
     options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
     logprobs, entropy, _layout = label_logprobs(
@@ -140,7 +140,8 @@ def sequence_scores(
 
     Args:
         logprobs: [B, T] padded (a row is a rollout), or packed [N] or [1, N]; floating point.
-        labels, mask, shift, ignore_index: as given to `token_logprobs`: they say which tokens count.
+        labels: integers, shaped like logprobs, and `mask`, of the same shape, `shift` and `ignore_index`: as given to
+            `token_logprobs`; they say which tokens count.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed rollouts; required for [N].
         implementation: "auto", "triton", "native" or "torch".
 
@@ -233,6 +234,7 @@ def token_layout(
     check.ignore_index(options.ignore_index)
     check.tokens(labels, options.mask, name, shape, like)
     check.cu_seqlens(options.cu_seqlens, shape, needed_for or ("shift=True" if options.shift else None))
+    check.devices(labels.device, cu_seqlens=options.cu_seqlens)
     offsets = None
     if options.cu_seqlens is not None:
         offsets = sequence_offsets(options.cu_seqlens, labels.numel(), labels.device)

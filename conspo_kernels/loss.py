@@ -63,10 +63,10 @@ def conspo_loss(
         labels: [B, T], [N] or [1, N] integers, aligned with the logits that predict them; `ignore_index`: not a
             response token.
         rewards: [S] float, int or bool; NaN = unscorable. May lie on the CPU.
-        groups: an int G (each G consecutive rollouts share a prompt), or [S] integer prompt ids in any order, groups of
-            any sizes. May lie on the CPU.
+        groups: an int G, the size of a group (each G consecutive rollouts share a prompt), or [S] integer prompt ids in
+            any order, groups of any sizes. May lie on the CPU.
         cu_seqlens: [S + 1] int32 or int64, flash-attn's convention; rows past the last offset are ignored and get zero
-            gradient. May lie on the CPU, where its values are checked.
+            gradient. May lie on the CPU, where its values are checked. Without it [1, N, V] is one rollout.
         mask: shaped like labels, any real dtype, zero = not a response token; with `shift` it belongs to the input ids
             and moves with them. Labels under it are never looked at.
         shift: labels are the input ids: position t predicts label t + 1 within its own sequence. Better than slicing
@@ -178,6 +178,9 @@ def _loss(
     """The objective on scores [S] and, where they are known, counts of response tokens."""
     num_rollouts = scores.shape[0]
     check.rewards(rewards, num_rollouts)
+    check.devices(
+        scores.device, rewards=rewards, groups=groups, margin=objective.margin, num_groups=objective.num_groups
+    )
     layout = GroupLayout.of(groups, num_rollouts)
     margin = _constant(objective.margin, scores)
     denominator = None if objective.num_groups is None else _constant(objective.num_groups, scores)

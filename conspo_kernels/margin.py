@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +26,7 @@ class CosineMargin:
         A schedule: call it with the step t, get m_t as a float.
 
     Raises:
+        TypeError: an argument is not a number.
         ValueError: an argument is out of its range; the message names it.
 
     Source: arXiv:2605.12969.
@@ -38,11 +41,11 @@ class CosineMargin:
 
     def __post_init__(self) -> None:
         # Comparisons with NaN are false, so each test is written to pass only what is right.
-        if not math.isfinite(self.target):
+        if not math.isfinite(_number("target", self.target)):
             raise ValueError(f"target: expected a finite margin, got {self.target!r}")
-        if not 0 <= self.warmup_ratio <= 1:
+        if not 0 <= _number("warmup_ratio", self.warmup_ratio) <= 1:
             raise ValueError(f"warmup_ratio: expected a fraction in [0, 1], got {self.warmup_ratio!r}")
-        if not 0 < self.total_steps < math.inf:
+        if not 0 < _number("total_steps", self.total_steps) < math.inf:
             raise ValueError(f"total_steps: expected a positive finite number of steps, got {self.total_steps!r}")
 
     def __call__(self, step: float) -> float:
@@ -56,12 +59,24 @@ class CosineMargin:
             m_t in nats per token, between 0 and target.
 
         Raises:
+            TypeError: step is not a number.
             ValueError: step is negative, infinite or NaN.
         """
-        if not 0 <= step < math.inf:
+        t = _number("step", step)
+        if not 0 <= t < math.inf:
             raise ValueError(f"step: expected a non-negative finite number, got {step!r}")
         if self.warmup_ratio == 0:
             return float(self.target)
         # warmup_ratio <= 1, so a step past total_steps is past the warm-up, and the min covers it.
-        progress = min(step / self.total_steps / self.warmup_ratio, 1.0)
-        return float(self.target / 2 * (1 - math.cos(math.pi * progress)))
+        progress = min(t / float(self.total_steps) / float(self.warmup_ratio), 1.0)
+        return float(self.target) / 2 * (1 - math.cos(math.pi * progress))
+
+
+def _number(name: str, value: Any) -> float:
+    """A number of Python's or NumPy's as a float; an integer beyond the range of a float is infinite."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf  # type: ignore[operator]

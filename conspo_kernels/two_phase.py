@@ -1,4 +1,4 @@
-"""A group split over micro-batches: scores of all rollouts first, without a graph."""
+"""Scores without a graph: of all rollouts of a group that is split over micro-batches, for ranking, for logs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def conspo_scores(
     ignore_index: int = -100,
     implementation: str = "auto",
 ) -> Tensor:
-    """Scores of rollouts, without a graph: phase 1 of a group that is split over micro-batches.
+    """Scores of rollouts, without a graph.
 
     s[i] = (1 / n_i) * sum_t logp[i, t].
 

@@ -8,11 +8,17 @@ from types import FunctionType
 
 import pytest
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton defines the kernels, so before their import
 
 IMPLEMENTATIONS = ("torch", "triton", "native")
+
+# `pytest --hypothesis-profile=long` looks further, and elsewhere each time.
+settings.register_profile("repeatable", max_examples=100, deadline=None, derandomize=True)
+settings.register_profile("long", max_examples=1500, deadline=None)
+settings.load_profile("repeatable")
 
 
 def _hasten_interpreter() -> None:

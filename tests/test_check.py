@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import math
+import re
+import traceback
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from conspo_kernels import (
     ConSPOLoss,
+    check,
     conspo_loss,
     conspo_loss_from_scores,
     conspo_scores,
@@ -57,7 +66,17 @@ def tokens(arguments: dict[str, Any]) -> Any:
     return token_logprobs(**{k: v for k, v in arguments.items() if k not in ("rewards", "groups")})
 
 
+def from_scores(arguments: dict[str, Any]) -> Any:
+    return conspo_loss_from_scores(**arguments)
+
+
 META = torch.device("meta")
+COMPANIONS = {  # what may lie on the CPU whatever the device of the logits
+    "rewards": torch.tensor([1.0, 0.0, 0.0, 1.0]),
+    "groups": torch.tensor([1, 1, 2, 2]),
+    "margin": torch.tensor(0.0),
+    "num_groups": torch.tensor(1.0),
+}
 
 VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
     # logits
@@ -68,8 +87,10 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (loss, padded(logits=torch.randn(4, 3, 0)),
      r"logits must have a vocabulary of at least one entry, got \[4, 3, 0\]"),
     (loss, padded(logits=torch.randn(4, 9, 3).mT), r"logits must have a last stride of 1 .*, got strides \(27, 1, 3\)"),
+    *((loss, padded(**{name: torch.eye(4).to_sparse()}), f"{name} must be a dense tensor, got torch.sparse_coo")
+      for name in ("logits", "labels", "mask", "rewards", "groups")),
     # labels and mask
-    (loss, padded(labels=torch.zeros(4, 3)), "labels must be integers, got torch.float32"),
+    (loss, padded(labels=torch.zeros(4, 3)), "labels must be int8, int16, int32, int64 or uint8, got torch.float32"),
     (loss, padded(labels=torch.zeros(4, 2, dtype=torch.long)), r"labels must have shape \[4, 3\] .*, got \[4, 2\]"),
     (loss, packed(labels=torch.zeros(1, 6, dtype=torch.long)), r"labels must have shape \[6\] .*, got \[1, 6\]"),
     (loss, padded(labels=torch.zeros(4, 3, dtype=torch.long, device=META)),
@@ -96,35 +117,43 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (loss, padded(rewards=torch.zeros(4, 1)), r"rewards must have shape \[4\] .*, got \[4, 1\]"),
     (loss, padded(rewards=torch.zeros(4, dtype=torch.complex64)),
      "rewards must be .*, int or bool, got torch.complex64"),
-    (loss, padded(groups=3), "groups=3 must divide the number of rollouts, got 4"),
-    (loss, padded(groups=0), "groups must be at least 1, got 0"),
+    (loss, padded(groups=3), "groups=3 rollouts per prompt must divide the number of rollouts, got 4"),
+    (loss, padded(groups=0), "groups must be at least 1 and fit 64 bits, got 0"),
     (loss, padded(groups=torch.zeros(3, dtype=torch.long)), r"groups must have shape \[4\] .*, got \[3\]"),
-    (loss, padded(groups=torch.zeros(4)), "groups must be an int or integer prompt ids, got torch.float32"),
+    (loss, padded(logits=torch.zeros(0, 3, 9), labels=torch.zeros(0, 3).long(), rewards=torch.ones(0), groups=2**63),
+     "groups must be at least 1 and fit 64 bits, got 9223372036854775808"),
+    *((door, arguments(**{name: value.to(META)}), f"{name} must be on the CPU, got meta")
+      for door, arguments in ((loss, padded), (from_scores, scores)) for name, value in COMPANIONS.items()),
+    (loss, packed(cu_seqlens=torch.tensor([0, 6], device=META)), "cu_seqlens must be on the CPU, got meta"),
+    (loss, padded(groups=torch.zeros(4)), "groups must be an int or prompt ids in int8, .*, got torch.float32"),
     # numbers
-    *((loss, padded(**{name: bad}), f"{name} must be positive and finite, got {bad}")
-      for name in ("tau", "temperature", "logit_scale", "softcap") for bad in (0, -1.0, math.inf, math.nan)),
+    *((loss, padded(**{name: bad}), f"{name} must be positive and finite, .*, got {re.escape(str(bad))}$")
+      for name in ("tau", "temperature", "logit_scale", "softcap", "num_groups")
+      for bad in (0, -1.0, math.inf, math.nan, 1e-300, 10**400)),
     (loss, padded(reward_threshold=math.nan), "reward_threshold must not be NaN"),
     (loss, padded(rewards=torch.zeros(4).to(torch.float8_e4m3fn)), "rewards must be .* got torch.float8_e4m3fn"),
-    (loss, padded(margin=math.nan), "margin must be finite in fp32, got nan"),
-    (loss, padded(margin=1e300), r"margin must be finite in fp32, got 1e\+300"),
+    (loss, padded(reward_threshold=10**400), "reward_threshold must fit 64 bits, got 1000"),
+    *((loss, padded(margin=bad), f"margin must be finite, .*, got {re.escape(str(float(bad)))}")
+      for bad in (math.nan, 1e300, torch.tensor(math.nan), torch.tensor(-math.inf))),
     (loss, padded(ignore_index=2**63), "ignore_index must fit 64 bits, got 9223372036854775808"),
-    (loss, padded(num_groups=0), "num_groups must be > 0, got 0"),
-    (loss, padded(num_groups=-2.5), "num_groups must be > 0, got -2.5"),
-    (loss, padded(num_groups=torch.tensor(0.0)), "num_groups must be > 0, got 0.0"),
+    *((loss, padded(num_groups=torch.tensor(bad)), f"num_groups must be positive and finite, .*, got {bad}")
+      for bad in (0.0, math.nan, math.inf)),
     (loss, padded(num_groups=torch.ones(2)),
      r"num_groups must be a number or a real 0-d tensor, got torch.float32 \[2\]"),
     (loss, padded(num_groups=2, reduction="sum"),
      "num_groups is the denominator of reduction='mean', got reduction='sum'"),
     (loss, padded(margin=torch.zeros(1)), r"margin must be a number or a real 0-d tensor, got torch.float32 \[1\]"),
     (loss, padded(margin=torch.zeros((), requires_grad=True)), r"margin .* gets no gradient: pass margin.detach\(\)"),
+    (loss, padded(margin=torch.tensor(1.0).to_sparse()), "margin must be a dense tensor, got torch.sparse_coo"),
+    (loss, padded(reduction=np.array(["mean", "sum"])), "reduction must be one of 'mean', 'sum', 'none', got array"),
     (loss, padded(reduction="avg"), "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
     (loss, padded(implementation="cuda"),
      "implementation must be one of 'auto', 'triton', 'native', 'torch', got 'cuda'"),
     # the other doors
-    (lambda a: conspo_loss_from_scores(**a), scores(scores=torch.randn(4, 1)), r"scores must be \[S\], got \[4, 1\]"),
-    (lambda a: conspo_loss_from_scores(**a), scores(scores=torch.arange(4)),
+    (from_scores, scores(scores=torch.randn(4, 1)), r"scores must be \[S\], got \[4, 1\]"),
+    (from_scores, scores(scores=torch.arange(4)),
      "scores must be floating point, got torch.int64"),
-    (lambda a: conspo_loss_from_scores(**a), scores(implementation="x"), "implementation must be one of"),
+    (from_scores, scores(implementation="x"), "implementation must be one of"),
     (lambda a: sequence_scores(**a), logprobs(logprobs=torch.randn(4, 3, 2)), r"logprobs must be .*, got \[4, 3, 2\]"),
     (lambda a: sequence_scores(**a), logprobs(logprobs=torch.arange(12).view(4, 3)), "logprobs must be floating point"),
     (lambda a: sequence_scores(**a), logprobs(labels=torch.zeros(3, 4, dtype=torch.long)),
@@ -143,7 +172,7 @@ TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] =
     *((loss, padded(**{name: 1}), f"{name} must be True or False, got int")
       for name in ("shift", "inplace_backward", "return_metrics")),
     (tokens, padded(return_entropy=None), "return_entropy must be True or False, got NoneType"),
-    (lambda a: conspo_loss_from_scores(**a), scores(scores=[1.0]), "scores must be a torch.Tensor, got list"),
+    (from_scores, scores(scores=[1.0]), "scores must be a torch.Tensor, got list"),
     (lambda a: sequence_scores(**a), logprobs(logprobs=None), "logprobs must be a torch.Tensor, got NoneType"),
     (lambda a: ConSPOLoss(**a), {"temprature": 1.0}, "ConSPOLoss got unknown settings temprature"),
 ]  # fmt: skip
@@ -161,6 +190,53 @@ def test_type_errors(door: Callable[..., Any], arguments: dict[str, Any], messag
         door(arguments)
 
 
+OTHERS = ("inplace_backward", "choose", "_reverse_mode", "_no_second_derivative")
+
+
+def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, int]:
+    """File and line of the error of a call."""
+    try:
+        door(arguments)
+    except (TypeError, ValueError) as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        return Path(frame.filename).name, frame.lineno or 0
+    raise AssertionError("no error")
+
+
+def test_every_error_at_the_door_and_in_the_ops_is_provoked_here() -> None:
+    """But those of `inplace_backward`, `choose` and `_reverse_mode`, which have tests of their own."""
+    reached = {raised_at(door, arguments) for door, arguments, _ in VALUE_ERRORS + TYPE_ERRORS}
+    package = Path(check.__file__).parent
+    missing = []
+    for path in (package / "check.py", *sorted((package / "ops").glob("*.py"))):
+        for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(function, ast.FunctionDef) or function.name in OTHERS:
+                continue
+            for node in ast.walk(function):
+                lines = range(node.lineno, (node.end_lineno or 0) + 1) if isinstance(node, ast.Raise) else ()
+                if lines and not any((path.name, line) in reached for line in lines):
+                    missing.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
+    assert not missing, "\n".join(missing)
+
+
+def test_nested_tensors_are_refused() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        nested = torch.nested.nested_tensor([torch.randn(3, 9)])
+    with pytest.raises(ValueError, match="logits must be a dense tensor, got a nested one"):
+        loss(padded(logits=nested))
+
+
+def test_companions_on_the_cpu_go_with_any_device() -> None:
+    """Shapes only: a meta tensor has no values."""
+    arguments = {name: padded()[name].to(META) for name in ("logits", "labels")}
+    assert loss(padded(**arguments, **COMPANIONS)).is_meta
+    with FakeTensorMode():
+        elsewhere = torch.empty(4, device="cuda")
+    with pytest.raises(ValueError, match="rewards must be on the CPU or meta, where the computation is, got cuda:0"):
+        check.devices(META, rewards=elsewhere)
+
+
 def test_the_unchanged_arguments_are_fine() -> None:
     results: list[Tensor] = [
         loss(padded()), loss(packed()), tokens(padded()), tokens(packed()), tokens(packed(cu_seqlens=None)),
@@ -168,3 +244,21 @@ def test_the_unchanged_arguments_are_fine() -> None:
         conspo_scores(padded()["logits"], padded()["labels"]),
     ]  # fmt: skip
     assert all(result.isfinite().all() for result in results)
+
+
+def test_no_forward_mode_no_torch_func_no_second_derivative() -> None:
+    """A registered op has none of them, and a tangent of its would be zero in silence."""
+    logits, labels = torch.randn(1, 2, 5), torch.zeros(1, 2, dtype=torch.long)
+
+    def value(logits: Tensor) -> Tensor:
+        return token_logprobs(logits, labels).sum()
+
+    for transform in (lambda: torch.func.jvp(value, (logits,), (logits,)), lambda: torch.func.grad(value)(logits)):
+        with pytest.raises(NotImplementedError, match=r"logits is inside a torch\.func transform"):
+            transform()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="logits carries a tangent"):
+        value(forward_ad.make_dual(logits, logits))
+    leaf = logits.requires_grad_()
+    (grad,) = torch.autograd.grad(value(leaf).square(), leaf, create_graph=True)
+    with pytest.raises(NotImplementedError, match="conspo_kernels has no second derivative"):
+        grad.sum().backward()

@@ -49,13 +49,6 @@ def test_overlapping_rows_raise(implementation: str, device: torch.device) -> No
         loss_of(row.expand(2, 2, 9), implementation)
 
 
-def test_a_second_backward_raises(leaf: Tensor, implementation: str) -> None:
-    loss = loss_of(leaf * 1, implementation)
-    loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match=MODIFIED):
-        loss.backward()
-
-
 def test_another_saved_use_of_the_logits_raises(leaf: Tensor, implementation: str) -> None:
     logits = leaf * 1
     other = (logits * logits).sum()

@@ -6,6 +6,7 @@ import functools
 import math
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -115,6 +116,28 @@ def test_target_must_be_finite(target: float) -> None:
 def test_step_must_be_non_negative_and_finite(step: float, warmup_ratio: float) -> None:
     with pytest.raises(ValueError, match=r"step.*got"):
         CosineMargin(target=0.5, warmup_ratio=warmup_ratio, total_steps=100)(step)
+
+
+@pytest.mark.parametrize("bad", ["1", None, True, [1.0], 1j])
+@pytest.mark.parametrize("name", ["target", "warmup_ratio", "total_steps"])
+def test_what_is_no_number_is_named(name: str, bad: object) -> None:
+    with pytest.raises(TypeError, match=f"{name}: expected a number, got {type(bad).__name__}"):
+        CosineMargin(**{"target": 0.5, "warmup_ratio": 0.1, "total_steps": 100, name: bad})
+    with pytest.raises(TypeError, match=f"step: expected a number, got {type(bad).__name__}"):
+        CosineMargin(0.5, 0.1, 100)(bad)  # type: ignore[arg-type]
+
+
+def test_integers_beyond_floats_are_not_finite() -> None:
+    for huge in (10**400, -(10**400)):
+        with pytest.raises(ValueError, match="target: expected a finite margin"):
+            CosineMargin(huge, 0.1, 100)
+        with pytest.raises(ValueError, match="step: expected a non-negative finite number"):
+            CosineMargin(0.5, 0.1, 100)(huge)
+
+
+def test_numbers_of_numpy_cost_no_digits() -> None:
+    schedule = CosineMargin(np.float32(0.7), np.float64(0.5), np.int64(10))
+    assert schedule(np.float32(3)) == CosineMargin(float(np.float32(0.7)), 0.5, 10)(3)
 
 
 def test_is_a_value() -> None:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +10,6 @@ from torch import Tensor
 
 from conspo_kernels import conspo_loss, conspo_loss_from_scores, sequence_scores, token_logprobs
 from conspo_kernels.layout import GroupLayout
-from conspo_kernels.ops import implementation as choice
 from conspo_kernels.ops.group_infonce import group_infonce
 from conspo_kernels.ops.sequence_score import sequence_offsets, sequence_score, sequence_score_backward
 from conspo_kernels.ops.token_logprob import token_logprob, token_logprob_backward, token_logprob_backward_
@@ -95,34 +90,3 @@ def test_gradcheck_fp64(door: str, implementation: str, device: torch.device) ->
     """Through the kernels that users run."""
     logits = torch.randn(6, 11, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda z: DOORS[door](z, implementation), logits)
-
-
-def test_unknown_and_unavailable_implementations_raise() -> None:
-    logits, labels = torch.randn(2, 3, 5), LABELS.clamp(min=0)
-    with pytest.raises(ValueError, match="implementation must be one of 'auto', 'triton', 'native', 'torch', got 'c'"):
-        token_logprobs(logits, labels, implementation="c")
-    with pytest.raises(ValueError, match="implementation='native' cannot run token_logprob here"):
-        token_logprobs(logits, labels, implementation="native")
-
-
-def test_triton_on_the_cpu_raises_without_its_interpreter() -> None:
-    """An explicit name runs or raises: no silent fallback. In a process of its own, whose Triton compiles."""
-    program = (
-        "import torch; from conspo_kernels import token_logprobs\n"
-        "try: token_logprobs(torch.randn(1, 2, 5), torch.zeros(1, 2, dtype=torch.long), implementation='triton')\n"
-        "except ValueError as error: print(error)"
-    )
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
-    )
-    assert "implementation='triton' cannot run token_logprob here: Triton runs on CUDA tensors" in result.stdout
-
-
-def test_auto_logs_its_choice_once(caplog: pytest.LogCaptureFixture) -> None:
-    choice.choose.cache_clear()
-    choice.twin.cache_clear()
-    with caplog.at_level(logging.INFO, logger="conspo_kernels"):
-        for _ in range(3):
-            token_logprobs(torch.randn(2, 3, 5), LABELS.clamp(min=0))
-    assert [record.message for record in caplog.records] == ["token_logprob on cpu: implementation='torch'"]

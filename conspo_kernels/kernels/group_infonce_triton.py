@@ -130,7 +130,7 @@ def _kernel(
         denominator = tl.load(num_groups_ptr).to(acc)
     elif REDUCTION == "mean":
         num_valid = tl.zeros((GROUPS,), tl.int32)
-        k0 = num_slots * 0
+        k0 = num_slots * 0  # a 0 of its type, which a loop variable has to keep
         while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
             start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
             _num_positive, valid, _peak, _total = _negatives(

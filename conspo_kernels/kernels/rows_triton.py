@@ -74,7 +74,8 @@ def aligned_base(x: Tensor) -> tuple[Tensor, int]:
     """`x` from the 16-byte boundary at or before its first element, and how many elements earlier that is.
 
     Triton compiles 16-byte accesses only where it knows the pointer to be aligned, and only the pointer: rows that
-    begin elsewhere are the kernels' business. Foreign memory may hold no boundary before `x`: then accesses are narrow.
+    begin elsewhere are the kernels' business. Where the storage itself begins past that boundary (memory wrapped from
+    elsewhere) `x` is used as it is, and accesses are narrow.
     """
     early = x.data_ptr() % VECTOR_BYTES // x.element_size()
     if early == 0 or early > x.storage_offset():

@@ -20,7 +20,7 @@ def capped(z, inner):
     t = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
     u = (1 - t) / (1 + t)
     u = tl.where(x < 0, -u, u)
-    # 1 - t cancels for small x, and a large softcap multiplies what is lost: there the series, to a rounding.
+    # 1 - t cancels for small x, and a large softcap multiplies what is lost: there the Taylor series through x^13.
     x2 = x * x
     series = x2 * (-1382 / 155925 + x2 * (21844 / 6081075))
     series = x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835) + x2 * series)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import check
 from ..objective import Segments, equal_segments
 from .implementation import twin
 
@@ -45,8 +46,10 @@ def group_infonce(
     def here(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
         return None if x is None else x.to(device, dtype or x.dtype, non_blocking=True)
 
-    if num_groups is not None and num_groups.device.type == "cpu" and not num_groups.item() > 0:
-        raise ValueError(f"num_groups must be > 0, got {num_groups.item()}")
+    if margin.device.type == "cpu":
+        check.margin_in_range(margin.item())
+    if num_groups is not None and num_groups.device.type == "cpu":
+        check.in_range("num_groups", num_groups.item())
     segments = None
     if order is not None:
         segments = Segments(here(order), here(offsets), here(slots))  # type: ignore[arg-type]

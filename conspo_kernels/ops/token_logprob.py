@@ -185,3 +185,10 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
 
 
 token_logprob.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("conspo_kernels has no second derivative: the gradient has no gradient of its own")
+
+
+token_logprob_backward.register_autograd(_no_second_derivative)
