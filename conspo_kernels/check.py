@@ -187,6 +187,16 @@ def scores(value: Any) -> None:
         raise ValueError(f"scores must be [S], got {list(value.shape)}")
 
 
+def weights(value: Any, counts: Tensor) -> None:
+    """One per rollout, of which `counts` has the numbers of tokens."""
+    _tensor("weights", value)
+    _dtype("weights", value, LOGIT_DTYPES, "floating point")
+    _shape("weights", value, tuple(counts.shape), "one per rollout")
+    devices(counts.device, weights=value)
+    if value.requires_grad:
+        raise ValueError("weights are constants of the loss and get no gradient: pass weights.detach()")
+
+
 def rewards(value: Any, num_rollouts: int) -> None:
     _tensor("rewards", value)
     if value.is_complex() or (value.is_floating_point() and value.dtype not in LOGIT_DTYPES):
@@ -253,24 +263,22 @@ def flags(**values: Any) -> None:
         _flag(name, value)
 
 
-def inplace_backward(value: Tensor) -> None:
+def inplace_backward(value: Tensor, name: str = "inplace_backward") -> None:
     """The gradient may be written over these logits: they are not a leaf or its view, and no two rows share storage."""
     if not (value.requires_grad and torch.is_grad_enabled()):
         return
     if value.is_leaf:
-        raise ValueError("inplace_backward overwrites logits, which here is a leaf that the caller owns")
+        raise ValueError(f"{name} overwrites logits, which here is a leaf that the caller owns")
     if not torch.compiler.is_compiling():
         if value._base is not None and value._base.is_leaf:
-            raise ValueError("inplace_backward overwrites logits, which here is a view of a leaf that the caller owns")
+            raise ValueError(f"{name} overwrites logits, which here is a view of a leaf that the caller owns")
         # What hooks pack and unpack, activation checkpointing's too, autograd does not check for modifications.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
-            raise ValueError(
-                "inplace_backward must be called outside of saved-tensor hooks and checkpoint(), got inside"
-            )
+            raise ValueError(f"{name} must be called outside of saved-tensor hooks and checkpoint(), got inside")
     outer, inner = ((1, 1), *zip(value.stride()[:-1], value.shape[:-1], strict=True))[-2:]
     if inner[1] > 1 and inner[0] > outer[0]:
         outer, inner = inner, outer
     row = value.shape[-1]
     span = inner[0] * (inner[1] - 1) + row
     if (inner[1] > 1 and inner[0] < row) or (outer[1] > 1 and outer[0] < span):
-        raise ValueError(f"inplace_backward needs logits whose rows do not overlap, got strides {value.stride()}")
+        raise ValueError(f"{name} needs logits whose rows do not overlap, got strides {value.stride()}")

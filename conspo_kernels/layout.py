@@ -40,6 +40,19 @@ class TokenLayout:
             labels = torch.where(inside, labels, ignore_index)
         return cls(labels, offsets)
 
+    def only(self, tokens: Tensor, ignore_index: int) -> TokenLayout:
+        """The same with no response token but where `tokens` [B, T] is True."""
+        return TokenLayout(torch.where(tokens, self.labels, ignore_index), self.offsets)
+
+
+def over_tokens(values: Tensor, shape: torch.Size, offsets: Tensor | None) -> Tensor:
+    """Values of rollouts [S] at their tokens, [B, T]; zero at those of no rollout."""
+    if offsets is None:
+        return values[:, None].expand(shape)
+    position = torch.arange(shape[1], device=offsets.device)
+    rollout = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
+    return torch.cat([values, values.new_zeros(1)])[rollout][None]
+
 
 def _next_labels(labels: Tensor, offsets: Tensor | None, ignore_index: int) -> Tensor:
     """Position t gets the label of t + 1; the last position of a sequence has none."""

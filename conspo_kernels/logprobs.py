@@ -188,9 +188,11 @@ class LinearHead(NamedTuple):
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-            hidden, weight, bias = (
-                x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias)
-            )  # type: ignore[assignment]
+
+            def cast(x: Tensor) -> Tensor:
+                return x if x.dtype == torch.float64 else x.to(dtype)
+
+            hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
         return cls(hidden.reshape(-1, hidden.shape[-1]), weight, bias, int(workspace_mib * 2**20))
 
     @property
@@ -266,3 +268,9 @@ def label_logprobs(
 def layout_scores(logprobs: Tensor, layout: TokenLayout, options: TokenOptions) -> tuple[Tensor, Tensor]:
     """Scores [S] of log-probabilities [B, T], and counts of response tokens."""
     return sequence_score(logprobs, layout.labels, layout.offsets, options.ignore_index, options.implementation)
+
+
+def token_counts(layout: TokenLayout, options: TokenOptions) -> Tensor:
+    """[S] int32 response tokens."""
+    nothing = torch.zeros(layout.labels.shape, device=layout.labels.device)
+    return layout_scores(nothing, layout, options)[1]

@@ -8,11 +8,9 @@ import torch
 from torch import Tensor
 
 from . import check
-from .layout import GroupLayout
-from .logprobs import TokenOptions, label_logprobs, layout_scores
-from .metrics import conspo_metrics
-from .objective import equal_segments
-from .ops.group_infonce import group_infonce
+from .contrast import Contrast
+from .layout import over_tokens
+from .logprobs import LinearHead, TokenOptions, label_logprobs, layout_scores, token_counts, token_layout
 
 
 class ConSPOOutput(NamedTuple):
@@ -100,17 +98,85 @@ def conspo_loss(
 
     Source: arXiv:2605.12969, v3.
     """
-    objective = _Objective(tau, margin, reward_threshold, reduction, num_groups, implementation)
+    contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
     options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
-    _check(objective, return_metrics)
+    contrast.check(return_metrics)
     logprobs, _entropy, layout = label_logprobs(
         logits, labels, options, inplace_backward=inplace_backward, needed_for="the loss"
     )
     scores, counts = layout_scores(logprobs, layout, options)
-    output = _loss(scores, rewards, groups, counts, objective, return_metrics)
-    if not isinstance(output, ConSPOOutput):
-        return output
-    return output._replace(logprobs=logprobs.detach().view(labels.shape))
+    found = contrast.of(scores, rewards, groups, counts, return_metrics)
+    if found.metrics is None:
+        return found.loss
+    return ConSPOOutput(found.loss, found.metrics, scores.detach(), logprobs.detach().view(labels.shape))
+
+
+def linear_conspo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    bias: Tensor | None = None,
+    workspace_mib: float = 512,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: bool = False,
+    tau: float = 1.0,
+    margin: float | Tensor = 0.0,
+    reward_threshold: float = 0.5,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    num_groups: float | Tensor | None = None,
+    implementation: str = "auto",
+    return_metrics: bool = False,
+) -> Tensor | ConSPOOutput:
+    """`conspo_loss` of logits = hidden @ weight.T + bias, which are never whole in memory.
+
+    Args:
+        hidden, weight, bias, workspace_mib: as `linear_token_logprobs`.
+        Others: as `conspo_loss`.
+
+    Returns:
+        As `conspo_loss`. Rollouts that cannot have a gradient (of groups that are not valid, or with a NaN reward) are
+        not computed where that is known without a synchronisation: their scores are NaN, their log-probabilities 0,
+        and the metrics count them as `conspo/uncomputed_rollouts`.
+
+    Raises:
+        TypeError, ValueError: as `conspo_loss` and `linear_token_logprobs`.
+
+    Cost: as `linear_token_logprobs`. Rollouts that are not computed cost nothing: on a CPU, and on a GPU where rewards,
+        ids and cu_seqlens lie on the CPU.
+
+    Source: arXiv:2605.12969, v3; DESIGN section 5.
+    """
+    contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    contrast.check(return_metrics)
+    check.linear(hidden, weight, bias, workspace_mib)
+    layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
+    counts = token_counts(layout, options)
+    live, keep = contrast.live_rollouts(rewards, groups, counts), None
+    computed = layout
+    if live is not None:
+        here = live.to(labels.device, non_blocking=True)
+        computed = layout.only(over_tokens(here, layout.labels.shape, layout.offsets), ignore_index)
+        if cu_seqlens is None or cu_seqlens.device.type == "cpu":
+            keep = over_tokens(live, layout.labels.shape, None if cu_seqlens is None else cu_seqlens.long()).flatten()
+    logprobs, _entropy = LinearHead.of(hidden, weight, bias, workspace_mib).logprobs(
+        computed.labels, options, keep=keep
+    )
+    scores, _counts = layout_scores(logprobs, computed, options)
+    found = contrast.of(scores, rewards, groups, counts, return_metrics)
+    if found.metrics is None:
+        return found.loss
+    missing = torch.zeros_like(counts[:0].sum()) if live is None else ((counts > 0) & ~here).sum()
+    metrics = {**found.metrics, "conspo/uncomputed_rollouts": missing.to(scores.dtype)}
+    return ConSPOOutput(found.loss, metrics, scores.detach(), logprobs.detach().view(labels.shape))
 
 
 def conspo_loss_from_scores(
@@ -143,70 +209,9 @@ def conspo_loss_from_scores(
 
     Source: arXiv:2605.12969, v3.
     """
-    objective = _Objective(tau, margin, reward_threshold, reduction, num_groups, implementation)
-    _check(objective, return_metrics)
+    contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
+    contrast.check(return_metrics)
     check.scores(scores)
     scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    return _loss(scores, rewards, groups, None, objective, return_metrics)
-
-
-class _Objective(NamedTuple):
-    tau: float
-    margin: float | Tensor
-    reward_threshold: float
-    reduction: str
-    num_groups: float | Tensor | None
-    implementation: str
-
-
-def _check(objective: _Objective, return_metrics: bool) -> None:
-    check.flags(return_metrics=return_metrics)
-    check.implementation(objective.implementation)
-    check.objective(
-        objective.tau, objective.margin, objective.reward_threshold, objective.reduction, objective.num_groups
-    )
-
-
-def _loss(
-    scores: Tensor,
-    rewards: Tensor,
-    groups: int | Tensor,
-    counts: Tensor | None,
-    objective: _Objective,
-    return_metrics: bool,
-) -> Tensor | ConSPOOutput:
-    """The objective on scores [S] and, where they are known, counts of response tokens."""
-    num_rollouts = scores.shape[0]
-    check.rewards(rewards, num_rollouts)
-    check.devices(
-        scores.device, rewards=rewards, groups=groups, margin=objective.margin, num_groups=objective.num_groups
-    )
-    layout = GroupLayout.of(groups, num_rollouts)
-    margin = _constant(objective.margin, scores)
-    denominator = None if objective.num_groups is None else _constant(objective.num_groups, scores)
-    loss, weights, roles = group_infonce(
-        scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin, denominator,
-        objective.tau, objective.reward_threshold, objective.reduction, objective.implementation,
-    )  # fmt: skip
-    if objective.reduction == "none":
-        loss = layout.first_rollouts(loss)
-    if not return_metrics:
-        return loss
-    if layout.slots is None:
-        slots = equal_segments(num_rollouts, layout.size, scores.device).slots
-    else:
-        slots = layout.slots.to(scores.device, non_blocking=True)
-    if objective.reduction != "mean":
-        denominator = scores.new_ones(())
-    metrics = conspo_metrics(loss, margin, scores.detach(), weights, roles, slots, denominator, counts)
-    return ConSPOOutput(loss, metrics, scores.detach(), None)
-
-
-def _constant(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number as a 0-d tensor beside the scores, so that another value is not another program; tensors stay live."""
-    if isinstance(value, Tensor):
-        return value
-    if torch.compiler.is_compiling():
-        # Dynamo turns a float that is added to a tensor into an input of the graph, and one that fills it into a guard.
-        return torch.zeros((), dtype=like.dtype, device=like.device) + value
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    found = contrast.of(scores, rewards, groups, None, return_metrics)
+    return found.loss if found.metrics is None else ConSPOOutput(found.loss, found.metrics, scores.detach(), None)

@@ -1,11 +1,25 @@
-"""Scores without a graph: of all rollouts of a group that is split over micro-batches, for ranking, for logs."""
+"""A group split over micro-batches: scores of all rollouts, weights once, then one micro-batch after another.
+
+    scores  = conspo_scores(...)                                     phase 1, no graph, at the current parameters
+    weights = conspo_weights(scores, rewards, groups, ...).weights   dloss/dscores, once for the whole step
+    weighted_score_loss(..., weights[part]).backward()               phase 2, for each micro-batch
+
+The loss depends on the parameters through the scores alone, so sum_i w_i s_i with w = dloss/ds has its gradient.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .logprobs import TokenOptions, label_logprobs, layout_scores
+from . import check
+from .contrast import Contrast
+from .layout import TokenLayout, over_tokens, rows
+from .logprobs import LinearHead, TokenOptions, label_logprobs, layout_scores, token_counts, token_layout
+from .ops.known_gradient import attach_gradient, linear_logprob_known, token_logprob_known, token_logprob_known_
+from .ops.sequence_score import sequence_score_backward
 
 
 @torch.no_grad()
@@ -22,7 +36,7 @@ def conspo_scores(
     ignore_index: int = -100,
     implementation: str = "auto",
 ) -> Tensor:
-    """Scores of rollouts, without a graph.
+    """Scores of rollouts without a graph: phase 1 of a group that is split over micro-batches.
 
     s[i] = (1 / n_i) * sum_t logp[i, t].
 
@@ -43,3 +57,200 @@ def conspo_scores(
     options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
     logprobs, _entropy, layout = label_logprobs(logits, labels, options, needed_for="scores")
     return layout_scores(logprobs, layout, options)[0]
+
+
+@torch.no_grad()
+def linear_conspo_scores(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    workspace_mib: float = 512,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: bool = False,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    implementation: str = "auto",
+) -> Tensor:
+    """`conspo_scores` of logits = hidden @ weight.T + bias, which are never whole in memory: one GEMM.
+
+    Args, Returns, Raises: as `linear_token_logprobs` and `conspo_scores`.
+    """
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    check.linear(hidden, weight, bias, workspace_mib)
+    layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "scores")
+    logprobs, _entropy = LinearHead.of(hidden, weight, bias, workspace_mib).logprobs(layout.labels, options)
+    return layout_scores(logprobs, layout, options)[0]
+
+
+class ConSPOWeights(NamedTuple):
+    """weights: [S] dloss/dscores.  loss: as `conspo_loss_from_scores`.  metrics: {} unless asked for. No graph."""
+
+    weights: Tensor
+    loss: Tensor
+    metrics: dict[str, Tensor]
+
+
+@torch.no_grad()
+def conspo_weights(
+    scores: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    tau: float = 1.0,
+    margin: float | Tensor = 0.0,
+    reward_threshold: float = 0.5,
+    reduction: str = "mean",
+    num_groups: float | Tensor | None = None,
+    implementation: str = "auto",
+    return_metrics: bool = False,
+) -> ConSPOWeights:
+    """The gradient of the loss by the scores of all rollouts of a step: between the two phases.
+
+    Args:
+        As `conspo_loss_from_scores`, of the whole step; with reduction "none" each weight is of its own group's loss.
+
+    Returns:
+        Weights [S], summing to zero in every group and zero for what takes no part; the loss; metrics.
+
+    Raises:
+        TypeError, ValueError: as `conspo_loss_from_scores`.
+
+    Cost: O(S), one launch.
+
+    Source: arXiv:2605.12969, v3.
+    """
+    contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
+    contrast.check(return_metrics)
+    check.scores(scores)
+    scores = scores.detach().to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    found = contrast.of(scores, rewards, groups, None, return_metrics)
+    return ConSPOWeights(found.weights, found.loss, found.metrics or {})
+
+
+def weighted_score_loss(
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    inplace: bool = False,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: bool = False,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    implementation: str = "auto",
+) -> Tensor:
+    """sum_i weights[i] * s_i over the rollouts of a micro-batch: phase 2, with the gradient of `conspo_loss`.
+
+    Args:
+        weights: [S] floating point, of these rollouts, from `conspo_weights`. May lie on the CPU.
+        inplace: the gradient overwrites the logits, in this call: no [.., V] buffer is allocated. As `inplace_backward`
+            of `conspo_loss`, whose every misuse raises here too.
+        Others: as `conspo_loss`.
+
+    Returns:
+        0-d, fp32 (fp64 for fp64 logits). The gradient is there already: backward multiplies it by the scalar that comes
+        in, which costs nothing where that is 1; a second backward raises.
+
+    Raises:
+        TypeError, ValueError: as `conspo_loss`.
+
+    Cost: one read and one write of the logits where the caches hold a row; rollouts of weight zero are not written to
+        (in a new buffer: zero-filled).
+
+    Source: DESIGN section 6.
+    """
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    check.logits(logits)
+    check.flags(inplace=inplace)
+    if inplace:
+        check.inplace_backward(logits, "inplace")
+    layout = token_layout("logits", logits, tuple(logits.shape[:-1]), labels, options, "the loss")
+    weights, coefficients = _coefficients(weights, layout, options, logits.dtype)
+    z = rows(logits).detach()
+    arguments = (z, layout.labels, coefficients, ignore_index, temperature, logit_scale, softcap, implementation)
+    if not (torch.is_grad_enabled() and logits.requires_grad):
+        logprobs, _entropy, _layout = label_logprobs(logits, labels, options)
+        return _weighted(weights, logprobs, layout, options)
+    if inplace:
+        logprobs, gradient = token_logprob_known_(*arguments), z
+    else:
+        logprobs, gradient = token_logprob_known(*arguments)
+    return attach_gradient(_weighted(weights, logprobs, layout, options), logits, gradient.view(logits.shape))
+
+
+def linear_weighted_score_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    bias: Tensor | None = None,
+    workspace_mib: float = 512,
+    cu_seqlens: Tensor | None = None,
+    mask: Tensor | None = None,
+    shift: bool = False,
+    temperature: float = 1.0,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    ignore_index: int = -100,
+    implementation: str = "auto",
+) -> Tensor:
+    """`weighted_score_loss` of logits = hidden @ weight.T + bias, which are never whole in memory: three GEMMs.
+
+    Args:
+        hidden, weight, bias, workspace_mib: as `linear_token_logprobs`.
+        Others: as `weighted_score_loss`.
+
+    Returns, Raises: as `weighted_score_loss`.
+
+    Cost: a GEMM for the logits, and one for each of the gradients of hidden and weight that are needed, in this call.
+        Rollouts of weight zero cost nothing on a CPU, and on a GPU where weights and cu_seqlens lie on the CPU.
+    """
+    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    check.linear(hidden, weight, bias, workspace_mib)
+    layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
+    here, coefficients = _coefficients(weights, layout, options, hidden.dtype)
+    keep = None
+    if weights.device.type == "cpu" and (cu_seqlens is None or cu_seqlens.device.type == "cpu"):
+        offsets = None if cu_seqlens is None else cu_seqlens.long()
+        keep = over_tokens(weights != 0, layout.labels.shape, offsets).flatten()
+    layout = layout.only(coefficients != 0, ignore_index)
+    head = LinearHead.of(hidden, weight, bias, workspace_mib)
+    if not any(head.needs):
+        return _weighted(here, head.logprobs(layout.labels, options, keep=keep)[0], layout, options)
+    tensors = (head.hidden, head.weight, head.bias)
+    logprobs, *gradients = linear_logprob_known(
+        *(None if x is None else x.detach() for x in tensors), layout.labels.flatten(), keep, coefficients.flatten(),
+        head.needs, ignore_index, temperature, logit_scale, softcap, head.workspace, implementation,
+    )  # fmt: skip
+    value = _weighted(here, logprobs.view(layout.labels.shape), layout, options)
+    for x, gradient, needed in zip(tensors, gradients, head.needs, strict=True):
+        if needed:
+            value = attach_gradient(value, x, gradient)
+    return value
+
+
+def _coefficients(
+    weights: Tensor, layout: TokenLayout, options: TokenOptions, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weights [S] beside the tokens, and the coefficient of each token's log-probability, [B, T]."""
+    counts = token_counts(layout, options)
+    check.weights(weights, counts)
+    weights = weights.detach().to(counts.device, torch.float64 if dtype == torch.float64 else torch.float32)
+    return weights, sequence_score_backward(
+        weights, counts, layout.labels, layout.offsets, options.ignore_index, options.implementation
+    )
+
+
+def _weighted(weights: Tensor, logprobs: Tensor, layout: TokenLayout, options: TokenOptions) -> Tensor:
+    """sum_i weights[i] * s_i; what has no weight or no tokens is not looked at."""
+    scores, counts = layout_scores(logprobs.detach(), layout, options)
+    return torch.where((weights != 0) & (counts > 0), weights * scores, 0.0).sum()

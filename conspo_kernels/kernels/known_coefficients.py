@@ -26,7 +26,5 @@ def forward_backward(
     if (at_once := getattr(kernels, "forward_backward", None)) is not None:
         return at_once(*arguments)
     logprobs, _entropy, row_max, log_sum = kernels.forward(logits, labels, ignore_index, transform, False)
-    kernels.backward(
-        grad_logits, logits, labels, row_max, log_sum, None, coefficients, None, ignore_index, transform
-    )
+    kernels.backward(grad_logits, logits, labels, row_max, log_sum, None, coefficients, None, ignore_index, transform)
     return logprobs

@@ -1,8 +1,8 @@
 """The fused-linear path's loop over tiles of logits, for every implementation.
 
 GEMMs by torch, z = hidden @ weight.T + bias for a tile; its statistics, and in backward its gradient in place, by the
-token_logprob twin that is handed in. Names: n tokens (after those without gradient are left out), v vocabulary, h hidden;
-z a tile of logits. GEMM: 2 * N * H * V operations.
+token_logprob twin that is handed in. Names: n tokens (those without gradient left out), v vocabulary, h hidden; z a tile
+of logits. GEMM: 2 * N * H * V operations.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Head(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """hidden [N, H] and labels [N]; index: which of them take part, [n] int64, None: all."""
+    """hidden [N, H] and labels [N]; places: which of them take part, [n] int64, None: all."""
 
     hidden: Tensor
     labels: Tensor
-    index: Tensor | None
+    places: Tensor | None
 
     @classmethod
     def of(cls, hidden: Tensor, labels: Tensor, ignore_index: int, keep: Tensor | None) -> Tokens:
@@ -45,22 +45,22 @@ class Tokens(NamedTuple):
         return cls(hidden, labels, chosen.nonzero()[:, 0].to(hidden.device, non_blocking=True))
 
     @property
-    def count(self) -> int:
-        return self.labels.shape[0] if self.index is None else self.index.shape[0]
+    def number(self) -> int:
+        return self.labels.shape[0] if self.places is None else self.places.shape[0]
 
     def problem(self, head: Head) -> Problem:
         vocab_size, hidden_size = head.weight.shape
-        return Problem(self.count, vocab_size, hidden_size, self.hidden.element_size(), self.index is not None)
+        return Problem(self.number, vocab_size, hidden_size, self.hidden.element_size(), self.places is not None)
 
     def chosen(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         """Rows of a tensor [N, ...], of those that take part."""
-        return x[rows] if self.index is None else x.index_select(0, self.index[rows])
+        return x[rows] if self.places is None else x.index_select(0, self.places[rows])
 
     def spread(self, x: Tensor) -> Tensor:
         """[n, ...] back to [N, ...], zero where no part is taken."""
-        if self.index is None:
+        if self.places is None:
             return x
-        return x.new_zeros(self.labels.shape[0], *x.shape[1:]).index_copy_(0, self.index, x)
+        return x.new_zeros(self.labels.shape[0], *x.shape[1:]).index_copy_(0, self.places, x)
 
 
 class Gradients(NamedTuple):
@@ -122,7 +122,7 @@ class Logits:
     def __init__(self, tokens: Tokens, head: Head, tile: Tile, buffer: Tensor | None = None) -> None:
         self.tokens, self.head = tokens, head
         if buffer is None:
-            buffer = tokens.hidden.new_empty(min(tile.rows, tokens.count) * min(tile.columns, head.weight.shape[0]))
+            buffer = tokens.hidden.new_empty(min(tile.rows, tokens.number) * min(tile.columns, head.weight.shape[0]))
         self.buffer = buffer.flatten()
 
     def tile(self, hidden: Tensor, columns: slice) -> Tensor:

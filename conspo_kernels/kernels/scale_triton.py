@@ -22,5 +22,3 @@ def scale_(x: Tensor, factor: Tensor) -> None:
     """x contiguous, factor 0-d."""
     if x.numel():
         _kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK)
-
-

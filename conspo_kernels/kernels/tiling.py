@@ -1,7 +1,7 @@
 """Tiles of logits for the fused-linear path: what fits the workspace, and which of that moves the fewest bytes.
 
-A tile is rows x columns of the [N, V] logits. What is summed over tiles goes through memory once more per tile: dW [V, H]
-for every further tile of rows, dH [N, H] for every further tile of columns. Names: n tokens, v vocabulary, h hidden.
+A tile is rows x columns of the [N, V] logits. What is summed over tiles goes through memory again for every further one:
+dW [V, H] for tiles of rows, dH [N, H] for tiles of columns. Names: n tokens, v vocabulary, h hidden.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def row_tile(problem: Problem, workspace: int) -> Tile:
 
 
 def accumulator_bytes(problem: Problem, tile: Tile, needs_hidden: bool, needs_weight: bool) -> int:
-    """Bytes that the gradients' sums move: each is written once, or, if summed over k tiles, k times and read as often."""
+    """Bytes that the gradients' sums move: written once, or, if summed over k tiles, k times and read as often."""
 
     def summed(elements: int, times: int) -> int:
         once = elements * problem.itemsize

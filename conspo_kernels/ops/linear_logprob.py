@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..kernels import linear_tiles
 from ..kernels.linear_tiles import Forward, Head, Needs, Tokens
@@ -44,7 +46,7 @@ def linear_logprob(
         weight: [V, H].
         bias: [V] or None.
         labels: [N] int64.
-        keep: [N] bool on the CPU: tokens whose gradient and log-probability matter to nobody are False. None: not known.
+        keep: [N] bool on the CPU, False for tokens whose log-probability nobody wants; None: not known.
         mode: "none", "recompute", "store" or "frozen".
         workspace: bytes for tiles of logits.
 
@@ -131,6 +133,7 @@ def fake_gradients(
 
 @torch.library.custom_op("conspo::linear_logprob_backward", mutates_args=())
 def linear_logprob_backward(
+    stored: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -149,15 +152,20 @@ def linear_logprob_backward(
     workspace: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of hidden, weight and bias, empty where `needs` says no; the logits are computed again."""
+    """Gradients of hidden, weight and bias, empty where `needs` says no.
+
+    stored: the logits [N, V], of which a copy is overwritten, or None: they are computed again.
+    """
     return _gradients(
-        hidden, weight, bias, labels, keep, Forward(row_max, entropy, row_max, log_sum, None), grad_logprobs,
+        hidden, weight, bias, labels, keep, Forward(row_max, entropy, row_max, log_sum, None if stored is None else stored.clone()),
+        grad_logprobs,
         grad_entropy, needs, ignore_index, LogitTransform(temperature, logit_scale, softcap), workspace, implementation,
     )  # fmt: skip
 
 
 @linear_logprob_backward.register_fake
 def _(
+    stored: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -222,7 +230,9 @@ def _(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, bias, labels, keep, *ctx.transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation = inputs
+    hidden, weight, bias, labels, keep, *ctx.transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation = (
+        inputs
+    )
     _logprobs, entropy, row_max, log_sum, stored = output
     if ctx.mode == "frozen":
         ctx.save_for_backward(stored)
@@ -247,10 +257,12 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
         hidden, weight, bias, labels, keep, row_max, log_sum, entropy, grad_logprobs, grad_entropy, needs,
         *ctx.transform, ctx.workspace, ctx.implementation,
     )  # fmt: skip
-    if ctx.mode == "store":
-        grads = linear_logprob_backward_(stored, *arguments)
+    if ctx.mode != "store":
+        grads = linear_logprob_backward(None, *arguments)
+    elif isinstance(stored, FakeTensor | FunctionalTensor):  # what is traced may not overwrite a saved tensor
+        grads = linear_logprob_backward(stored, *arguments)
     else:
-        grads = linear_logprob_backward(*arguments)
+        grads = linear_logprob_backward_(stored, *arguments)
     return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *nothing
 
 

@@ -1,0 +1,397 @@
+"""The fused-linear path against the logits path: every mode, every implementation, both layouts; and its tiles."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import CASES, Case, Inputs, build
+from tolerance import max_error
+from torch import Tensor
+
+from conspo_kernels import (
+    ConSPOOutput,
+    LinearConSPOLoss,
+    conspo_loss,
+    conspo_scores,
+    conspo_weights,
+    linear_conspo_loss,
+    linear_conspo_scores,
+    linear_token_logprobs,
+    linear_weighted_score_loss,
+    token_logprobs,
+    weighted_score_loss,
+)
+from conspo_kernels.kernels import linear_tiles
+from conspo_kernels.kernels.tiling import ALIGNMENT, Problem, Tile, accumulator_bytes, backward_tile, row_tile
+from conspo_kernels.ops.linear_logprob import linear_logprob
+
+LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+HIDDEN = 7
+# Of a logits matrix of N * V elements: whether it fits, is cut into a few tiles, or into rows of one token.
+WORKSPACES = {"everything": 2.0**20, "a third": 1 / 3, "one row": 0.0}
+# Those that can be had by a product: no -inf, and what a head of rank 7 can be.
+LINEAR_CASES = [case for case in CASES if not case.masked_columns and case.vocab_size < 5000]
+
+
+class Head:
+    """Hidden states and a head whose logits are as large as the case's."""
+
+    def __init__(self, case: Case, inputs: Inputs, dtype: torch.dtype, *, bias: bool = True) -> None:
+        generator = torch.Generator().manual_seed(1)
+        shape, device = inputs.logits.shape, inputs.logits.device
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+        self.hidden = draw(*shape[:-1], HIDDEN)
+        self.weight = draw(shape[-1], HIDDEN)
+        self.bias = draw(shape[-1]) if bias else None
+        with torch.no_grad():
+            self.weight.mul_(min(case.scale, 20.0) / math.sqrt(HIDDEN))
+
+    @property
+    def logits(self) -> Tensor:
+        return torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        return [x for x in (self.hidden, self.weight, self.bias) if x is not None and x.requires_grad]
+
+    def workspace_mib(self, share: float) -> float:
+        """A share of the logits' size."""
+        elements = self.hidden[..., 0].numel() * self.weight.shape[0]
+        return max(share * elements * self.hidden.element_size(), 1.0) / 2**20
+
+
+def gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    weighting = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype, device=loss.device).view(loss.shape)
+    return torch.autograd.grad((loss * weighting).sum(), leaves)
+
+
+@pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
+@pytest.mark.parametrize("workspace", WORKSPACES)
+@LAYOUTS
+def test_the_loss_is_that_of_the_logits(
+    case: Case, packed: bool, workspace: str, implementation: str, device: torch.device
+) -> None:
+    if implementation == "triton" and workspace == "one row" and case.name != "two groups":
+        pytest.skip("as many launches as tokens: one case is enough to interpret")
+    inputs = build(case, torch.float64, packed=packed, device=device)
+    head = Head(case, inputs, torch.float64)
+    mib = head.workspace_mib(WORKSPACES[workspace])
+    arguments = (inputs.labels, inputs.rewards, inputs.groups)
+    output = linear_conspo_loss(
+        head.hidden, head.weight, *arguments, bias=head.bias, workspace_mib=mib, implementation=implementation,
+        return_metrics=True, **inputs.kwargs,
+    )  # fmt: skip
+    expected = conspo_loss(head.logits, *arguments, implementation="torch", return_metrics=True, **inputs.kwargs)
+    assert isinstance(output, ConSPOOutput)
+    assert isinstance(expected, ConSPOOutput)
+    assert max_error(output.loss, expected.loss) <= 1e-12 * max(1.0, case.scale)
+    computed = ~output.scores.isnan()
+    assert max_error(output.scores[computed], expected.scores[computed]) <= 1e-12 * max(1.0, case.scale)
+    for name, value in expected.metrics.items():
+        assert max_error(output.metrics[name], value) <= 1e-11 * max(1.0, case.scale), name
+    pairs = zip(gradients(output.loss, head.leaves), gradients(expected.loss, head.leaves), strict=True)
+    for name, (actual, exact) in zip(("hidden", "weight", "bias"), pairs, strict=False):
+        assert max_error(actual, exact) <= 1e-12 * max(1.0, case.scale), name
+
+
+MODES = {"recompute": 0.3, "store": 2.0}
+
+
+def one(case_name: str, dtype: torch.dtype, device: torch.device, packed: bool = False) -> tuple[Case, Inputs, Head]:
+    case = next(case for case in CASES if case.name == case_name)
+    inputs = build(case, dtype, packed=packed, device=device)
+    return case, inputs, Head(case, inputs, dtype)
+
+
+@pytest.mark.parametrize("needs", [n for n in itertools.product([False, True], repeat=3) if any(n)], ids=str)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("entropy", [False, True])
+def test_only_what_is_needed(
+    needs: tuple[bool, bool, bool], mode: str, entropy: bool, implementation: str, device: torch.device
+) -> None:
+    """The gradients of hidden, weight and bias, of log-probabilities and entropy, each alone and together."""
+    _case, inputs, head = one("logit scale and softcap", torch.float64, device)
+    for x, needed in zip((head.hidden, head.weight, head.bias), needs, strict=True):
+        assert x is not None
+        x.requires_grad_(needed)
+    options = {"return_entropy": entropy, "temperature": 0.8, "softcap": 2.0}
+    found = linear_token_logprobs(
+        head.hidden, head.weight, inputs.labels, bias=head.bias, workspace_mib=head.workspace_mib(MODES[mode]),
+        implementation=implementation, **options,
+    )  # fmt: skip
+    expected = token_logprobs(head.logits, inputs.labels, implementation="torch", **options)
+    outputs = [(x if isinstance(x, tuple) else (x,)) for x in (found, expected)]
+    for actual, exact in zip(*outputs, strict=True):
+        assert max_error(actual, exact) <= 1e-12
+    graded = [
+        torch.autograd.grad(sum((x * (i + 1)).sum() for i, x in enumerate(output)), head.leaves) for output in outputs
+    ]
+    for actual, exact in zip(*graded, strict=True):
+        assert max_error(actual, exact) <= 1e-12
+
+
+def gemms(monkeypatch: pytest.MonkeyPatch, operations: float) -> Iterator[float]:
+    """Yields a list of the operations of every GEMM from now on, in units of `operations`."""
+    counted: list[float] = []
+
+    def counting(name: str) -> None:
+        original = getattr(linear_tiles, name)
+
+        def call(*arguments: Tensor, **more: Tensor) -> Tensor:
+            a, b = arguments[-2:] if name == "_add_gemm" else arguments[:2]
+            counted.append(2 * a.shape[0] * a.shape[1] * b.shape[1] / operations)
+            return original(*arguments, **more)
+
+        monkeypatch.setattr(linear_tiles, name, call)
+
+    for name in ("_gemm", "_add_gemm"):
+        counting(name)
+    return counted
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [("none", 1), ("recompute", 4), ("store", 3), ("frozen", 2), ("known", 3), ("known frozen", 2)],
+)
+def test_gemms(mode: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    _case, inputs, head = one("ragged groups in any order", torch.float32, torch.device("cpu"))
+    num_tokens = int((inputs.labels != -100).sum())
+    counted = gemms(monkeypatch, 2 * num_tokens * HIDDEN * head.weight.shape[0])
+    if mode in ("none", "frozen", "known frozen"):
+        assert head.bias is not None
+        head.weight.requires_grad_(False)
+        head.bias.requires_grad_(False)
+    if mode == "none":
+        head.hidden.requires_grad_(False)
+    mib = head.workspace_mib(2.0 if mode == "store" else 0.3)
+    if mode.startswith("known"):
+        weights = torch.randn(len(inputs.rewards))
+        loss = linear_weighted_score_loss(
+            head.hidden, head.weight, inputs.labels, weights, bias=head.bias, workspace_mib=mib
+        )
+    else:
+        loss = linear_token_logprobs(head.hidden, head.weight, inputs.labels, bias=head.bias, workspace_mib=mib).sum()
+    if mode != "none":
+        loss.backward()
+    assert sum(counted) == pytest.approx(expected)
+
+
+def test_rollouts_without_gradient_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups that are not valid, unscorable rollouts, ignored tokens: a third of the GEMMs here, the same gradients."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(6, 4, HIDDEN, requires_grad=True), torch.randn(50, HIDDEN, requires_grad=True)
+    labels = torch.randint(50, (6, 4))
+    rewards = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])  # two groups of one kind, one of both
+    counted = gemms(monkeypatch, 2 * 24 * HIDDEN * 50)
+    output = linear_conspo_loss(hidden, weight, labels, rewards, 2, return_metrics=True)
+    assert isinstance(output, ConSPOOutput)
+    found = torch.autograd.grad(output.loss, (hidden, weight))
+    assert sum(counted) == pytest.approx(3 / 3)
+    assert output.metrics["conspo/uncomputed_rollouts"] == 4
+    assert output.metrics["conspo/response_tokens"] == 24
+    assert output.metrics["conspo/skipped_rollouts"] == 0
+    assert output.scores.isnan().tolist() == [True] * 4 + [False] * 2
+    expected = torch.autograd.grad(conspo_loss(hidden @ weight.T, labels, rewards, 2), (hidden, weight))  # type: ignore[arg-type]
+    for actual, exact in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, exact)
+
+
+@LAYOUTS
+@pytest.mark.parametrize("options", [{}, {"softcap": 3.0, "temperature": 0.7}], ids=["plain", "softcap"])
+def test_gradcheck(packed: bool, options: dict[str, float], implementation: str, device: torch.device) -> None:
+    torch.use_deterministic_algorithms(False)
+    sizes = (5,) if packed else (2, 3)
+    hidden = torch.randn(*sizes, 3, dtype=torch.float64, device=device, requires_grad=True)
+    weight = torch.randn(6, 3, dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, device=device, requires_grad=True)
+    labels = torch.randint(6, sizes, device=device)
+    where = {"cu_seqlens": torch.tensor([0, 2, 5])} if packed else {}
+
+    def loss(hidden: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return linear_conspo_loss(
+            hidden, weight, labels, torch.tensor([1.0, 0.0]), 2, bias=bias, tau=0.5, margin=0.2, workspace_mib=1e-4,
+            implementation=implementation, **where, **options,
+        )  # type: ignore[arg-type, return-value]  # fmt: skip
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias), fast_mode=implementation == "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mode", [*MODES, "frozen", "known"])
+def test_as_accurate_as_eager(dtype: torch.dtype, mode: str) -> None:
+    """Gradients of narrow types against fp64: no worse than F.linear and log_softmax in that type, sums in fp32."""
+    torch.manual_seed(0)
+    num_tokens, hidden_size, vocab_size = 96, 64, 1000
+    hidden = torch.randn(num_tokens, hidden_size).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab_size, hidden_size) / 8).to(dtype).requires_grad_(mode != "frozen")
+    labels = torch.randint(vocab_size, (num_tokens,))
+    coefficients = torch.rand(num_tokens) + 0.5
+    leaves = [x for x in (hidden, weight) if x.requires_grad]
+    mib = num_tokens * vocab_size * 2 / 2**20 * (2 if mode == "store" else 0.2)
+    if mode == "known":
+        offsets = torch.arange(num_tokens + 1)
+        loss = linear_weighted_score_loss(hidden, weight, labels, coefficients, cu_seqlens=offsets, workspace_mib=mib)
+    else:
+        logprobs = linear_token_logprobs(hidden, weight, labels, workspace_mib=mib)
+        loss = (logprobs * coefficients).sum()  # type: ignore[operator]
+    found = torch.autograd.grad(loss, leaves)
+
+    def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
+        copies = [x.detach().requires_grad_() for x in tensors]
+        rows = torch.nn.functional.linear(*copies).log_softmax(-1).gather(-1, labels[:, None])[:, 0]
+        return torch.autograd.grad((rows * coefficients.to(rows.dtype)).sum(), copies)
+
+    exact = reference(hidden.double(), weight.double())
+    eager = reference(hidden, weight)
+    for ours, theirs, true in zip(found, eager, exact, strict=False):
+        assert (ours.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
+
+
+def test_second_backward() -> None:
+    """Right where the logits are computed again, an error where they were overwritten."""
+    for share, right in ((0.3, True), (2.0, False)):
+        _case, inputs, head = one("two groups", torch.float64, torch.device("cpu"))
+        loss = linear_conspo_loss(
+            head.hidden, head.weight, inputs.labels, inputs.rewards, inputs.groups, bias=head.bias,
+            workspace_mib=head.workspace_mib(share), **inputs.kwargs,
+        )  # fmt: skip
+        assert isinstance(loss, Tensor)
+        first = torch.autograd.grad(loss, head.leaves, retain_graph=True)
+        if right:
+            for a, b in zip(first, torch.autograd.grad(loss, head.leaves), strict=True):
+                assert torch.equal(a, b)
+        else:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(loss, head.leaves)
+
+
+@pytest.mark.parametrize("gathered", [False, True])
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)], ids=str)
+def test_the_tile_moves_the_fewest_bytes(needs: tuple[bool, bool], gathered: bool) -> None:
+    """Against every tile there is, over shapes where slices of the vocabulary, of the tokens, or of both win."""
+    for n, v, h, itemsize, workspace in itertools.product(
+        (1, 64, 300, 4096), (130, 1000, 6000), (8, 64), (2, 4), (2**14, 2**18, 2**30)
+    ):
+        problem = Problem(n, v, h, itemsize, gathered)
+        tile = backward_tile(problem, workspace, *needs)
+        assert problem.tile_bytes(tile.rows, tile.columns) <= max(workspace, problem.tile_bytes(1, v))
+        best = accumulator_bytes(problem, row_tile(problem, workspace), *needs)
+        for row_tiles in range(1, n + 1):
+            rows = math.ceil(n / row_tiles)
+            columns = [v, *range(ALIGNMENT, v, ALIGNMENT)]
+            fitting = [c for c in columns if problem.tile_bytes(rows, c) <= workspace]
+            best = min([best, *(accumulator_bytes(problem, Tile(rows, c), *needs) for c in fitting)])
+        assert accumulator_bytes(problem, tile, *needs) == best, (problem, workspace, tile)
+
+
+def test_tiles_of_a_model() -> None:
+    """8192 tokens of a 152k vocabulary in 512 MiB: five slices of the vocabulary, no accumulator for dW."""
+    problem = Problem(8192, 151_936, 4096, 2)
+    tile = backward_tile(problem, 512 * 2**20, True, True)
+    assert tile.rows == 8192
+    assert math.ceil(151_936 / tile.columns) == 5
+    assert (
+        accumulator_bytes(problem, tile, True, True)
+        < accumulator_bytes(problem, row_tile(problem, 2**29), True, True) / 4
+    )
+
+
+@pytest.mark.parametrize("case", LINEAR_CASES[:20], ids=str)
+@LAYOUTS
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_two_phases(case: Case, packed: bool, linear: bool, implementation: str, device: torch.device) -> None:
+    """Scores, weights, then shuffled micro-batches of single rollouts: the gradient of the whole."""
+    if case.options.get("reduction") == "none":
+        pytest.skip("has as many losses as groups")
+    inputs = build(case, torch.float64, packed=packed, device=device)
+    head = Head(case, inputs, torch.float64)
+    contrast_names = {"tau", "margin", "reward_threshold", "reduction", "num_groups"}
+    contrast = {k: v for k, v in inputs.kwargs.items() if k in contrast_names}
+    tokens = {k: v for k, v in inputs.kwargs.items() if k not in contrast_names} | {"implementation": implementation}
+    whole = conspo_loss(head.logits, inputs.labels, inputs.rewards, inputs.groups, **inputs.kwargs)
+    expected = torch.autograd.grad(whole, head.leaves)  # type: ignore[arg-type]
+
+    if linear:
+        scores = linear_conspo_scores(head.hidden, head.weight, inputs.labels, bias=head.bias, **tokens)
+    else:
+        scores = conspo_scores(head.logits, inputs.labels, **tokens)
+    assert not scores.requires_grad
+    found = conspo_weights(scores, inputs.rewards, inputs.groups, implementation=implementation, **contrast)
+    assert max_error(found.loss, whole.detach()) <= 1e-12 * max(1.0, case.scale)  # type: ignore[union-attr]
+    total = [torch.zeros_like(x) for x in head.leaves]
+    offsets = tokens.pop("cu_seqlens", None)
+    mask = tokens.pop("mask", None)
+    for s in torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)).tolist():
+        part = slice(s, s + 1) if offsets is None else slice(int(offsets[s]), int(offsets[s + 1]))
+        more = dict(tokens) if mask is None else {**tokens, "mask": mask[part]}
+        if offsets is not None:
+            more["cu_seqlens"] = torch.tensor([0, part.stop - part.start])
+        weights = found.weights[s : s + 1]
+        if linear:
+            loss = linear_weighted_score_loss(
+                head.hidden[part], head.weight, inputs.labels[part], weights, bias=head.bias, workspace_mib=1e-4, **more
+            )
+        else:
+            loss = weighted_score_loss(head.logits[part] * 1, inputs.labels[part], weights, inplace=s % 2 == 0, **more)
+        for sum_, grad in zip(total, torch.autograd.grad(loss, head.leaves, allow_unused=True), strict=True):
+            if grad is not None:
+                sum_ += grad
+    for actual, exact in zip(total, expected, strict=True):
+        assert max_error(actual, exact) <= 1e-12 * max(1.0, case.scale)
+
+
+def test_known_gradients_are_scaled_and_used_once() -> None:
+    logits = torch.randn(2, 3, 9, dtype=torch.float64, requires_grad=True)
+    labels, weights = torch.zeros(2, 3, dtype=torch.long), torch.tensor([0.5, -2.0], dtype=torch.float64)
+    loss = weighted_score_loss(logits, labels, weights)
+    (grad,) = torch.autograd.grad(3 * loss, logits, retain_graph=True)
+    scores = token_logprobs(logits, labels).mean(1)  # type: ignore[union-attr]
+    (expected,) = torch.autograd.grad(3 * (scores * weights).sum(), logits)
+    assert max_error(grad, expected) <= 1e-14
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, logits)
+    assert not weighted_score_loss(logits.detach(), labels, weights).requires_grad
+
+
+def test_module_and_autocast() -> None:
+    _case, inputs, head = one("two groups", torch.float32, torch.device("cpu"))
+    arguments = (inputs.labels, inputs.rewards, inputs.groups)
+    module = LinearConSPOLoss(tau=0.5, margin=0.1)
+    loss = module(head.hidden, head.weight, *arguments, bias=head.bias)
+    assert torch.equal(
+        loss, linear_conspo_loss(head.hidden, head.weight, *arguments, bias=head.bias, tau=0.5, margin=0.1)
+    )
+    assert repr(module) == "LinearConSPOLoss(tau=0.5, margin=0.1)"
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_conspo_loss(head.hidden, head.weight, *arguments, bias=head.bias)
+        expected = conspo_loss(head.logits, *arguments)
+        assert head.logits.dtype == torch.bfloat16
+    assert isinstance(found, Tensor)
+    torch.testing.assert_close(found, expected)
+    for ours, other in zip(gradients(found, head.leaves), gradients(expected, head.leaves), strict=True):  # type: ignore[arg-type]
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours, other, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["none", "recompute", "store", "frozen"])
+def test_opcheck(mode: str, implementation: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    hidden, weight, bias = torch.randn(5, 3), torch.randn(11, 3), torch.randn(11)
+    if mode != "none":
+        hidden.requires_grad_()
+    if mode in ("recompute", "store"):
+        weight.requires_grad_()
+        bias.requires_grad_()
+    labels = torch.tensor([0, 3, -100, 10, 2])
+    tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
+    if mode != "store":  # whose outputs differ after a backward: eager overwrites the stored logits, a traced graph not
+        tests.append("test_aot_dispatch_dynamic")
+    arguments = (hidden, weight, bias, labels, None, -100, 0.7, 1.0, 3.0, mode == "store", mode, 200, implementation)
+    torch.library.opcheck(linear_logprob, arguments, test_utils=tests)
