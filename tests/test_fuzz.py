@@ -189,6 +189,8 @@ def assert_exact(door: Door, name: str, a: Arguments, copies: Arguments, returne
     info = torch.finfo(main.dtype)
     allowed = relative * 4 * slope / denominator + 2 * info.eps * exact_grad.abs().max().item() if grad.numel() else 0.0
     assert grad.dtype == main.dtype
+    if allowed > info.max:  # of slopes of 1e18 (1e9 / 1e-9) in fp16, a rounding of the accumulator is beyond the range
+        return
     assert max_error(grad, exact_grad.to(main.dtype)) <= allowed + info.tiny, "gradient"
 
 
@@ -228,7 +230,7 @@ def examples(implementation: str, factor: float) -> settings:
 
 @pytest.mark.parametrize("door", DOORS)
 def test_right_arguments(door: str, implementation: str) -> None:
-    @examples(implementation, 0.8)
+    @examples(implementation, 0.6)
     @given(DOORS[door].right)
     def property_holds(a: Arguments) -> None:
         call(door, {**a, "implementation": implementation}, may_raise=False)
@@ -242,7 +244,7 @@ def test_any_arguments(door: str, implementation: str) -> None:
         p.name for p in inspect.signature(DOORS[door].parameters).parameters.values() if p.name != "implementation"
     )
 
-    @examples(implementation, 2.5)
+    @examples(implementation, 2)
     @given(drawn.changed(DOORS[door].right, optional))
     def property_holds(a: Arguments) -> None:
         call(door, {"implementation": implementation, **a}, may_raise=True)
@@ -250,7 +252,7 @@ def test_any_arguments(door: str, implementation: str) -> None:
     property_holds()
 
 
-@examples("torch", 10)
+@examples("torch", 4)
 @given(drawn.changed(drawn.margin_arguments(), ()))
 def test_any_margin_schedule(a: Arguments) -> None:
     try:
