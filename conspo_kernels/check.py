@@ -18,8 +18,10 @@ INTEGERS = "int8, int16, int32, int64 or uint8"
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 REDUCTIONS = ("mean", "sum", "none")
 
-# Quotients and products of two numbers between these fit fp32, so no kernel meets an infinite or a zero factor.
-SMALLEST, LARGEST = 1e-18, 1e18
+# logit_scale / temperature / tau, and what else three numbers between these can make, is at most 1e27 and so fits fp32,
+# also times a logit of 1e10: no kernel meets an infinite or a zero factor.
+# Powers of two, which no dtype rounds to beyond them.
+SMALLEST, LARGEST = 2.0**-30, 2.0**30
 
 
 def _tensor(name: str, value: Any) -> None:
@@ -67,12 +69,12 @@ def _positive(name: str, value: Any) -> None:
 def in_range(name: str, value: float) -> None:
     """A number that is multiplied and divided by."""
     if not SMALLEST <= value <= LARGEST:
-        raise ValueError(f"{name} must be positive and finite, from {SMALLEST} to {LARGEST}, got {value}")
+        raise ValueError(f"{name} must be positive and finite, from 2**-30 to 2**30, got {value}")
 
 
 def margin_in_range(value: float) -> None:
     if not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"margin must be finite, from {-LARGEST} to {LARGEST}, got {value}")
+        raise ValueError(f"margin must be finite, from -2**30 to 2**30, got {value}")
 
 
 def _flag(name: str, value: Any) -> None:

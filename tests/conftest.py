@@ -17,7 +17,7 @@ IMPLEMENTATIONS = ("torch", "triton", "native")
 
 # `pytest --hypothesis-profile=long` looks further, and elsewhere each time.
 settings.register_profile("repeatable", max_examples=100, deadline=None, derandomize=True)
-settings.register_profile("long", max_examples=1500, deadline=None)
+settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile("repeatable")
 
 

@@ -219,6 +219,15 @@ def test_every_error_at_the_door_and_in_the_ops_is_provoked_here() -> None:
     assert not missing, "\n".join(missing)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_ends_of_the_range_are_in_it(dtype: torch.dtype) -> None:
+    """1e-9 rounds down in fp32, which the op sees."""
+    arguments = scores(scores=torch.tensor([-1.0, -2.0, -1.0, -2.0], dtype=dtype))
+    for number in (1e-9, check.SMALLEST, check.LARGEST):
+        for name in ("tau", "num_groups", "margin"):
+            assert from_scores({**arguments, name: number}).isfinite()
+
+
 def test_nested_tensors_are_refused() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

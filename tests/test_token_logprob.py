@@ -193,7 +193,7 @@ def test_softcaps_far_above_the_logits(dtype: torch.dtype, implementation: str, 
     logits = (torch.randn(1, 4, 97) * 3).to(device, dtype).requires_grad_(True)
     labels = torch.randint(0, 97, (1, 4), device=device)
     tolerance = 1e-5 if dtype == torch.float32 else 1e-12
-    for softcap in (10.0, 30.0, 100.0, 1e3, 1e4, 1e6, 1e18):
+    for softcap in (10.0, 30.0, 100.0, 1e3, 1e4, 1e6, 1e9):
         logprobs = token_logprobs(logits, labels, softcap=softcap, implementation=implementation)
         exact_leaf = logits.detach().double().requires_grad_(True)
         exact = (softcap * torch.tanh(exact_leaf / softcap)).log_softmax(-1).gather(-1, labels[..., None])[..., 0]
