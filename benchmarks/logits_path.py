@@ -64,11 +64,13 @@ class Inputs(NamedTuple):
 
 
 class Candidate(NamedTuple):
-    """compute: logits to log-probabilities or to the loss.  rounds_to: the precision that its softmax is kept in."""
+    """compute: logits to log-probabilities or to the loss; with known coefficients, to the gradient as well.
 
-    compute: Callable[[Tensor], Tensor]
+    rounds_to: the precision that its softmax is kept in.
+    """
+
+    compute: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
     rounds_to: torch.dtype
-    implementation: str = "auto"
 
 
 def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candidate]:
@@ -83,10 +85,15 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
             )  # type: ignore[return-value]  # fmt: skip
         return token_logprobs(logits, labels, inplace_backward=op.inplace, implementation=implementation)  # type: ignore[return-value]
 
-    found = {OURS: Candidate(ours, torch.float32, implementation)}
     if op.known:  # which no rival has
-        has = hasattr(twin("token_logprob", implementation, logits.device), "forward_backward")
-        return found if has else {}
+        kernels = twin("token_logprob", implementation, logits.device)
+        coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+        def known(logits: Tensor) -> tuple[Tensor, Tensor]:
+            return kernels.forward_backward(logits, logits, labels, coefficients, -100, LogitTransform()), logits
+
+        return {OURS: Candidate(known, torch.float32)} if hasattr(kernels, "forward_backward") else {}
+    found = {OURS: Candidate(ours, torch.float32)}
     for rival in rivals(inputs.logits.dtype):
         function = conspo_loss_of(rival.token_logprobs) if op.loss else rival.token_logprobs
         function = torch.compile(function) if rival.compiled else function
@@ -101,16 +108,8 @@ def call(op: Op, candidate: Candidate, inputs: Inputs) -> Call:
     if not op.backward:
         return Call(lambda: inputs.logits, torch.no_grad()(candidate.compute))
     base = inputs.logits.detach().requires_grad_(not op.known)
-
     if op.known:
-        kernels = twin("token_logprob", candidate.implementation, base.device)
-        coefficients = inputs.grad.to(torch.float64 if base.dtype == torch.float64 else torch.float32)
-
-        def known(logits: Tensor) -> tuple[Tensor, Tensor]:
-            arguments = (logits, inputs.labels, coefficients, -100, LogitTransform())
-            return kernels.forward_backward(logits, *arguments), logits
-
-        return Call(lambda: base * 1, known)
+        return Call(lambda: base * 1, candidate.compute)
 
     def run(logits: Tensor) -> tuple[Tensor, Tensor]:
         out = candidate.compute(logits)

@@ -1,16 +1,32 @@
-"""The demo's policy: a Llama of half a million parameters and a tokenizer of single characters.
+"""The demo's policies, and the default one: a Llama of half a million parameters with a tokenizer of characters.
 
-Everything else in the demo reaches the model through `Policy` alone: another model needs another `Policy`.
+Everything else in the demo reaches the model through `Policy` alone: another model needs another `Policy`, as
+smollm2.py makes one.
 """
 
 from __future__ import annotations
 
 import string
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from sequences import Batch, Forward, read_rows
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+
+class Tokenizer(Protocol):
+    """What the demo asks of a tokenizer."""
+
+    pad_id: int
+    eos_id: int
+
+    def encode_prompt(self, text: str) -> list[int]: ...
+
+    def encode_response(self, text: str) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int]) -> str: ...
 
 
 class CharTokenizer:
@@ -48,14 +64,26 @@ class Policy:
 
     name: str
     model: PreTrainedModel
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
+    read: Callable[[Forward, Batch], torch.Tensor] = read_rows
+    compute_dtype: torch.dtype = torch.float32  # the weights are in fp32 whatever this is
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
+    def forward(self, **inputs: Any) -> torch.Tensor:
+        """The model's logits, from its own keyword arguments."""
+        mixed = self.compute_dtype != torch.float32
+        with torch.autocast(self.device.type, self.compute_dtype if mixed else None, enabled=mixed):
+            return self.model(**inputs).logits
 
-def build_policy(device: torch.device) -> Policy:
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits of the batch's last columns, at least of all that predict a response token."""
+        return self.read(self.forward, batch)
+
+
+def build_char_policy(device: torch.device) -> Policy:
     """A freshly initialised policy; its weights follow from torch's global seed."""
     tokenizer = CharTokenizer()
     config = LlamaConfig(

@@ -1,58 +1,22 @@
-"""Sequences the policy is fed and sequences it samples: padding, cached sampling, accuracy.
+"""Sequences the policy is taught and sequences it samples: supervised batches, cached sampling, accuracy.
 
-Layout of every batch: prompts padded on the left, responses on the right, so that all responses start in one column and
-a step of sampling is one column. Shapes: b rows, p prompt columns, r response columns, t = p + r.
+Shapes as in sequences.py: b rows, p prompt columns, r response columns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from demo_task import SpellBackward
 from policy import Policy
+from sequences import Batch, pad, positions
+from tasks import Entry, Task
 from tqdm import tqdm
 from transformers import DynamicCache
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Padded sequences, `[b, t]` each: what the model attends to, and which of the tokens are response."""
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
-    response_mask: torch.Tensor
-
-    def logits(self, policy: Policy) -> torch.Tensor:
-        """`[b, t, v]`, position t predicting token t + 1."""
-        return policy.model(
-            input_ids=self.input_ids,
-            attention_mask=self.attention_mask,
-            position_ids=positions(self.attention_mask),
-            use_cache=False,
-        ).logits
-
-
-def positions(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Positions that start at zero at a row's first real token, wherever its padding ends."""
-    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows of one length, and the mask of what is not padding."""
-    width = max(len(row) for row in rows)
-    ids, mask = [], []
-    for row in rows:
-        gap = width - len(row)
-        filler, real = [pad_id] * gap, [1] * len(row)
-        ids.append([*filler, *row] if left else [*row, *filler])
-        mask.append([0] * gap + real if left else real + [0] * gap)
-    return torch.tensor(ids), torch.tensor(mask)
-
-
-def supervised_batch(policy: Policy, task: SpellBackward, entries: Sequence[dict[str, Any]]) -> Batch:
+def supervised_batch(policy: Policy, task: Task, entries: Sequence[Entry]) -> Batch:
     """Prompts with their right answers."""
     tokenizer = policy.tokenizer
     prompts, prompt_mask = pad([tokenizer.encode_prompt(task.prompt(e)) for e in entries], tokenizer.pad_id, left=True)
@@ -63,6 +27,7 @@ def supervised_batch(policy: Policy, task: SpellBackward, entries: Sequence[dict
         torch.cat([prompts, answers], dim=1).to(policy.device),
         torch.cat([prompt_mask, answer_mask], dim=1).to(policy.device),
         torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1).to(policy.device),
+        prompt_columns=prompts.shape[1],
     )
 
 
@@ -80,14 +45,14 @@ def _sample_columns(
     """Sampled tokens and the mask of those up to and including the end of sequence, `[b * copies, r]` each."""
     tokenizer = policy.tokenizer
     cache = DynamicCache(config=policy.model.config)
-    logits = policy.model(
+    logits = policy.forward(
         input_ids=prompts_bp,
         attention_mask=prompt_mask_bp,
         position_ids=positions(prompt_mask_bp),
         past_key_values=cache,
         use_cache=True,
         logits_to_keep=1,
-    ).logits[:, -1]
+    )[:, -1]
     # A prompt is read once, whatever the number of its rollouts.
     cache.batch_repeat_interleave(copies)
     logits = logits.repeat_interleave(copies, dim=0)
@@ -106,13 +71,13 @@ def _sample_columns(
         if step + 1 == max_new_tokens or not open_b.any():
             break
         attended = torch.cat([attended, kept[-1][:, None].to(attended.dtype)], dim=1)
-        logits = policy.model(
+        logits = policy.forward(
             input_ids=drawn[:, None],
             attention_mask=attended,
             position_ids=positions(attended)[:, -1:],
             past_key_values=cache,
             use_cache=True,
-        ).logits[:, -1]
+        )[:, -1]
     return torch.stack(tokens, dim=1), torch.stack(kept, dim=1).to(prompt_mask_bp.dtype)
 
 
@@ -129,8 +94,8 @@ class Rollouts:
 
 def sample(
     policy: Policy,
-    task: SpellBackward,
-    entries: Sequence[dict[str, Any]],
+    task: Task,
+    entries: Sequence[Entry],
     *,
     copies: int,
     temperature: float = 1.0,
@@ -145,8 +110,7 @@ def sample(
         prompts,
         prompt_mask,
         copies=copies,
-        # Two more than the longest answer: its end of sequence, and one token in which to be too long.
-        max_new_tokens=task.max_length + 2,
+        max_new_tokens=task.max_new_tokens,
         temperature=temperature,
         generator=generator,
     )
@@ -155,6 +119,8 @@ def sample(
         torch.cat([prompts, tokens], dim=1),
         torch.cat([prompt_mask, kept], dim=1),
         torch.cat([torch.zeros_like(prompt_mask), kept], dim=1),
+        prompt_columns=prompts.shape[1],
+        copies=copies,
     )
     lengths = kept.sum(1).cpu()
     rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
@@ -164,15 +130,15 @@ def sample(
     return Rollouts(batch, texts, torch.tensor(rewards), lengths, finished)
 
 
-def _slices(entries: Sequence[dict[str, Any]], size: int) -> Iterator[Sequence[dict[str, Any]]]:
+def _slices(entries: Sequence[Entry], size: int) -> Iterator[Sequence[Entry]]:
     for start in range(0, len(entries), size):
         yield entries[start : start + size]
 
 
 def accuracy(
     policy: Policy,
-    task: SpellBackward,
-    entries: Sequence[dict[str, Any]],
+    task: Task,
+    entries: Sequence[Entry],
     *,
     samples: int,
     generator: torch.Generator | None,

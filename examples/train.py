@@ -2,10 +2,12 @@
 
 A small Llama learns to spell words backward. Supervised steps first, until it solves some prompts but not most; then
 ConSPO (or GRPO, with as many rollouts) on its own samples, marked right or wrong by reasoning-gym's verifier. Accuracy
-on held-out words is measured before and after.
+on held-out words is measured before and after. `--model smollm2` is a pretrained model, SmolLM2-135M-Instruct, that
+learns sums and differences of one digit; it starts from its own accuracy, without supervised steps.
 
     python examples/train.py                       # ConSPO, files in runs/demo
     python examples/train.py --loss grpo --out runs/grpo
+    python examples/train.py --model smollm2       # files in runs/smollm2
 
 From a checkout that is not installed, put it on the path first: `PYTHONPATH=. python examples/train.py`.
 The same seed, threads and machine give the same run on a CPU. Ctrl-C leaves whole files of what was reached.
@@ -15,18 +17,21 @@ from __future__ import annotations
 
 import argparse
 import random
+import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from demo_task import SpellBackward
 from grpo import grpo_loss
 from plot import plot_run
-from policy import Policy, build_policy
+from policy import Policy, build_char_policy
 from records import StepLog, replace_atomically, write_json
 from rollout import Rollouts, accuracy, sample
+from settings import parse_arguments
+from smollm2 import build_smollm2_policy
+from tasks import OneDigitSums, SpellBackward, Task
 from tqdm import tqdm
 from transformers import set_seed
 from warmup import warm_up
@@ -34,44 +39,6 @@ from warmup import warm_up
 from conspo_kernels import CosineMargin, conspo_loss, conspo_loss_from_scores, sequence_scores, token_logprobs
 
 INTERRUPTED = 130  # the shell's exit code for a process ended by Ctrl-C
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    add = parser.add_argument
-    add("--loss", choices=("conspo", "grpo"), default="conspo")
-    add("--seed", type=int, default=0)
-    add("--steps", type=int, default=200, help="reinforcement learning steps")
-    add("--prompts-per-step", type=int, default=32)
-    add("--group-size", type=int, default=8, help="rollouts per prompt")
-    add("--lr", type=float, default=1e-4, help="Adam's learning rate")
-    add("--max-grad-norm", type=float, default=1.0)
-    add("--temperature", type=float, default=1.0, help="of the rollouts and of the loss; evaluation is at 1")
-    add("--tau", type=float, default=1.0, help="temperature of the contrast between rollouts, nats per token")
-    add("--margin", type=float, default=0.5, help="target margin, nats per token")
-    add("--margin-warmup", type=float, default=0.5, help="fraction of the steps over which the margin rises")
-    add("--warmup-steps", type=int, default=2000, help="supervised steps at most")
-    add("--warmup-accuracy", type=float, default=0.35, help="sampled accuracy at which the supervised steps end")
-    add("--warmup-lr", type=float, default=5e-4)
-    add("--warmup-batch", type=int, default=64, help="words per supervised step")
-    add("--warm-start", type=Path, help="file that keeps the warmed-up weights: read if it is there, else written")
-    add("--held-out", type=int, default=512, help="words kept for evaluation")
-    add("--eval-samples", type=int, default=4, help="samples per held-out word")
-    add("--implementation", choices=("auto", "torch", "triton", "native"), default="auto")
-    add("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1 ...")
-    # Matrices of 128 columns leave little to share, and threads wait for each other where another process wants a core.
-    add("--threads", type=int, default=1, help="CPU threads; the model is too small to gain much from more")
-    add("--out", type=Path, default=Path("runs/demo"))
-    arguments = parser.parse_args(argv)
-    counts = ("steps", "prompts_per_step", "warmup_steps", "warmup_batch", "held_out", "eval_samples", "threads")
-    for name in counts:
-        if getattr(arguments, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(arguments, name)}")
-    if arguments.group_size < 2:
-        parser.error(f"--group-size must be at least 2 for a contrast, got {arguments.group_size}")
-    return arguments
 
 
 def seeded(seed: int, purpose: str) -> random.Random:
@@ -83,11 +50,27 @@ def torch_generator(seed: int, purpose: str, device: torch.device) -> torch.Gene
     return torch.Generator(device).manual_seed(seeded(seed, purpose).getrandbits(63))
 
 
-def warmed_up(args: argparse.Namespace, policy: Policy, task: SpellBackward) -> int | None:
+def clock(device: torch.device) -> float:
+    """Seconds, read when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def build(args: argparse.Namespace) -> tuple[Policy, Task]:
+    """The model asked for, and the task that it solves sometimes."""
+    if args.model == "smollm2":
+        return build_smollm2_policy(args.device), OneDigitSums(held_out=args.held_out)
+    return build_char_policy(args.device), SpellBackward(held_out=args.held_out)
+
+
+def warmed_up(args: argparse.Namespace, policy: Policy, task: Task) -> int | None:
     """Bring the policy to its starting point; the supervised steps that took, None where they were read from a file."""
     if args.warm_start is not None and args.warm_start.exists():
         policy.model.load_state_dict(torch.load(args.warm_start, map_location=policy.device, weights_only=True))
         return None
+    if args.warmup_steps == 0:
+        return 0
     steps = warm_up(
         policy,
         task,
@@ -105,17 +88,17 @@ def warmed_up(args: argparse.Namespace, policy: Policy, task: SpellBackward) -> 
 
 
 def policy_loss(
-    args: argparse.Namespace, policy: Policy, rollouts: Rollouts, margin: float
+    args: argparse.Namespace, logits: torch.Tensor, rollouts: Rollouts, margin: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
     """The loss of one batch of rollouts, its ConSPO metrics, and the log-probabilities of the sampled tokens."""
-    batch = rollouts.batch
-    tokens: dict[str, Any] = {"mask": batch.response_mask, "shift": True, "implementation": args.implementation}
+    columns = slice(-logits.shape[1], None)  # the last ones: a policy may leave out logits that predict the prompt
+    labels, mask = rollouts.batch.input_ids[:, columns], rollouts.batch.response_mask[:, columns]
+    tokens: dict[str, Any] = {"mask": mask, "shift": True, "implementation": args.implementation}
     contrast: dict[str, Any] = {"tau": args.tau, "margin": margin}
-    logits = batch.logits(policy)
     if args.loss == "conspo":
         output = conspo_loss(
             logits,
-            batch.input_ids,
+            labels,
             rollouts.rewards,
             args.group_size,
             temperature=args.temperature,
@@ -125,8 +108,8 @@ def policy_loss(
             **contrast,
         )
         return output.loss, output.metrics, output.logprobs
-    logprobs = token_logprobs(logits, batch.input_ids, temperature=args.temperature, inplace_backward=True, **tokens)
-    scores = sequence_scores(logprobs, batch.input_ids, **tokens)
+    logprobs = token_logprobs(logits, labels, temperature=args.temperature, inplace_backward=True, **tokens)
+    scores = sequence_scores(logprobs, labels, **tokens)
     # The baseline is seen through the same instruments: the ConSPO metrics of its scores, which it does not optimise.
     seen = conspo_loss_from_scores(
         scores.detach(),
@@ -139,9 +122,7 @@ def policy_loss(
     return grpo_loss(scores, rollouts.rewards, args.group_size), seen.metrics, logprobs.detach()
 
 
-def reinforce(
-    args: argparse.Namespace, policy: Policy, task: SpellBackward, log: StepLog, summary: dict[str, Any]
-) -> None:
+def reinforce(args: argparse.Namespace, policy: Policy, task: Task, log: StepLog, summary: dict[str, Any]) -> None:
     """On-policy steps: sample, verify, one update; every rollout is used once."""
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
     margin_at = CosineMargin(args.margin, args.margin_warmup, args.steps)
@@ -149,7 +130,7 @@ def reinforce(
     generator = torch_generator(args.seed, "rollouts", policy.device)
     with tqdm(range(args.steps), desc=args.loss, unit="step") as bar:
         for step in bar:
-            started = time.perf_counter()
+            started = clock(policy.device)
             rollouts = sample(
                 policy,
                 task,
@@ -158,9 +139,14 @@ def reinforce(
                 temperature=args.temperature,
                 generator=generator,
             )
-            loss, metrics, logprobs = policy_loss(args, policy, rollouts, margin_at(step))
+            logits = policy.logits(rollouts.batch)
+            # loss.backward() in two parts, so that the loss can be timed apart from the model.
+            loss_started = clock(policy.device)
+            loss, metrics, logprobs = policy_loss(args, logits, rollouts, margin_at(step))
+            (dlogits,) = torch.autograd.grad(loss, logits)
+            loss_seconds = clock(policy.device) - loss_started
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            logits.backward(dlogits)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), args.max_grad_norm)
             optimizer.step()
             row = {
@@ -172,16 +158,15 @@ def reinforce(
                 "response_length_mean": rollouts.lengths.float().mean().item(),
                 "finished_fraction": rollouts.finished.float().mean().item(),
                 **{name: value.item() for name, value in metrics.items()},
-                "seconds": time.perf_counter() - started,
+                "loss_seconds": loss_seconds,
+                "seconds": clock(policy.device) - started,
             }
             log.add(row)
             summary["steps"] = step + 1
             bar.set_postfix(reward=f"{row['reward_mean']:.3f}", gap=f"{row['conspo/score_gap']:.3f}")
 
 
-def evaluate(
-    args: argparse.Namespace, policy: Policy, task: SpellBackward, moment: str, summary: dict[str, Any]
-) -> None:
+def evaluate(args: argparse.Namespace, policy: Policy, task: Task, moment: str, summary: dict[str, Any]) -> None:
     """Held-out accuracy, sampled and greedy, into the summary; the same random numbers before and after."""
     summary[f"accuracy_{moment}"] = accuracy(
         policy,
@@ -198,9 +183,7 @@ def demo(args: argparse.Namespace, log: StepLog, summary: dict[str, Any]) -> Non
     """Warm up, evaluate, reinforce, evaluate; the summary is filled as each is reached."""
     set_seed(args.seed)
     torch.set_num_threads(args.threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    policy = build_policy(torch.device(device))
-    task = SpellBackward(held_out=args.held_out)
+    policy, task = build(args)
     details = summary["details"]
     summary["model"] = policy.name
     details.update(task=task.name, device=policy.device.type, parameters=policy.model.num_parameters())
@@ -216,6 +199,11 @@ def demo(args: argparse.Namespace, log: StepLog, summary: dict[str, Any]) -> Non
 
 
 def write_results(out: Path, log: StepLog, summary: dict[str, Any]) -> None:
+    """The summary, with the cost of a step and of the loss in it (from the logits to their gradient), and the plot."""
+    if log.rows:
+        summary["details"]["seconds_per_step"] = round(statistics.median(row["seconds"] for row in log.rows), 4)
+        share = statistics.median(row["loss_seconds"] / row["seconds"] for row in log.rows)
+        summary["details"]["loss_share_of_step"] = round(share, 4)
     write_json(out / "summary.json", summary)
     if log.rows:
         title = f"{summary['model']}, {summary['details']['task']}, {summary['loss']}, seed {summary['seed']}"
@@ -223,11 +211,13 @@ def write_results(out: Path, log: StepLog, summary: dict[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
+    args = parse_arguments(argv, __doc__.split("\n\n")[0])
     args.out.mkdir(parents=True, exist_ok=True)
     for name in ("metrics.jsonl", "curve.png", "summary.json"):  # an earlier run's files are not this run's
         (args.out / name).unlink(missing_ok=True)
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    settings = {
+        name: str(value) if isinstance(value, Path | torch.device) else value for name, value in vars(args).items()
+    }
     summary: dict[str, Any] = {
         "model": None,
         "loss": args.loss,

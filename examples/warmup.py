@@ -6,9 +6,9 @@ import random
 
 import torch
 import torch.nn.functional as F
-from demo_task import SpellBackward
 from policy import Policy
 from rollout import accuracy, supervised_batch
+from tasks import Task
 from tqdm import tqdm
 
 PROBE_EVERY = 25
@@ -17,7 +17,7 @@ PROBE_PROMPTS = 256
 
 def warm_up(
     policy: Policy,
-    task: SpellBackward,
+    task: Task,
     *,
     max_steps: int,
     target_accuracy: float,
@@ -36,8 +36,8 @@ def warm_up(
     with tqdm(range(1, max_steps + 1), desc="warm-up", unit="step") as bar:
         for step in bar:
             batch = supervised_batch(policy, task, task.draw(rng, batch_size))
-            logits = batch.logits(policy)
-            targets = torch.where(batch.response_mask.bool(), batch.input_ids, -100)
+            logits = policy.logits(batch)
+            targets = torch.where(batch.response_mask.bool(), batch.input_ids, -100)[:, -logits.shape[1] :]
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -245,7 +245,10 @@ def test_wrong_instruction_set() -> None:
 
 
 def setup(build: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, **environment} | ({} if build is None else {"CONSPO_BUILD": build})
+    variables = {**os.environ, **environment}
+    variables.pop("CONSPO_BUILD", None)
+    if build is not None:
+        variables["CONSPO_BUILD"] = build
     return subprocess.run(
         [sys.executable, "setup.py", "--name"],
         capture_output=True,
