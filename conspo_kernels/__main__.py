@@ -25,6 +25,9 @@ OPS = {
     "token_logprob": "token_logprobs",
     "sequence_score": "sequence_scores",
     "group_infonce": "conspo_loss_from_scores",
+    "token_logprob_known": "weighted_score_loss",
+    "linear_logprob": "linear_token_logprobs",
+    "linear_logprob_known": "linear_weighted_score_loss",
 }
 IMPLEMENTATIONS = ("torch", "triton", "native")
 
@@ -92,10 +95,10 @@ def print_information(info: dict[str, Any]) -> None:
     lines.append(("Triton interprets", "yes" if info["triton_interprets"] else "no"))
     for name, value in lines:
         print(f"{name:18} {value}")
-    print(f"\n{'op':15} {'device':7} {'auto':7} {'runs':15} others")
+    print(f"\n{'op':20} {'device':7} {'auto':7} {'runs':15} others")
     for row in info["implementations"]:
         runs = ", ".join(row["runs"])
-        print(f"{row['op']:15} {row['device']:7} {row['auto']:7} {runs:15} {', '.join(row['others']) or '-'}")
+        print(f"{row['op']:20} {row['device']:7} {row['auto']:7} {runs:15} {', '.join(row['others']) or '-'}")
     reasons = [(row["device"], *pair) for row in info["implementations"] for pair in row["others"].items()]
     print()
     for device, name, reason in dict.fromkeys(reasons):

@@ -117,10 +117,11 @@ def logits(value: Any) -> None:
         raise ValueError(f"logits must have a last stride of 1 (the others are free), got strides {value.stride()}")
 
 
-def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
+def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any, weight_grad: Any = None) -> None:
     """Hidden states and the head that makes logits of them."""
     for name, value in (("hidden", hidden), ("weight", weight), *(() if bias is None else (("bias", bias),))):
         _tensor(name, value)
+        _reverse_mode(name, value)
         if hasattr(value, "full_tensor"):
             raise ValueError(
                 f"{name} must be a whole tensor, got a DTensor: call the loss where the parameter is gathered, inside "
@@ -143,6 +144,16 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
         if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
     _positive("workspace_mib", workspace_mib)
+    if weight_grad is not None:
+        _tensor("weight_grad", weight_grad)
+        _shape("weight_grad", weight_grad, tuple(weight.shape), "that of weight")
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        _dtype("weight_grad", weight_grad, (wide,), f"{wide} for weight in {weight.dtype}")
+        _same_device("weight_grad", weight_grad, "weight", weight)
+        if weight_grad.requires_grad:
+            raise ValueError("weight_grad is added to in backward: it must not require a gradient itself")
+        if not weight.requires_grad:
+            raise ValueError("weight_grad takes the gradient of weight, which does not require one")
 
 
 def tokens(labels: Any, mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:

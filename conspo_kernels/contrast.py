@@ -74,7 +74,7 @@ class Contrast(NamedTuple):
         scorable = ~rewards.isnan()
         if counts.device.type == "cpu":
             scorable &= counts > 0
-        positive = scorable & (rewards > self.reward_threshold)
+        positive = scorable & (rewards > float(self.reward_threshold))  # as the op compares them
         segments = _segments(GroupLayout.of(groups, num_rollouts), rewards.device)
         valid = (segments.max(positive.float()) > 0) & (segments.max((scorable & ~positive).float()) > 0)
         return scorable & valid[segments.slots]

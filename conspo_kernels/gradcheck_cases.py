@@ -1,23 +1,15 @@
-"""The cases of the gradient check: every door with its options, and what the oracle and eager PyTorch make of them."""
+"""The cases of the gradient check: every door with its options, and the inputs of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import (
-    ConSPOOutput,
-    conspo_loss,
-    conspo_loss_from_scores,
-    conspo_scores,
-    reference,
-    sequence_scores,
-    token_logprobs,
-)
+from . import reference
 
 GRADED = {  # the outputs of each door that have a gradient
     "token_logprobs": ("logprobs", "entropy"),
@@ -25,8 +17,15 @@ GRADED = {  # the outputs of each door that have a gradient
     "conspo_loss": ("loss",),
     "conspo_loss_from_scores": ("loss",),
     "conspo_scores": (),
+    "conspo_weights": (),
+    "weighted_score_loss": ("loss",),
+    "linear_token_logprobs": ("logprobs", "entropy"),
+    "linear_conspo_loss": ("loss",),
+    "linear_conspo_scores": (),
+    "linear_weighted_score_loss": ("loss",),
 }
-OWN_OPTIONS = {"inplace_backward", "return_entropy"}  # no business of the oracle's
+FROM_SCORES = ("conspo_loss_from_scores", "conspo_weights")
+HIDDEN_SIZE = 6  # of the linear doors
 
 # Tokens per rollout and vocabulary. Of small, no tile is full; wide has full tiles and a tail; model is Qwen's size.
 SHAPES = {
@@ -61,12 +60,22 @@ class Case:
     without: str | None = None
 
     @property
+    def linear(self) -> bool:
+        return self.op.startswith("linear_")
+
+    @property
+    def known(self) -> bool:
+        """Whether the gradient is computed with the value, and a second backward raises."""
+        return self.op.endswith("weighted_score_loss")
+
+    @property
     def graded(self) -> list[str]:
         """The outputs that take part in the gradient."""
         absent = {self.without, None if self.options.get("return_entropy") else "entropy"}
         return [name for name in GRADED[self.op] if name not in absent]
 
 
+TILES = {"workspace_mib": 1e-3}  # 1 KiB: backward computes the logits again, tile by tile
 CAPPED = {"softcap": 3.0, "logit_scale": 0.6, "temperature": 1.3}
 CASES = (
     Case("token_logprobs", "padded, temperature", {"temperature": 0.7}),
@@ -95,18 +104,37 @@ CASES = (
     Case("conspo_loss_from_scores", "sum, a group not valid", {"reduction": "sum", "tau": 2.0}, groups=2),
     Case("conspo_scores", "padded, temperature", {"temperature": 0.7}, gaps=True),
     Case("conspo_scores", "packed, shift, mask, softcap", {"shift": True, **CAPPED}, packed=True, mask=True),
+    Case("conspo_weights", "ragged ids, tau, margin", {"tau": 0.5, "margin": 0.3}, groups=None, gaps=True),
+    Case("weighted_score_loss", "padded, temperature", {"temperature": 0.7}, gaps=True),
+    Case("weighted_score_loss", "packed, shift, mask, softcap, in place", {"shift": True, "inplace": True, **CAPPED},
+         packed=True, mask=True),
+    Case("linear_token_logprobs", "padded, logits stored, temperature", {"temperature": 0.7}),
+    Case("linear_token_logprobs", "packed, shift, mask, softcap, tiles", {"shift": True, **CAPPED, **TILES},
+         packed=True, mask=True),
+    Case("linear_token_logprobs", "entropy, softcap, tiles", {"return_entropy": True, **CAPPED, **TILES}),
+    Case("linear_conspo_loss", "padded, shift, mask, tau, margin", {"shift": True, "tau": 0.5, "margin": 0.3},
+         mask=True, gaps=True),
+    Case("linear_conspo_loss", "packed, ragged ids, softcap, tiles", {"tau": 2.0, **CAPPED, **TILES}, packed=True,
+         groups=None, gaps=True),
+    Case("linear_conspo_scores", "padded, temperature, tiles", {"temperature": 0.7, **TILES}, gaps=True),
+    Case("linear_weighted_score_loss", "padded, softcap", {**CAPPED}, gaps=True),
+    Case("linear_weighted_score_loss", "packed, shift, mask, tiles", {"shift": True, **TILES}, packed=True, mask=True),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """leaf: what is differentiated by, the logits, log-probabilities or scores (of a view its base)."""
+    """leaf: what is differentiated by, the logits (of a view its base), log-probabilities or scores; of a linear door
+    hidden, weight and bias in one row.  weights: of the rollouts, where they are known.
+    """
 
     leaf: Tensor
     labels: Tensor
     rewards: Tensor
     groups: int | Tensor
     options: dict[str, Any]
+    vocab_size: int
+    weights: Tensor
 
     def rollouts(self) -> list[list[tuple[int, int]]]:
         """Row and label of each rollout's response tokens."""
@@ -143,92 +171,21 @@ def build(case: Case, shape: tuple[tuple[int, ...], int], dtype: torch.dtype, de
         rewards[UNSCORABLE : UNSCORABLE + 1] = torch.nan
     groups = torch.tensor(PROMPT_IDS[:num_rollouts]) if case.groups is None else min(case.groups, num_rollouts)
 
-    if case.op == "conspo_loss_from_scores":
+    if case.op in FROM_SCORES:
         leaf = torch.randn(num_rollouts, generator=generator, dtype=torch.float64) - 3
         if case.gaps:
             leaf[EMPTY : EMPTY + 1] = torch.nan
         options = {k: v for k, v in options.items() if k not in ("mask", "cu_seqlens")}
     elif case.op == "sequence_scores":
         leaf = -3 * torch.rand(labels.shape, generator=generator, dtype=torch.float64)
+    elif case.linear:
+        size = labels.numel() * HIDDEN_SIZE, vocab_size * HIDDEN_SIZE, vocab_size
+        leaf = torch.randn(sum(size), generator=generator, dtype=torch.float64)
+        leaf[size[0] : -vocab_size] *= 3 / math.sqrt(HIDDEN_SIZE)
     else:
         sizes = [n + case.view for n in labels.shape]
         leaf = 3 * torch.randn(*sizes, vocab_size + 3 * case.view, generator=generator, dtype=torch.float64)
         leaf[..., :first] = -torch.inf
-    return Inputs(leaf.to(device, dtype).requires_grad_(), labels.to(device), rewards, groups, options)
-
-
-def logits_of(case: Case, leaf: Tensor) -> Tensor:
-    return leaf[:-1, :-1, :-3] if case.view else leaf
-
-
-def call(case: Case, inputs: Inputs, leaf: Tensor, implementation: str) -> dict[str, Tensor]:
-    """The outputs of the door."""
-    options = {**inputs.options, "implementation": implementation}
-    labels, rewards, groups = inputs.labels, inputs.rewards, inputs.groups
-    if case.op == "conspo_loss_from_scores":
-        loss = conspo_loss_from_scores(leaf, rewards, groups, **options)
-        assert isinstance(loss, Tensor)
-        return {"loss": loss}
-    if case.op == "sequence_scores":
-        return {"scores": sequence_scores(leaf, labels, **options)}
-    logits = logits_of(case, leaf.clone())  # in-place gradients overwrite the clone
-    if case.op == "conspo_scores":
-        return {"scores": conspo_scores(logits, labels, **options)}
-    if case.op == "conspo_loss":
-        output = conspo_loss(logits, labels, rewards, groups, **options, return_metrics=True)
-        assert isinstance(output, ConSPOOutput)
-        assert output.logprobs is not None
-        return {"loss": output.loss, "scores": output.scores, "logprobs": output.logprobs}
-    tokens = token_logprobs(logits, labels, **options)
-    return {"logprobs": tokens} if isinstance(tokens, Tensor) else dict(zip(GRADED[case.op], tokens, strict=True))
-
-
-def exact(case: Case, inputs: Inputs, leaf: Tensor) -> dict[str, Tensor]:
-    """The same from the oracle, for a leaf in fp64."""
-    if case.op in ("conspo_loss_from_scores", "sequence_scores"):
-        return eager(case, inputs, leaf)  # which takes the oracle's own parts, in the dtype of the leaf
-    options = {k: v for k, v in inputs.options.items() if k not in OWN_OPTIONS}
-    output = reference.reference_loss(logits_of(case, leaf), inputs.labels, inputs.rewards, inputs.groups, **options)
-    return output._asdict()
-
-
-def eager(case: Case, inputs: Inputs, leaf: Tensor) -> dict[str, Tensor]:
-    """The same as plain PyTorch gives it: the log-softmax in the dtype of the logits, what follows in fp32."""
-    options = inputs.options
-    if case.op == "conspo_loss_from_scores":
-        return {"loss": _loss(leaf, inputs)}
-    rollouts = inputs.rollouts()
-    if case.op == "sequence_scores":
-        return {"scores": _scores(leaf.flatten(), rollouts)}
-    logits = logits_of(case, leaf)
-    y = logits.reshape(-1, logits.shape[-1]) * options.get("logit_scale", 1.0)
-    if (softcap := options.get("softcap")) is not None:
-        y = torch.where(y == -torch.inf, y, softcap * torch.tanh(y / softcap))
-    full = torch.log_softmax(y / options.get("temperature", 1.0), dim=-1)
-    rows, labels = torch.tensor([token for tokens in rollouts for token in tokens], device=leaf.device).unbind(1)
-    nothing = full.new_zeros(len(full))
-    logprobs = nothing.index_put((rows,), full[rows, labels])
-    possible = full[rows][:, 1 if case.masked else 0 :]
-    entropy = nothing.index_put((rows,), -(possible.exp() * possible).sum(-1))
-    scores = _scores(logprobs.float(), rollouts)
-    shape = inputs.labels.shape
-    outputs = {"logprobs": logprobs.view(shape), "entropy": entropy.view(shape), "scores": scores}
-    return {**outputs, "loss": _loss(scores, inputs)} if case.op == "conspo_loss" else outputs
-
-
-def _scores(logprobs: Tensor, rollouts: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
-    scores = [reference.sequence_score([logprobs[row] for row, _ in tokens]) if tokens else None for tokens in rollouts]
-    return torch.stack([logprobs.new_tensor(torch.nan) if score is None else score for score in scores])
-
-
-def _loss(scores: Tensor, inputs: Inputs) -> Tensor:
-    """The losses of the oracle's groups, reduced; a NaN score is that of an empty rollout."""
-    options = inputs.options
-    parts = reference.prompt_groups(inputs.groups, inputs.rewards, (~scores.isnan()).int().tolist(), 0.5)
-    rows = list(scores.unbind())
-    losses = reference.group_losses(rows, parts, options.get("tau", 1.0), options.get("margin", 0.0))
-    if options.get("reduction") == "none":
-        places = [g.members[0] for g in parts] if isinstance(inputs.groups, int) else range(len(rows))
-        return torch.stack([losses.get(place, scores.new_zeros(())) for place in places])
-    total = torch.stack(list(losses.values())).sum()
-    return total if options.get("reduction") == "sum" else total / options.get("num_groups", len(losses))
+    weights = torch.linspace(-1, 1, num_rollouts) / num_rollouts
+    leaf = leaf.to(device, dtype).requires_grad_()
+    return Inputs(leaf, labels.to(device), rewards, groups, options, vocab_size, weights)

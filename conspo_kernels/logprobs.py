@@ -80,6 +80,7 @@ def linear_token_logprobs(
     *,
     bias: Tensor | None = None,
     workspace_mib: float = 512,
+    weight_grad: Tensor | None = None,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
@@ -98,6 +99,8 @@ def linear_token_logprobs(
         weight: [V, H], the lm_head's; dtype and device of hidden.
         bias: [V] or None.
         workspace_mib: memory for tiles of logits, MiB.
+        weight_grad: [V, H] fp32 (fp64 for fp64 weights): backward adds the gradient of weight to it, unrounded, and
+            weight itself gets none (the `main_grad` of some trainers). The logits are then computed again in backward.
         Others: as `token_logprobs`.
 
     Returns:
@@ -115,10 +118,10 @@ def linear_token_logprobs(
     Source: DESIGN section 5.
     """
     options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
-    check.linear(hidden, weight, bias, workspace_mib)
+    check.linear(hidden, weight, bias, workspace_mib, weight_grad)
     check.flags(return_entropy=return_entropy)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, None)
-    head = LinearHead.of(hidden, weight, bias, workspace_mib)
+    head = LinearHead.of(hidden, weight, bias, workspace_mib, weight_grad)
     logprobs, entropy = head.logprobs(layout.labels, options, return_entropy)
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
@@ -182,9 +185,17 @@ class LinearHead(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     workspace: int
+    weight_grad: Tensor | None
 
     @classmethod
-    def of(cls, hidden: Tensor, weight: Tensor, bias: Tensor | None, workspace_mib: float) -> LinearHead:
+    def of(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        workspace_mib: float,
+        weight_grad: Tensor | None = None,
+    ) -> LinearHead:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -193,7 +204,7 @@ class LinearHead(NamedTuple):
                 return x if x.dtype == torch.float64 else x.to(dtype)
 
             hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
-        return cls(hidden.reshape(-1, hidden.shape[-1]), weight, bias, int(workspace_mib * 2**20))
+        return cls(hidden.reshape(-1, hidden.shape[-1]), weight, bias, int(workspace_mib * 2**20), weight_grad)
 
     @property
     def needs(self) -> list[bool]:
@@ -208,6 +219,8 @@ class LinearHead(NamedTuple):
             return "none"
         if not any(needs[1:]) and not with_entropy:
             return "frozen"
+        if self.weight_grad is not None:
+            return "recompute"
         size = self.hidden.shape[0] * self.weight.shape[0] * self.hidden.element_size()
         return "store" if size <= self.workspace else "recompute"
 
@@ -216,9 +229,9 @@ class LinearHead(NamedTuple):
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (empty unless asked for), shaped like labels [B, T]."""
         logprobs, entropy, *_ = linear_logprob(
-            self.hidden, self.weight, self.bias, labels.flatten(), keep, options.ignore_index, options.temperature,
-            options.logit_scale, options.softcap, with_entropy, self.mode(with_entropy), self.workspace,
-            options.implementation,
+            self.hidden, self.weight, self.bias, labels.flatten(), keep, self.weight_grad, options.ignore_index,
+            options.temperature, options.logit_scale, options.softcap, with_entropy, self.mode(with_entropy),
+            self.workspace, options.implementation,
         )  # fmt: skip
         return logprobs.view(labels.shape), entropy
 

@@ -120,6 +120,7 @@ def linear_conspo_loss(
     *,
     bias: Tensor | None = None,
     workspace_mib: float = 512,
+    weight_grad: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     shift: bool = False,
@@ -138,7 +139,7 @@ def linear_conspo_loss(
     """`conspo_loss` of logits = hidden @ weight.T + bias, which are never whole in memory.
 
     Args:
-        hidden, weight, bias, workspace_mib: as `linear_token_logprobs`.
+        hidden, weight, bias, workspace_mib, weight_grad: as `linear_token_logprobs`.
         Others: as `conspo_loss`.
 
     Returns:
@@ -157,7 +158,7 @@ def linear_conspo_loss(
     contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
     options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
     contrast.check(return_metrics)
-    check.linear(hidden, weight, bias, workspace_mib)
+    check.linear(hidden, weight, bias, workspace_mib, weight_grad)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
     counts = token_counts(layout, options)
     live, keep = contrast.live_rollouts(rewards, groups, counts), None
@@ -167,9 +168,8 @@ def linear_conspo_loss(
         computed = layout.only(over_tokens(here, layout.labels.shape, layout.offsets), ignore_index)
         if cu_seqlens is None or cu_seqlens.device.type == "cpu":
             keep = over_tokens(live, layout.labels.shape, None if cu_seqlens is None else cu_seqlens.long()).flatten()
-    logprobs, _entropy = LinearHead.of(hidden, weight, bias, workspace_mib).logprobs(
-        computed.labels, options, keep=keep
-    )
+    head = LinearHead.of(hidden, weight, bias, workspace_mib, weight_grad)
+    logprobs, _entropy = head.logprobs(computed.labels, options, keep=keep)
     scores, _counts = layout_scores(logprobs, computed, options)
     found = contrast.of(scores, rewards, groups, counts, return_metrics)
     if found.metrics is None:

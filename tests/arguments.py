@@ -127,6 +127,57 @@ def loss_arguments(draw: st.DrawFn) -> Arguments:
 
 
 @st.composite
+def headed(draw: st.DrawFn, arguments: Arguments) -> Arguments:
+    """Hidden states and a head in place of the logits."""
+    logits = arguments.pop("logits")
+    arguments.pop("inplace_backward", None)
+    hidden_size, dtype = draw(st.sampled_from([1, 2, 5])), logits.dtype
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
+
+    def tensor(*size: int) -> Tensor:
+        x = placed(draw, torch.randn(size, generator=generator).to(dtype)).detach()
+        return x.requires_grad_(logits.requires_grad and draw(st.booleans()))
+
+    hidden = tensor(*logits.shape[:-1], hidden_size).detach().requires_grad_(logits.requires_grad)
+    arguments |= {"hidden": hidden, "weight": tensor(logits.shape[-1], hidden_size)}
+    if draw(st.booleans()):
+        arguments["bias"] = tensor(logits.shape[-1])
+    arguments["workspace_mib"] = draw(st.sampled_from([512, 1e-4, 2.0**-30, 2.0**30]))
+    return arguments
+
+
+@st.composite
+def linear_loss_arguments(draw: st.DrawFn) -> Arguments:
+    return draw(headed(draw(loss_arguments())))
+
+
+@st.composite
+def linear_logprob_arguments(draw: st.DrawFn) -> Arguments:
+    return draw(headed(draw(logprob_arguments())))
+
+
+def weighted(draw: st.DrawFn, arguments: Arguments) -> Arguments:
+    """Weights of the rollouts, as phase 2 takes them; `inplace` for `inplace_backward`."""
+    offsets = arguments.get("cu_seqlens")
+    num_rollouts = len(arguments["labels"]) if offsets is None else len(offsets) - 1
+    values = draw(st.lists(st.sampled_from([0.0, 1.0, -0.5]), min_size=num_rollouts, max_size=num_rollouts))
+    arguments["weights"] = placed(draw, torch.tensor(values)).to(draw(st.sampled_from(FLOATS)))
+    if arguments.pop("inplace_backward", False):
+        arguments["inplace"] = True
+    return arguments
+
+
+@st.composite
+def phase_two_arguments(draw: st.DrawFn) -> Arguments:
+    return weighted(draw, draw(tokens()))
+
+
+@st.composite
+def linear_phase_two_arguments(draw: st.DrawFn) -> Arguments:
+    return weighted(draw, draw(headed(draw(tokens()))))
+
+
+@st.composite
 def logprob_arguments(draw: st.DrawFn) -> Arguments:
     arguments = draw(tokens())
     if not arguments["shift"] and draw(st.booleans()):

@@ -24,8 +24,12 @@ from conspo_kernels import (
     conspo_loss,
     conspo_loss_from_scores,
     conspo_scores,
+    conspo_weights,
+    linear_conspo_loss,
+    linear_weighted_score_loss,
     sequence_scores,
     token_logprobs,
+    weighted_score_loss,
 )
 
 
@@ -58,8 +62,46 @@ def logprobs(**changes: Any) -> dict[str, Any]:
     return {"logprobs": torch.randn(4, 3), "labels": torch.zeros(4, 3, dtype=torch.long), **changes}
 
 
+def linear(**changes: Any) -> dict[str, Any]:
+    return {
+        "hidden": torch.randn(4, 3, 5),
+        "weight": torch.randn(9, 5),
+        **{k: v for k, v in padded().items() if k != "logits"},
+        **changes,
+    }
+
+
+def weighted(**changes: Any) -> dict[str, Any]:
+    return {
+        "logits": torch.randn(4, 3, 9),
+        "labels": torch.zeros(4, 3, dtype=torch.long),
+        "weights": torch.tensor([0.5, -0.5, 0.1, -0.1]),
+        **changes,
+    }
+
+
+class Sharded(torch.Tensor):
+    """As much of a DTensor as the door looks at."""
+
+    def full_tensor(self) -> Tensor:
+        return self
+
+
 def loss(arguments: dict[str, Any]) -> Any:
     return conspo_loss(**arguments)
+
+
+def linear_loss(arguments: dict[str, Any]) -> Any:
+    return linear_conspo_loss(**arguments)
+
+
+def phase_two(arguments: dict[str, Any]) -> Any:
+    return weighted_score_loss(**arguments)
+
+
+def linear_phase_two(arguments: dict[str, Any]) -> Any:
+    arguments = {k: v for k, v in arguments.items() if k not in ("rewards", "groups")}
+    return linear_weighted_score_loss(**{"weights": torch.tensor([0.5, -0.5, 0.1, -0.1]), **arguments})
 
 
 def tokens(arguments: dict[str, Any]) -> Any:
@@ -159,6 +201,42 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (lambda a: sequence_scores(**a), logprobs(labels=torch.zeros(3, 4, dtype=torch.long)),
      r"labels must have shape \[4, 3\]"),
     (lambda a: sequence_scores(**a), logprobs(implementation=None), "implementation must be one of .*, got None"),
+    # hidden states and the head
+    (linear_loss, linear(hidden=torch.zeros(4, 3, 5, dtype=torch.long)),
+     "hidden must be fp16, bf16, fp32 or fp64, got torch.int64"),
+    (linear_loss, linear(hidden=torch.randn(5)), r"hidden must be \[B, T, H\], or packed .*, got \[5\]"),
+    (linear_loss, linear(weight=torch.randn(9, 4)), r"weight must be \[V, H\] with H = 5 of hidden, got \[9, 4\]"),
+    (linear_loss, linear(weight=torch.randn(9)), r"weight must be \[V, H\] with H = 5 of hidden, got \[9\]"),
+    (linear_loss, linear(weight=torch.randn(0)), r"weight must be \[V, H\], got the empty \[0\]: .* gather it"),
+    (linear_loss, linear(weight=torch.randn(9, 5).as_subclass(Sharded)),
+     r"weight must be a whole tensor, got a DTensor: .* or pass weight.full_tensor\(\)"),
+    (linear_loss, linear(weight=torch.randn(9, 5, device=META)), "weight must be on the device of hidden, cpu, got"),
+    (linear_loss, linear(weight=torch.randn(9, 5).half()),
+     "weight must have the dtype of hidden, torch.float32, got torch.float16"),
+    (linear_loss, linear(bias=torch.randn(5)), r"bias must have shape \[9\] \(one per row of weight\), got \[5\]"),
+    (linear_loss, linear(bias=torch.randn(9).double()), "bias must have the dtype of hidden"),
+    (linear_loss, linear(workspace_mib=0), "workspace_mib must be positive and finite, .*, got 0"),
+    (linear_loss, linear(labels=torch.full((4, 3), 9)), r"labels must lie in \[0, 9\) .* found 9"),
+    (linear_loss, linear(labels=torch.zeros(4, 2, dtype=torch.long)),
+     r"labels must have shape \[4, 3\] \(one per row of hidden\), got \[4, 2\]"),
+    (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=torch.zeros(9, 4)),
+     r"weight_grad must have shape \[9, 5\]"),
+    (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=torch.zeros(9, 5).bfloat16()),
+     "weight_grad must be torch.float32 for weight in torch.float32, got torch.bfloat16"),
+    (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=torch.zeros(9, 5, device=META)),
+     "weight_grad must be on the device of weight"),
+    (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True),
+                         weight_grad=torch.zeros(9, 5, requires_grad=True)), "weight_grad .* must not require a grad"),
+    (linear_loss, linear(weight_grad=torch.zeros(9, 5)), "weight_grad takes the gradient of weight, which does not"),
+    (linear_phase_two, linear(weight=torch.randn(9, 5, requires_grad=True), labels=torch.full((4, 3), 9)),
+     r"labels must lie in \[0, 9\)"),
+    # known weights
+    (phase_two, weighted(weights=torch.randn(3)), r"weights must have shape \[4\] \(one per rollout\), got \[3\]"),
+    (phase_two, weighted(weights=torch.zeros(4, dtype=torch.long)), "weights must be floating point, got torch.int64"),
+    (phase_two, weighted(weights=torch.zeros(4, device=META)), "weights must be on the CPU, got meta"),
+    (phase_two, weighted(weights=torch.zeros(4, requires_grad=True)), r"weights .* pass weights.detach\(\)"),
+    (phase_two, weighted(logits=torch.randn(4, 3, 9, requires_grad=True), inplace=True), "inplace overwrites logits"),
+    (lambda a: conspo_weights(**a), scores(tau=0), "tau must be positive and finite"),
 ]  # fmt: skip
 
 TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
@@ -174,6 +252,12 @@ TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] =
     (tokens, padded(return_entropy=None), "return_entropy must be True or False, got NoneType"),
     (from_scores, scores(scores=[1.0]), "scores must be a torch.Tensor, got list"),
     (lambda a: sequence_scores(**a), logprobs(logprobs=None), "logprobs must be a torch.Tensor, got NoneType"),
+    *((linear_loss, linear(**{name: 1}), f"{name} must be a torch.Tensor, got int")
+      for name in ("hidden", "weight", "bias")),
+    (linear_loss, linear(workspace_mib="512"), "workspace_mib must be a number, got str"),
+    (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=1), "weight_grad must be a torch"),
+    (phase_two, weighted(weights=[1.0]), "weights must be a torch.Tensor, got list"),
+    (phase_two, weighted(inplace=1), "inplace must be True or False, got int"),
     (lambda a: ConSPOLoss(**a), {"temprature": 1.0}, "ConSPOLoss got unknown settings temprature"),
 ]  # fmt: skip
 

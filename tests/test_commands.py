@@ -72,9 +72,9 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert gpu.keys() == {"name", "capability", "memory_gib"}
     rows = {(row["op"], row["device"]): row for row in info["implementations"]}
     devices = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
-    assert rows.keys() == {
-        (op, device) for op in ("token_logprob", "sequence_score", "group_infonce") for device in devices
-    }
+    ops = ("token_logprob", "sequence_score", "group_infonce", "linear_logprob")
+    ops = (*ops, "token_logprob_known", "linear_logprob_known")
+    assert rows.keys() == {(op, device) for op in ops for device in devices}
     for (_op, device), row in rows.items():
         on_cpu = "torch" if native.OBSTACLE else "native"
         assert row["auto"] == ("triton" if device == "cuda" else on_cpu)

@@ -31,14 +31,19 @@ from conspo_kernels import (
     conspo_loss,
     conspo_loss_from_scores,
     conspo_scores,
+    linear_conspo_loss,
+    linear_token_logprobs,
+    linear_weighted_score_loss,
     reference,
     sequence_scores,
     token_logprobs,
+    weighted_score_loss,
 )
 
 PACKAGE = Path(conspo_kernels.__file__).parent
 SOURCES_OF_ERRORS = ("check.py", "margin.py", "modules.py", "ops/")
 ROUNDINGS = 64
+HEAD = ("hidden", "weight", "bias")
 Exact = dict[str, Tensor]
 
 
@@ -66,6 +71,27 @@ def exact_tokens(a: Arguments) -> Exact:
     offsets = settings.get("cu_seqlens")
     num_rollouts = len(a["labels"]) if offsets is None else len(offsets) - 1
     return exact_loss({**settings, "rewards": torch.zeros(num_rollouts), "groups": 1})
+
+
+def exact_weighted(a: Arguments) -> Exact:
+    output = exact_tokens({k: v for k, v in a.items() if k not in ("weights", "inplace")})
+    rollouts = reference.response_tokens(
+        a["labels"], a.get("mask"), a.get("cu_seqlens"), a.get("shift", False), a.get("ignore_index", -100)
+    )
+    weights = a["weights"].double().unbind()
+    terms = [w * s for w, s, tokens in zip(weights, output["scores"], rollouts, strict=True) if w != 0 and tokens]
+    return {"loss": sum(terms, output["scores"][:0].sum()), "scores": output["scores"]}
+
+
+def with_logits(oracle: Callable[[Arguments], Exact]) -> Callable[[Arguments], Exact]:
+    """The oracle of a linear door."""
+
+    def exact(a: Arguments) -> Exact:
+        head = [None if a.get(name) is None else a[name].double() for name in HEAD]
+        others = {k: v for k, v in a.items() if k not in (*HEAD, "workspace_mib")}
+        return oracle({**others, "logits": torch.nn.functional.linear(*head)})
+
+    return exact
 
 
 def exact_sequence_scores(a: Arguments) -> Exact:
@@ -118,11 +144,27 @@ DOORS = {
         "scores",
         "loss",
     ),
-}
+    "weighted_score_loss": Door(
+        weighted_score_loss, weighted_score_loss, drawn.phase_two_arguments(), exact_weighted, "logits", "loss"
+    ),
+    "linear_token_logprobs": Door(
+        linear_token_logprobs, linear_token_logprobs, drawn.linear_logprob_arguments(), with_logits(exact_tokens),
+        "hidden", "logprobs",
+    ),
+    "linear_conspo_loss": Door(
+        linear_conspo_loss, linear_conspo_loss, drawn.linear_loss_arguments(), with_logits(exact_loss), "hidden", "loss"
+    ),
+    "linear_weighted_score_loss": Door(
+        linear_weighted_score_loss, linear_weighted_score_loss, drawn.linear_phase_two_arguments(),
+        with_logits(exact_weighted), "hidden", "loss",
+    ),
+}  # fmt: skip
 
 
 def results(door: Door, returned: Any) -> dict[str, Tensor]:
     """What a door returned, by the names of its oracle."""
+    if isinstance(returned, ConSPOOutput) and door.main == "hidden":  # which leaves out what has no gradient
+        return {"loss": returned.loss}
     if isinstance(returned, ConSPOOutput):
         named = {"loss": returned.loss, "scores": returned.scores, "logprobs": returned.logprobs}
         return {name: value for name, value in named.items() if value is not None}
@@ -142,6 +184,13 @@ def largest_number(a: Arguments, main: Tensor) -> float:
     """The largest finite number that scores or log-probabilities are differences of."""
     if main.is_meta:
         return 1.0
+    if "hidden" in a:  # logits are sums that are rounded before they are capped
+        logits = torch.nn.functional.linear(*(None if a.get(x) is None else a[x].double().abs() for x in HEAD))
+        return (
+            max(1.0, logits.max().item() * a.get("logit_scale", 1.0) / a.get("temperature", 1.0))
+            if logits.numel()
+            else 1.0
+        )
     finite = main.detach()[main.detach().isfinite()].double()
     if "logits" in a:
         transform = (a.get("temperature", 1.0), a.get("logit_scale", 1.0), a.get("softcap"))
@@ -160,7 +209,7 @@ def assert_exact(door: Door, name: str, a: Arguments, copies: Arguments, returne
 
     size, tau, margin = largest_number(a, main), float(a.get("tau", 1.0)), abs(float(a.get("margin", 0.0)))
     denominator = float(a["num_groups"]) if a.get("num_groups") is not None else 1.0
-    rounding = ROUNDINGS * torch.finfo(dtype).eps
+    rounding = ROUNDINGS * torch.finfo(main.dtype if "hidden" in a else dtype).eps  # logits are rounded to their dtype
     tolerance = {
         "logprobs": rounding * size,
         "entropy": rounding * size,
@@ -189,6 +238,8 @@ def assert_exact(door: Door, name: str, a: Arguments, copies: Arguments, returne
     info = torch.finfo(main.dtype)
     allowed = relative * 4 * slope / denominator + 2 * info.eps * exact_grad.abs().max().item() if grad.numel() else 0.0
     assert grad.dtype == main.dtype
+    if "hidden" in a and grad.numel():  # a product of rounded numbers with weight
+        allowed = (allowed + 4 * info.eps * slope) * len(a["weight"]) * max(1.0, a["weight"].abs().max().item())
     if allowed > info.max:  # of slopes of 1e18 (1e9 / 1e-9) in fp16, a rounding of the accumulator is beyond the range
         return
     assert max_error(grad, exact_grad.to(main.dtype)) <= allowed + info.tiny, "gradient"

@@ -1,8 +1,8 @@
 """The fused-linear path's loop over tiles of logits, for every implementation.
 
 GEMMs by torch, z = hidden @ weight.T + bias for a tile; its statistics, and in backward its gradient in place, by the
-token_logprob twin that is handed in. Names: n tokens (those without gradient left out), v vocabulary, h hidden; z a tile
-of logits. GEMM: 2 * N * H * V operations.
+token_logprob twin that is handed in. Names: n tokens (those without gradient left out), v vocabulary, h hidden; z a
+tile of logits. GEMM: 2 * N * H * V operations.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from .known_coefficients import forward_backward as at_known_coefficients
 from .tiling import Problem, Tile, backward_tile, row_tile
 from .transform import LogitTransform
 
+PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum, where GEMMs cannot do that
 IGNORED, ELSEWHERE = -2, -1  # labels of a tile: of no token, and of a token whose label lies in another tile
 
 
@@ -91,7 +92,8 @@ def _add_gemm(total: Tensor, a: Tensor, b: Tensor) -> None:
     elif total.device.type == "cuda":
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:  # a product is rounded once to bf16 or fp16, the sum is not
-        total += torch.mm(a, b)
+        for part in _slices(total.shape[0], PRODUCT_BYTES // (total.shape[1] * a.element_size())):
+            total[part] += torch.mm(a[part], b)
 
 
 class _Sum:
@@ -101,10 +103,18 @@ class _Sum:
         self.out = out
         narrow = out.element_size() < 4
         self.total = torch.empty_like(out, dtype=torch.float32) if terms > 1 and narrow else out
+        self.begun = False
+
+    @classmethod
+    def onto(cls, total: Tensor) -> _Sum:
+        """Added to what is there."""
+        found = cls(total, 1)
+        found.begun = True
+        return found
 
     def add(self, rows: slice, first: bool, a: Tensor, b: Tensor) -> None:
         total = self.total[rows]
-        if not first:
+        if self.begun or not first:
             _add_gemm(total, a, b)
         elif total.dtype == a.dtype:
             _gemm(a, b, total)
@@ -185,9 +195,12 @@ def forward(
 
 def backward(
     kernels: Any, tokens: Tokens, head: Head, transform: LogitTransform, found: Forward, grad_logprobs: Tensor,
-    grad_entropy: Tensor | None, needs: Needs, workspace: int,
+    grad_entropy: Tensor | None, needs: Needs, workspace: int, weight_grad: Tensor | None = None,
 ) -> Gradients:  # fmt: skip
-    """From statistics: one GEMM for the logits (none where they were stored), and one for each of dH and dW."""
+    """From statistics: one GEMM for the logits (none where they were stored), and one for each of dH and dW.
+
+    weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
+    """
     problem = tokens.problem(head)
     vocab_size, hidden_size = head.weight.shape
     stored = found.stored
@@ -202,12 +215,16 @@ def backward(
     sums = {}
     if needs.hidden:
         sums["hidden"] = _Sum(new(problem.num_tokens, hidden_size), len(column_slices))
-    grad_weight = new(vocab_size, hidden_size) if needs.weight else None
+    grad_weight = new(vocab_size, hidden_size) if needs.weight and weight_grad is None else None
     grad_bias = torch.zeros(vocab_size, dtype=found.row_max.dtype, device=logits.buffer.device) if needs.bias else None
     for c, columns in enumerate(column_slices):
         weight = head.weight[columns]
         # A slice of dW is summed over the tiles of rows before the next slice begins.
-        slice_sum = None if grad_weight is None else _Sum(grad_weight[columns], len(row_slices))
+        slice_sum = None
+        if grad_weight is not None:
+            slice_sum = _Sum(grad_weight[columns], len(row_slices))
+        elif needs.weight and weight_grad is not None:
+            slice_sum = _Sum.onto(weight_grad[columns])
         for r, rows in enumerate(row_slices):
             hidden = tokens.chosen(tokens.hidden, rows)
             if stored is None:
@@ -266,7 +283,7 @@ def forward_backward(
             grad_bias += z.sum(0, dtype=grad_bias.dtype)
     if not row_slices and weight_sum is not None:
         weight_sum.total.zero_()
-    return tokens.spread(torch.cat(logprobs) if logprobs else coefficients[:0]), Gradients(
+    return tokens.spread(torch.cat(logprobs) if logprobs else coefficients.new_empty(0)), Gradients(
         None if grad_hidden is None else tokens.spread(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),

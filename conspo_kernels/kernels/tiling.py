@@ -1,7 +1,7 @@
 """Tiles of logits for the fused-linear path: what fits the workspace, and which of that moves the fewest bytes.
 
-A tile is rows x columns of the [N, V] logits. What is summed over tiles goes through memory again for every further one:
-dW [V, H] for tiles of rows, dH [N, H] for tiles of columns. Names: n tokens, v vocabulary, h hidden.
+A tile is rows x columns of the [N, V] logits. What is summed over tiles goes through memory again for every further
+one: dW [V, H] for tiles of rows, dH [N, H] for tiles of columns. Names: n tokens, v vocabulary, h hidden.
 """
 
 from __future__ import annotations

@@ -30,6 +30,7 @@ def linear_logprob(
     bias: Tensor | None,
     labels: Tensor,
     keep: Tensor | None,
+    weight_grad: Tensor | None,
     ignore_index: int,
     temperature: float,
     logit_scale: float,
@@ -47,6 +48,7 @@ def linear_logprob(
         bias: [V] or None.
         labels: [N] int64.
         keep: [N] bool on the CPU, False for tokens whose log-probability nobody wants; None: not known.
+        weight_grad: [V, H] fp32 (fp64), untouched here: backward adds the gradient of weight to it, and returns none.
         mode: "none", "recompute", "store" or "frozen".
         workspace: bytes for tiles of logits.
 
@@ -76,6 +78,7 @@ def _(
     bias: Tensor | None,
     labels: Tensor,
     keep: Tensor | None,
+    weight_grad: Tensor | None,
     ignore_index: int,
     temperature: float,
     logit_scale: float,
@@ -95,31 +98,6 @@ def _(
     return logprobs, entropy if with_entropy else logprobs.new_empty(0), row_max, log_sum, stored
 
 
-def _gradients(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    keep: Tensor | None,
-    found: Forward,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    needs: list[bool],
-    ignore_index: int,
-    transform: LogitTransform,
-    workspace: int,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with torch.cuda.device_of(hidden):
-        kernels = twin("token_logprob", implementation, hidden.device)
-        tokens = Tokens.of(hidden, labels, ignore_index, keep)
-        grads = linear_tiles.backward(
-            kernels, tokens, Head(weight, bias), transform, found, grad_logprobs, grad_entropy, Needs(*needs), workspace
-        )
-    hidden_grad, weight_grad, bias_grad = (or_empty(grad, found.logprobs) for grad in grads)
-    return hidden_grad, weight_grad, bias_grad
-
-
 def fake_gradients(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, like: Tensor, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -131,9 +109,11 @@ def fake_gradients(
     return hidden_grad, weight_grad, bias_grad
 
 
-@torch.library.custom_op("conspo::linear_logprob_backward", mutates_args=())
+# One op for all backwards: where nothing is stored or accumulated into, it is functional.
+@torch.library.custom_op("conspo::linear_logprob_backward", mutates_args={"stored", "weight_grad"})
 def linear_logprob_backward(
     stored: Tensor | None,
+    weight_grad: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -154,18 +134,25 @@ def linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where `needs` says no.
 
-    stored: the logits [N, V], of which a copy is overwritten, or None: they are computed again.
+    stored: the logits [N, V], which their gradient overwrites, or None: they are computed again.  weight_grad: [V, H]
+    that the gradient of weight is added to; then none is returned.
     """
-    return _gradients(
-        hidden, weight, bias, labels, keep, Forward(row_max, entropy, row_max, log_sum, None if stored is None else stored.clone()),
-        grad_logprobs,
-        grad_entropy, needs, ignore_index, LogitTransform(temperature, logit_scale, softcap), workspace, implementation,
-    )  # fmt: skip
+    transform = LogitTransform(temperature, logit_scale, softcap)
+    with torch.cuda.device_of(hidden):
+        grads = linear_tiles.backward(
+            twin("token_logprob", implementation, hidden.device), Tokens.of(hidden, labels, ignore_index, keep),
+            Head(weight, bias), transform, Forward(row_max, entropy, row_max, log_sum, stored),
+            grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous(), Needs(*needs),
+            workspace, weight_grad,
+        )  # fmt: skip
+    hidden_grad, weight_grad, bias_grad = (or_empty(grad, row_max) for grad in grads)
+    return hidden_grad, weight_grad, bias_grad
 
 
 @linear_logprob_backward.register_fake
 def _(
     stored: Tensor | None,
+    weight_grad: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -179,91 +166,46 @@ def _(
     needs: list[bool],
     *_others: object,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden, weight, bias, row_max, needs)
-
-
-@torch.library.custom_op("conspo::linear_logprob_backward_", mutates_args={"stored"})
-def linear_logprob_backward_(
-    stored: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    keep: Tensor | None,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    needs: list[bool],
-    ignore_index: int,
-    temperature: float,
-    logit_scale: float,
-    softcap: float | None,
-    workspace: int,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same from stored logits [N, V], which their gradient overwrites: a second backward is told by autograd."""
-    return _gradients(
-        hidden, weight, bias, labels, keep, Forward(row_max, entropy, row_max, log_sum, stored), grad_logprobs,
-        grad_entropy, needs, ignore_index, LogitTransform(temperature, logit_scale, softcap), workspace, implementation,
-    )  # fmt: skip
-
-
-@linear_logprob_backward_.register_fake
-def _(
-    stored: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    keep: Tensor | None,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    needs: list[bool],
-    *_others: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden, weight, bias, row_max, needs)
+    returned = [needs[0], needs[1] and weight_grad is None, needs[2]]
+    return fake_gradients(hidden, weight, bias, row_max, returned)
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    hidden, weight, bias, labels, keep, *ctx.transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation = (
-        inputs
-    )
+    hidden, weight, bias, labels, keep, weight_grad, *others = inputs
+    *ctx.transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation = others
     _logprobs, entropy, row_max, log_sum, stored = output
     if ctx.mode == "frozen":
         ctx.save_for_backward(stored)
     else:
-        ctx.save_for_backward(hidden, weight, bias, labels, keep, row_max, log_sum, entropy, stored)
+        ctx.save_for_backward(hidden, weight, bias, labels, keep, row_max, log_sum, entropy)
+        # Not saved: the first backward overwrites the logits, and lets go of them; the backward of another micro-batch
+        # may have added to `weight_grad` meanwhile.
+        ctx.stored = stored if ctx.mode == "store" else None
+        ctx.weight_grad = weight_grad
     ctx.mark_non_differentiable(row_max, log_sum, stored, *(() if with_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 10
+    nothing = (None,) * 11
     needs = list(ctx.needs_input_grad[:3])
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
         return None, None, None, *nothing
     if ctx.mode == "frozen":
         (stored,) = ctx.saved_tensors
         return scaled_rows(stored, grad_logprobs), None, None, *nothing
-    hidden, weight, bias, labels, keep, row_max, log_sum, entropy, stored = ctx.saved_tensors
+    hidden, weight, bias, labels, keep, row_max, log_sum, entropy = ctx.saved_tensors
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(row_max)
-    arguments = (
-        hidden, weight, bias, labels, keep, row_max, log_sum, entropy, grad_logprobs, grad_entropy, needs,
-        *ctx.transform, ctx.workspace, ctx.implementation,
+    stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again
+    if isinstance(stored, FakeTensor | FunctionalTensor):  # what is traced may not overwrite what the forward returned
+        stored = stored.clone()
+    grads = linear_logprob_backward(
+        stored, ctx.weight_grad, hidden, weight, bias, labels, keep, row_max, log_sum, entropy, grad_logprobs,
+        grad_entropy, needs, *ctx.transform, ctx.workspace, ctx.implementation,
     )  # fmt: skip
-    if ctx.mode != "store":
-        grads = linear_logprob_backward(None, *arguments)
-    elif isinstance(stored, FakeTensor | FunctionalTensor):  # what is traced may not overwrite a saved tensor
-        grads = linear_logprob_backward(stored, *arguments)
-    else:
-        grads = linear_logprob_backward_(stored, *arguments)
-    return *(grad if needed else None for grad, needed in zip(grads, needs, strict=True)), *nothing
+    returned = (needs[0], needs[1] and ctx.weight_grad is None, needs[2])
+    return *(grad if wanted else None for grad, wanted in zip(grads, returned, strict=True)), *nothing
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)
