@@ -15,9 +15,17 @@ from conspo_kernels import (
     conspo_loss,
     conspo_loss_from_scores,
     conspo_scores,
+    conspo_weights,
+    linear_conspo_loss,
+    linear_conspo_scores,
+    linear_token_logprobs,
+    linear_weighted_score_loss,
     sequence_scores,
     token_logprobs,
+    weighted_score_loss,
 )
+
+TILES = {"workspace_mib": 2.0**-12}  # 256 bytes: fewer than three rows
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +58,29 @@ DOORS: dict[str, Callable[..., Tensor]] = {
     "conspo_scores": lambda z, y, r, g, i: conspo_scores(z, y, implementation=i) + z.sum() * 0,
     "conspo_loss_from_scores": lambda z, y, r, g, i: conspo_loss_from_scores(z.sum((1, 2)), r, g, implementation=i),
     "ConSPOLoss": lambda z, y, r, g, i: ConSPOLoss(tau=0.5, num_groups=3, implementation=i)(z, y, r, 2),
+    "weighted_score_loss": lambda z, y, r, g, i: weighted_score_loss(z, y, r - 0.5, implementation=i),
+    "in place, known": lambda z, y, r, g, i: weighted_score_loss(z, y, r - 0.5, inplace=True, implementation=i),
+    "conspo_weights": lambda z, y, r, g, i: conspo_weights(z[:, 0, 0], r, g, implementation=i).loss + z.sum() * 0,
+}  # fmt: skip
+LINEAR_DOORS: dict[str, Callable[..., Tensor]] = {
+    "linear_token_logprobs, stored": lambda x, w, y, r, g, i: linear_token_logprobs(x, w, y, implementation=i),
+    "linear_token_logprobs, tiles": lambda x, w, y, r, g, i: torch.stack(
+        linear_token_logprobs(x, w, y, return_entropy=True, implementation=i, **TILES)
+    ),
+    "linear_conspo_loss": lambda x, w, y, r, g, i: linear_conspo_loss(
+        x, w, y, r, g, shift=True, mask=y > 3, return_metrics=True, implementation=i
+    ).loss,
+    "frozen": lambda x, w, y, r, g, i: linear_conspo_loss(x, w.detach(), y, r, 2, implementation=i) + w.sum() * 0,
+    "packed": lambda x, w, y, r, g, i: linear_conspo_loss(
+        x.flatten(0, 1), w, y.flatten(), r, 2, shift=True, implementation=i,
+        cu_seqlens=torch.arange(len(r) + 1) * x.shape[1], **TILES,
+    ),
+    "linear_conspo_scores": lambda x, w, y, r, g, i: (
+        linear_conspo_scores(x, w, y, implementation=i) + (x.sum() + w.sum()) * 0
+    ),
+    "linear_weighted_score_loss": lambda x, w, y, r, g, i: linear_weighted_score_loss(
+        x, w, y, r - 0.5, implementation=i, **TILES
+    ),
 }  # fmt: skip
 
 
@@ -67,6 +98,40 @@ def test_fullgraph(door: str, implementation: str, device: torch.device) -> None
         (grad,) = torch.autograd.grad(loss.sum(), weight)
         results.append((loss, grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("door", LINEAR_DOORS)
+def test_fullgraph_of_linear_doors(door: str, implementation: str, device: torch.device) -> None:
+    hidden, labels, rewards, ids = batch(4, 5, device)
+    hidden.requires_grad_()
+    weight = torch.randn(17, 6, device=device, requires_grad=True)
+
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
+        return LINEAR_DOORS[door](hidden * 1, weight * 1, labels, rewards, ids, implementation)
+
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = function(hidden, weight, labels, rewards, ids)
+        results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, weight))))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("share", [1.0, 2.0**-20], ids=["stored", "tiles"])
+def test_linear_inductor(share: float, implementation: str, device: torch.device) -> None:
+    hidden, labels, rewards, _ids = batch(4, 5, device)
+    hidden.requires_grad_()
+    weight = torch.randn(17, 6, device=device, requires_grad=True)
+
+    def step(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor) -> Tensor:
+        return linear_conspo_loss(
+            hidden, weight, labels, rewards, 2, workspace_mib=512 * share, implementation=implementation
+        )
+
+    grads = [
+        torch.autograd.grad(function(hidden, weight, labels, rewards), (hidden, weight))
+        for function in (step, torch.compile(step, fullgraph=True))
+    ]
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("inplace", [False, True])

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks.measure import allocations
-from conspo_kernels import conspo_loss
+from benchmarks.measure import Call, allocations, peak_bytes
+from conspo_kernels import conspo_loss, linear_conspo_loss, linear_conspo_scores, linear_weighted_score_loss
+from conspo_kernels.kernels.linear_tiles import PRODUCT_BYTES
 
 B, T, V = 4, 256, 20_000
 LOGITS_BYTES = B * T * V * 2
@@ -72,3 +73,36 @@ def test_allocations_of_the_triton_launchers(inplace: bool) -> None:
     assert max(allocated(forward)) < logits.numel()
     large = [n for n in allocated(lambda: torch.autograd.grad(losses[0], logits)) if n >= logits.numel()]
     assert len(large) == (0 if inplace else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["recompute", "frozen", "known", "phase 1"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("num_tokens", [512, 4096])
+def test_fused_linear(mode: str, dtype: torch.dtype, num_tokens: int, device: torch.device, no_poison: None) -> None:
+    """Beyond the gradients and one fp32 accumulator the workspace and a constant, however many the tokens.
+
+    The logits would be 20 to 320 MB.
+    """
+    vocab_size, hidden_size, workspace_mib, constant = 20_000, 128, 8, 2**20
+    hidden = torch.randn(4, num_tokens // 4, hidden_size, dtype=dtype, device=device, requires_grad=True)
+    weight = torch.randn(vocab_size, hidden_size, dtype=dtype, device=device, requires_grad=mode != "frozen")
+    labels = torch.randint(vocab_size, hidden.shape[:-1], device=device)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0])
+
+    def run(_: object) -> None:
+        if mode == "phase 1":
+            linear_conspo_scores(hidden, weight, labels, workspace_mib=workspace_mib)
+            return
+        if mode == "known":
+            loss = linear_weighted_score_loss(hidden, weight, labels, rewards - 0.5, workspace_mib=workspace_mib)
+        else:
+            loss = linear_conspo_loss(hidden, weight, labels, rewards, 2, workspace_mib=workspace_mib)  # type: ignore[assignment]
+        torch.autograd.grad(loss, [x for x in (hidden, weight) if x.requires_grad])
+
+    gradients = sum(x.numel() * x.element_size() for x in (hidden, weight) if x.requires_grad and mode != "phase 1")
+    accumulator = 4 * (max(hidden.numel(), weight.numel()) if mode != "phase 1" else 0)
+    # Where GEMMs do not add to fp32: a product, and its copy that is added.
+    product = 3 * min(PRODUCT_BYTES, weight.numel() * 2) if dtype == torch.bfloat16 and device.type == "cpu" else 0
+    peak = peak_bytes(Call(lambda: None, run), device)
+    assert peak <= gradients + accumulator + workspace_mib * 2**20 + product + constant + 200 * num_tokens

@@ -17,7 +17,7 @@ from .known_coefficients import forward_backward as at_known_coefficients
 from .tiling import Problem, Tile, backward_tile, row_tile
 from .transform import LogitTransform
 
-PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum, where GEMMs cannot do that
+PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum, where GEMMs cannot do that; torch widens a copy
 IGNORED, ELSEWHERE = -2, -1  # labels of a tile: of no token, and of a token whose label lies in another tile
 
 
