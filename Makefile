@@ -12,7 +12,8 @@ export CONSPO_BUILD ?= cpu
 
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if $(OUT),--out '$(OUT)') \
-           $(if $(LOSS),--loss '$(LOSS)') $(if $(MODEL),--model '$(MODEL)')
+           $(if $(LOSS),--loss '$(LOSS)') $(if $(MODEL),--model '$(MODEL)') \
+           $(if $(FUSED_LINEAR),--fused-linear)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would race
@@ -22,7 +23,8 @@ help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  Variables: PYTHON (python3) and VENV (.venv) for the set-up; WORKERS (auto) for the tests, 0 for one process;'
-	@echo '  STEPS, SEED, OUT, LOSS (conspo or grpo) and MODEL (char or smollm2) for the demo.'
+	@echo '  STEPS, SEED, OUT, LOSS (conspo or grpo), MODEL (char or smollm2) and FUSED_LINEAR (1) for'
+	@echo '  the demo.'
 	@echo '  Example: make demo STEPS=100 SEED=1 LOSS=grpo'
 
 test: lint typecheck unit  ## lint, type check and tests: what a change has to pass

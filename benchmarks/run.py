@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from . import logits_path
+from . import fused_linear, logits_path
 from .logits_path import OPS, OURS, Exact, Inputs, Op
 from .measure import Call, environment, interleaved, peak_bytes, wall
-from .shapes import SCORES, SUITES, Shape
+from .shapes import LINEAR_SUITES, SCORES, SUITES, LinearShape, Shape
 
 COPY, READ = "limit: copy", "limit: read"
 Row = dict[str, Any]
@@ -72,6 +72,46 @@ def measure_op(
     yield from rows.values()
 
 
+def measure_linear(
+    op: fused_linear.Op, shape: LinearShape, device: torch.device, implementation: str, only: list[str], repeats: int
+) -> Iterator[Row]:
+    """One row per provider of an op of the fused-linear path, and one for its bare GEMMs."""
+    inputs = fused_linear.Inputs.of(shape, device, op.valid)
+    exact = fused_linear.Exact.of(inputs)
+    about = {
+        "op": op.name, "shape": str(shape), "dtype": str(shape.dtype).removeprefix("torch."), "gemms": op.gemms,
+        "tokens": shape.tokens, "hidden_size": shape.hidden_size, "vocab_size": shape.vocab_size,
+    }  # fmt: skip
+    gemms = f"limit: {op.gemms} GEMM{'s' * (op.gemms > 1)}"
+    calls: dict[str, Call] = {}
+    rows: dict[str, Row] = {}
+    for name, compute in fused_linear.candidates(op, inputs, implementation).items():
+        if only and name not in only:
+            continue
+        rows[name] = row = {**about, "provider": name, "ok": True}
+        calls[name] = timed = fused_linear.call(op, compute, inputs)
+        if op.mode != "loss":
+            errors = fused_linear.errors(op, compute, inputs, exact)
+            row |= {**errors._asdict(), "ok": errors.ok}
+            if not errors.ok:
+                del calls[name]
+                row["note"] = f"wrong, not timed: errors {errors.value:.1e}, {errors.gradient:.1e}"
+                continue
+        row["peak_bytes"] = peak_bytes(timed, device)
+    if op.valid == 1:
+        calls[gemms] = fused_linear.bare_gemms(op, inputs)
+    for name, timing in interleaved(calls, device, repeats).items():
+        row = rows.setdefault(name, {**about, "provider": name, "ok": True})
+        rate = op.gemms * shape.gemm_operations / timing.median
+        row |= {"seconds": asdict(timing), "operations_per_second": rate}
+    for row in rows.values():
+        if "seconds" in row and gemms in rows:
+            row["gemm_fraction"] = rows[gemms]["seconds"]["median"] / row["seconds"]["median"]
+        if "seconds" in row and OURS in rows and "seconds" in rows[OURS]:
+            row["times_ours"] = row["seconds"]["median"] / rows[OURS]["seconds"]["median"]
+    yield from rows.values()
+
+
 def measure_scores(device: torch.device, implementation: str, only: list[str], repeats: int) -> Iterator[Row]:
     """The objective alone: launches and dispatch, no memory to speak of."""
     calls = logits_path.score_calls(device, implementation)
@@ -100,19 +140,20 @@ def table(rows: list[Row]) -> str:
             lines.append([*line, row["note"], *[None] * 5])
             continue
         low, high = seconds["low"] * 1e3, seconds["high"] * 1e3
-        moved = row.get("bytes_per_second")
+        moved, rate = row.get("bytes_per_second"), row.get("operations_per_second")
+        fraction = row.get("copy_fraction", row.get("gemm_fraction"))
         lines.append(
             [
                 *line,
                 f"{seconds['median'] * 1e3:.3g}",
                 f"{low:.3g} to {high:.3g}",
                 f"{row['times_ours']:.2f}" if "times_ours" in row else None,
-                f"{moved / 1e9:.1f}" if moved else None,
-                f"{row['copy_fraction']:.0%}" if moved else None,
+                f"{(moved or rate) / 1e9:.1f}" if moved or rate else None,
+                f"{fraction:.0%}" if fraction else None,
                 f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else None,
             ]
         )
-    headers = ["op", "shape", "provider", "ms", "quartiles", "x ours", "GB/s", "of copy", "peak MiB"]
+    headers = ["op", "shape", "provider", "ms", "quartiles", "x ours", "G/s", "of limit", "peak MiB"]
     return tabulate(lines, headers, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 6)
 
 
@@ -121,18 +162,22 @@ def measure(arguments: argparse.Namespace) -> Iterator[Row]:
     common = {
         "implementation": arguments.implementation, "only": arguments.provider, "repeats": arguments.repeats,
     }  # fmt: skip
-    for shape in SUITES[arguments.suite]:
+    for shape in SUITES[arguments.suite] if any(name in OPS for name in arguments.op) else ():
         inputs = Inputs.of(shape, device)
         exact = Exact.of(inputs)
         for name in arguments.op:
             if name in OPS:
                 yield from measure_op(OPS[name], shape, inputs, exact, **common)
+    for linear_shape in LINEAR_SUITES[arguments.suite]:
+        for name in arguments.op:
+            if name in fused_linear.OPS:
+                yield from measure_linear(fused_linear.OPS[name], linear_shape, device, **common)
     if "scores + backward" in arguments.op:
         yield from measure_scores(device, **common)
 
 
 def main() -> int:
-    ops = [*OPS, "scores + backward"]
+    ops = [*OPS, *fused_linear.OPS, "scores + backward"]
     parser = argparse.ArgumentParser(
         "python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -158,7 +203,9 @@ def main() -> int:
             write(arguments.out / f"{arguments.suite}.json", report)
     print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), end="\n\n")
     print(table(report["rows"]))
-    print(f"\nms: medians of {arguments.repeats}, interleaved; GB/s: of the bytes that have to move")
+    print(
+        f"\nms: medians of {arguments.repeats}, interleaved; G/s: GB/s of the bytes that have to move, and of a copy; or GFLOP/s, and of GEMMs"
+    )
     return 0 if all(row["ok"] for row in report["rows"] if row["provider"] == OURS) else 1
 
 

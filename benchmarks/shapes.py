@@ -42,6 +42,31 @@ class Shape:
         return f"{self.tokens:,} x {self.vocab_size:,} {str(self.dtype).removeprefix('torch.')}"
 
 
+@dataclass(frozen=True)
+class LinearShape:
+    """Hidden states [rollouts, length, hidden_size] and a head [vocab_size, hidden_size]."""
+
+    rollouts: int
+    length: int
+    hidden_size: int
+    vocab_size: int
+    dtype: torch.dtype
+    group_size: int = 8
+    workspace_mib: int = 512
+
+    @property
+    def tokens(self) -> int:
+        return self.rollouts * self.length
+
+    @property
+    def gemm_operations(self) -> int:
+        return 2 * self.tokens * self.hidden_size * self.vocab_size
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.tokens:,} x {self.hidden_size:,} x {self.vocab_size:,} {dtype}"
+
+
 QWEN, LLAMA, GEMMA, GPT2 = (MODELS[name][1] for name in ("Qwen3-8B", "Llama-3-8B", "Gemma-3-4B", "GPT-2"))
 
 SUITES = {
@@ -64,5 +89,11 @@ SUITES = {
         Shape(8, 64, QWEN, torch.bfloat16),
         Shape(8, 1024, QWEN, torch.float32),
     ),
+}
+LINEAR_SUITES = {
+    "quick": (LinearShape(4, 3, 16, 1000, torch.float32, 2), LinearShape(4, 3, 16, 1003, torch.bfloat16, 2)),
+    "cpu": (LinearShape(32, 16, 896, QWEN, torch.float32), LinearShape(32, 16, 896, QWEN, torch.bfloat16)),
+    # F1 to F4 of the targets.
+    "gpu": (LinearShape(32, 256, 4096, QWEN, torch.bfloat16), LinearShape(32, 256, 2560, QWEN, torch.bfloat16)),
 }
 SCORES = (64, 16)  # groups, and rollouts in each, of the objective alone (L5)

@@ -72,15 +72,34 @@ class Policy:
     def device(self) -> torch.device:
         return self.model.device
 
+    @property
+    def head(self) -> torch.Tensor:
+        """The lm_head's weight, [v, h]."""
+        return self.model.get_output_embeddings().weight
+
+    def autocast(self) -> torch.autocast:
+        """The precision that the model computes in, and the fused-linear loss beside it."""
+        mixed = self.compute_dtype != torch.float32
+        return torch.autocast(self.device.type, self.compute_dtype if mixed else None, enabled=mixed)
+
     def forward(self, **inputs: Any) -> torch.Tensor:
         """The model's logits, from its own keyword arguments."""
-        mixed = self.compute_dtype != torch.float32
-        with torch.autocast(self.device.type, self.compute_dtype if mixed else None, enabled=mixed):
+        with self.autocast():
             return self.model(**inputs).logits
+
+    def forward_hidden(self, **inputs: Any) -> torch.Tensor:
+        """What the model hands to its lm_head, from the same arguments."""
+        inputs.pop("logits_to_keep", None)
+        with self.autocast():
+            return self.model.base_model(**inputs).last_hidden_state
 
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits of the batch's last columns, at least of all that predict a response token."""
         return self.read(self.forward, batch)
+
+    def hidden(self, batch: Batch) -> torch.Tensor:
+        """Hidden states of the same columns, [b, t, h]."""
+        return self.read(self.forward_hidden, batch)
 
 
 def build_char_policy(device: torch.device) -> Policy:

@@ -58,6 +58,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
     )
     add = parser.add_argument
     add("--loss", choices=("conspo", "grpo"), default="conspo")
+    add("--fused-linear", action="store_true", help="compute the loss from hidden states rather than from logits")
     add("--seed", type=int, default=0)
     add("--steps", type=int, help="reinforcement learning steps")
     add("--prompts-per-step", type=int, help="different prompts per step")

@@ -8,6 +8,7 @@ learns sums and differences of one digit; it starts from its own accuracy, witho
     python examples/train.py                       # ConSPO, files in runs/demo
     python examples/train.py --loss grpo --out runs/grpo
     python examples/train.py --model smollm2       # files in runs/smollm2
+    python examples/train.py --fused-linear        # the loss from hidden states, logits never whole
 
 From a checkout that is not installed, put it on the path first: `PYTHONPATH=. python examples/train.py`.
 The same seed, threads and machine give the same run on a CPU. Ctrl-C leaves whole files of what was reached.
@@ -36,7 +37,15 @@ from tqdm import tqdm
 from transformers import set_seed
 from warmup import warm_up
 
-from conspo_kernels import CosineMargin, conspo_loss, conspo_loss_from_scores, sequence_scores, token_logprobs
+from conspo_kernels import (
+    CosineMargin,
+    conspo_loss,
+    conspo_loss_from_scores,
+    linear_conspo_loss,
+    linear_token_logprobs,
+    sequence_scores,
+    token_logprobs,
+)
 
 INTERRUPTED = 130  # the shell's exit code for a process ended by Ctrl-C
 
@@ -88,27 +97,28 @@ def warmed_up(args: argparse.Namespace, policy: Policy, task: Task) -> int | Non
 
 
 def policy_loss(
-    args: argparse.Namespace, logits: torch.Tensor, rollouts: Rollouts, margin: float
+    args: argparse.Namespace, outputs: Sequence[torch.Tensor], rollouts: Rollouts, margin: float
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor], torch.Tensor]:
-    """The loss of one batch of rollouts, its ConSPO metrics, and the log-probabilities of the sampled tokens."""
-    columns = slice(-logits.shape[1], None)  # the last ones: a policy may leave out logits that predict the prompt
+    """The loss of one batch of rollouts, its ConSPO metrics, and the log-probabilities of the sampled tokens.
+
+    outputs: the logits, or hidden states and the lm_head's weight.
+    """
+    # The last columns: a policy may leave out those that predict the prompt.
+    columns = slice(-outputs[0].shape[1], None)
     labels, mask = rollouts.batch.input_ids[:, columns], rollouts.batch.response_mask[:, columns]
     tokens: dict[str, Any] = {"mask": mask, "shift": True, "implementation": args.implementation}
     contrast: dict[str, Any] = {"tau": args.tau, "margin": margin}
     if args.loss == "conspo":
-        output = conspo_loss(
-            logits,
-            labels,
-            rollouts.rewards,
-            args.group_size,
-            temperature=args.temperature,
-            inplace_backward=True,
-            return_metrics=True,
-            **tokens,
-            **contrast,
-        )
+        more = {"temperature": args.temperature, "return_metrics": True, **tokens, **contrast}
+        if args.fused_linear:
+            output = linear_conspo_loss(*outputs, labels, rollouts.rewards, args.group_size, **more)
+        else:
+            output = conspo_loss(*outputs, labels, rollouts.rewards, args.group_size, inplace_backward=True, **more)
         return output.loss, output.metrics, output.logprobs
-    logprobs = token_logprobs(logits, labels, temperature=args.temperature, inplace_backward=True, **tokens)
+    if args.fused_linear:
+        logprobs = linear_token_logprobs(*outputs, labels, temperature=args.temperature, **tokens)
+    else:
+        logprobs = token_logprobs(*outputs, labels, temperature=args.temperature, inplace_backward=True, **tokens)
     scores = sequence_scores(logprobs, labels, **tokens)
     # The baseline is seen through the same instruments: the ConSPO metrics of its scores, which it does not optimise.
     seen = conspo_loss_from_scores(
@@ -139,14 +149,18 @@ def reinforce(args: argparse.Namespace, policy: Policy, task: Task, log: StepLog
                 temperature=args.temperature,
                 generator=generator,
             )
-            logits = policy.logits(rollouts.batch)
+            if args.fused_linear:
+                outputs = [policy.hidden(rollouts.batch), policy.head]
+            else:
+                outputs = [policy.logits(rollouts.batch)]
             # loss.backward() in two parts, so that the loss can be timed apart from the model.
             loss_started = clock(policy.device)
-            loss, metrics, logprobs = policy_loss(args, logits, rollouts, margin_at(step))
-            (dlogits,) = torch.autograd.grad(loss, logits)
+            with policy.autocast():
+                loss, metrics, logprobs = policy_loss(args, outputs, rollouts, margin_at(step))
+            grads = torch.autograd.grad(loss, outputs)
             loss_seconds = clock(policy.device) - loss_started
             optimizer.zero_grad(set_to_none=True)
-            logits.backward(dlogits)
+            torch.autograd.backward(outputs, grads)
             grad_norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), args.max_grad_norm)
             optimizer.step()
             row = {
@@ -199,7 +213,7 @@ def demo(args: argparse.Namespace, log: StepLog, summary: dict[str, Any]) -> Non
 
 
 def write_results(out: Path, log: StepLog, summary: dict[str, Any]) -> None:
-    """The summary, with the cost of a step and of the loss in it (from the logits to their gradient), and the plot."""
+    """The summary, with the cost of a step and of the loss in it (from its inputs to their gradients), and the plot."""
     if log.rows:
         summary["details"]["seconds_per_step"] = round(statistics.median(row["seconds"] for row in log.rows), 4)
         share = statistics.median(row["loss_seconds"] / row["seconds"] for row in log.rows)

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import logits_path
+from benchmarks import fused_linear, logits_path
 from benchmarks.baselines import eager_fp32, infonce
 from benchmarks.logits_path import OPS, Candidate, Exact, Inputs
 from benchmarks.measure import Call, Timing, interleaved, peak_bytes
-from benchmarks.shapes import Shape
+from benchmarks.shapes import LinearShape, Shape
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -25,16 +25,16 @@ SHAPE = Shape(4, 3, 50, torch.float32, group_size=4)
 
 def test_quick_suite(tmp_path: Path) -> None:
     """Every op from end to end; torch.compile, which takes a minute, is left out."""
-    providers = ["conspo_kernels", "eager", "eager, fp32", "F.cross_entropy"]
+    providers = ["conspo_kernels", "eager", "eager, fp32", "F.cross_entropy", "F.linear_cross_entropy"]
     command = ["-m", "benchmarks.run", "--suite", "quick", "--repeats", "2", "--out", str(tmp_path), "--provider"]
     result = subprocess.run(
         [sys.executable, *command, *providers], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "quick.json").read_text())
-    assert {row["op"] for row in report["rows"]} == {*OPS, "scores + backward"}
+    assert {row["op"] for row in report["rows"]} == {*OPS, *fused_linear.OPS, "scores + backward"}
     assert all(row["ok"] for row in report["rows"]), result.stdout
-    assert {*providers, "limit: copy", "limit: read"} <= {row["provider"] for row in report["rows"]}
+    assert {*providers, "limit: copy", "limit: read", "limit: 4 GEMMs"} <= {row["provider"] for row in report["rows"]}
     assert report["environment"]["torch"] == torch.__version__
     for row in report["rows"]:
         if "bytes" in row and row["op"] == "forward + backward" and row["provider"] == "conspo_kernels":
@@ -75,6 +75,21 @@ def test_the_gate(op: logits_path.Op) -> None:
     assert not ok(wrong_value)
     assert not ok(lambda logits, labels: eager_fp32(logits, labels) * torch.nan)
     assert ok(lambda logits, labels: WrongGradient.apply(eager_fp32(logits, labels))) is not op.backward
+
+
+@pytest.mark.parametrize("op", [op for op in fused_linear.OPS.values() if op.mode != "loss"], ids=lambda op: op.name)
+def test_the_gate_of_the_fused_linear_path(op: fused_linear.Op) -> None:
+    inputs = fused_linear.Inputs.of(LinearShape(4, 3, 16, 50, torch.float32), CPU)
+    exact = fused_linear.Exact.of(inputs)
+    right = fused_linear.eager(inputs)
+
+    def ok(compute: fused_linear.Compute) -> bool:
+        return fused_linear.errors(op, compute, inputs, exact).ok
+
+    assert ok(right)
+    assert not ok(lambda hidden, weight: right(hidden, weight) * 1.001)
+    assert not ok(lambda hidden, weight: right(hidden, weight) * torch.nan)
+    assert ok(lambda hidden, weight: WrongGradient.apply(right(hidden, weight))) is (op.mode == "none")
 
 
 def test_eager_objective() -> None:

@@ -1,0 +1,215 @@
+"""The fused-linear path as things to time: each mode beside bare GEMMs, eager PyTorch and F.linear_cross_entropy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conspo_kernels import linear_conspo_loss, linear_weighted_score_loss
+from conspo_kernels.ops.linear_logprob import linear_logprob
+
+from .measure import Call
+from .shapes import LinearShape
+
+OURS = "conspo_kernels"
+GATE_ROWS = 8  # tokens, and entries of the vocabulary, whose gradients are compared with fp64
+EXACT_ROWS = 64  # rows of logits that are in fp64 at a time
+
+
+class Op(NamedTuple):
+    """gemms: of 2 * N * H * V operations that it takes.  mode: of `ops/linear_logprob.py`, forced."""
+
+    name: str
+    gemms: int
+    mode: str
+    valid: float = 1.0  # the share of the groups that is
+
+
+OPS = {
+    op.name: op
+    for op in (
+        Op("linear, no gradient", 1, "none"),
+        Op("linear, recompute", 4, "recompute"),
+        Op("linear, store", 3, "store"),
+        Op("linear, known weights", 3, "known"),
+        Op("linear, frozen head", 2, "frozen"),
+        Op("linear loss", 4, "loss"),
+        Op("linear loss, half of the groups valid", 2, "loss", 0.5),
+    )
+}
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor  # [rollouts, length, H]
+    weight: Tensor  # [V, H]
+    labels: Tensor  # [rollouts, length]
+    rewards: Tensor  # [rollouts]
+    coefficients: Tensor  # [rollouts], of the log-probabilities of a rollout
+    shape: LinearShape
+
+    @staticmethod
+    def of(shape: LinearShape, device: torch.device, valid: float = 1.0) -> Inputs:
+        torch.manual_seed(0)
+        size = (shape.rollouts, shape.length)
+        hidden = torch.randn(*size, shape.hidden_size, device=device).to(shape.dtype)
+        weight = torch.randn(shape.vocab_size, shape.hidden_size, device=device)
+        weight = (weight * (3 / math.sqrt(shape.hidden_size))).to(shape.dtype)
+        labels = torch.randint(shape.vocab_size, size, device=device)
+        place, group_size = torch.arange(shape.rollouts), shape.group_size
+        rewards = (place % group_size < group_size // 2).float()
+        rewards[place // group_size >= round(valid * shape.rollouts / group_size)] = 1.0  # no negatives
+        coefficients = torch.rand(shape.rollouts, device=device) + 0.5
+        return Inputs(hidden, weight, labels, rewards, coefficients, shape)
+
+    def leaves(self, op: Op) -> list[Tensor]:
+        leaves = [self.hidden.detach()]
+        if op.mode != "frozen":
+            leaves.append(self.weight.detach())
+        return [x.requires_grad_(op.mode != "none") for x in leaves]
+
+
+Compute = Callable[..., Tensor]  # hidden, weight -> log-probabilities [N], or a sum of them weighted by rollouts
+
+
+def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
+    """Log-probabilities [N]; for known weights and the loss a scalar."""
+    labels, shape = inputs.labels, inputs.shape
+    workspace = shape.workspace_mib * 2**20
+
+    def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_logprob(
+            hidden.flatten(0, 1), weight, None, labels.flatten(), None, None, -100, 1.0, 1.0, None, False, op.mode,
+            workspace, implementation,
+        )[0]  # fmt: skip
+
+    def known(hidden: Tensor, weight: Tensor) -> Tensor:
+        return linear_weighted_score_loss(
+            hidden, weight, labels, inputs.coefficients * shape.length, workspace_mib=shape.workspace_mib,
+            implementation=implementation,
+        )  # fmt: skip
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        # A quarter of the logits: the mode that is chosen is "recompute", as for any larger batch.
+        mib = shape.tokens * shape.vocab_size * shape.dtype.itemsize / 2**22
+        return linear_conspo_loss(
+            hidden, weight, labels, inputs.rewards, shape.group_size, tau=0.5, workspace_mib=mib,
+            implementation=implementation,
+        )  # type: ignore[return-value]  # fmt: skip
+
+    return {"known": known, "loss": loss}.get(op.mode, tokens)
+
+
+def eager(inputs: Inputs) -> Compute:
+    def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
+        logits = F.linear(hidden.flatten(0, 1), weight)
+        return torch.log_softmax(logits, dim=-1).gather(-1, inputs.labels.flatten()[:, None])[:, 0]
+
+    return tokens
+
+
+def linear_cross_entropy(inputs: Inputs) -> Compute:
+    def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
+        return -F.linear_cross_entropy(hidden.flatten(0, 1), weight, inputs.labels.flatten(), reduction="none")
+
+    return tokens
+
+
+def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Compute]:
+    found = {OURS: ours(op, inputs, implementation)}
+    if op.mode != "loss":
+        found["eager"] = eager(inputs)
+        if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
+            found["F.linear_cross_entropy"] = linear_cross_entropy(inputs)
+    return found
+
+
+def call(op: Op, compute: Compute, inputs: Inputs) -> Call:
+    """Forward, and backward with the coefficients where there is one."""
+    leaves = inputs.leaves(op)
+    operands = [leaves[0], leaves[1] if len(leaves) > 1 else inputs.weight.detach()]
+    per_token = inputs.coefficients[:, None].expand(inputs.labels.shape).flatten()
+
+    def run(_: object) -> tuple[Tensor, tuple[Tensor, ...]]:
+        out = compute(*operands)
+        if op.mode == "none":
+            return out, ()
+        return out.detach(), torch.autograd.grad(out, leaves, None if out.dim() == 0 else per_token.to(out.dtype))
+
+    return Call(lambda: None, run)
+
+
+def bare_gemms(op: Op, inputs: Inputs) -> Call:
+    """The GEMMs that the op cannot do without, on one tile of the whole size."""
+    hidden, weight = inputs.hidden.flatten(0, 1), inputs.weight
+    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
+    of_logits = {"none": 1, "recompute": 2, "loss": 2}.get(op.mode, 1)
+
+    def run(_: object) -> None:
+        for _ in range(of_logits):
+            torch.mm(hidden, weight.t(), out=logits)
+        if op.mode != "none":
+            torch.mm(logits, weight, out=grad_hidden)
+        if op.mode not in ("none", "frozen"):
+            torch.mm(logits.t(), hidden, out=grad_weight)
+
+    return Call(lambda: None, run)
+
+
+class Exact(NamedTuple):
+    """In fp64: all log-probabilities, and the gradients of some rows of hidden and of weight."""
+
+    logprobs: Tensor
+    hidden: Tensor
+    weight: Tensor
+
+    @staticmethod
+    def of(inputs: Inputs) -> Exact:
+        hidden, weight = inputs.hidden.flatten(0, 1).double(), inputs.weight.double()
+        labels = inputs.labels.flatten()
+        c = inputs.coefficients.double().repeat_interleave(inputs.shape.length)
+        logprobs, grad_hidden, grad_weight = [], [], torch.zeros(GATE_ROWS, hidden.shape[1], dtype=torch.float64)
+        for start in range(0, len(hidden), EXACT_ROWS):
+            part = slice(start, start + EXACT_ROWS)
+            y = (hidden[part] @ weight.T).log_softmax(-1)
+            logprobs.append(y.gather(1, labels[part, None])[:, 0])
+            slope = -y.exp() * c[part, None]
+            slope.scatter_add_(1, labels[part, None], c[part, None])
+            if start == 0:
+                grad_hidden.append(slope[:GATE_ROWS] @ weight)
+            grad_weight = grad_weight.to(slope) + slope[:, :GATE_ROWS].T @ hidden[part]
+        return Exact(torch.cat(logprobs), grad_hidden[0], grad_weight)
+
+
+class Errors(NamedTuple):
+    """Relative to the norm in fp64: that of the values, the worst of the gradients', and what is allowed."""
+
+    value: float
+    gradient: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.allowed and self.gradient <= self.allowed
+
+
+def errors(op: Op, compute: Compute, inputs: Inputs, exact: Exact) -> Errors:
+    """The correctness gate: against what is wrong, not what is imprecise. The loss itself is gated by the tests."""
+    out, grads = call(op, compute, inputs).run(None)  # type: ignore[misc]
+    logprobs = exact.logprobs
+    if out.dim() == 0:
+        weights = inputs.coefficients.double().repeat_interleave(inputs.shape.length)
+        logprobs = (logprobs * weights).sum()
+
+    def relative(actual: Tensor, truth: Tensor) -> float:
+        return ((actual.double() - truth).norm() / truth.norm()).item()
+
+    value = relative(out, logprobs)
+    expected = (exact.hidden, exact.weight)
+    found = [relative(g.flatten(0, -2)[:GATE_ROWS], e) for g, e in zip(grads, expected, strict=False)]
+    return Errors(value, max(found, default=0.0), 4 * torch.finfo(inputs.shape.dtype).eps + 1e-5)
