@@ -17,6 +17,8 @@ from .measure import Call
 from .shapes import LinearShape
 
 OURS = "conspo_kernels"
+OURS_HALF = "conspo_kernels, half of the groups valid"
+COEFFICIENT = 0.75  # of every log-probability: one number, as F.linear_cross_entropy sums them
 GATE_ROWS = 8  # tokens, and entries of the vocabulary, whose gradients are compared with fp64
 EXACT_ROWS = 64  # rows of logits that are in fp64 at a time
 
@@ -27,7 +29,6 @@ class Op(NamedTuple):
     name: str
     gemms: int
     mode: str
-    valid: float = 1.0  # the share of the groups that is
 
 
 OPS = {
@@ -39,7 +40,6 @@ OPS = {
         Op("linear, known weights", 3, "known"),
         Op("linear, frozen head", 2, "frozen"),
         Op("linear loss", 4, "loss"),
-        Op("linear loss, half of the groups valid", 2, "loss", 0.5),
     )
 }
 
@@ -49,22 +49,23 @@ class Inputs(NamedTuple):
     weight: Tensor  # [V, H]
     labels: Tensor  # [rollouts, length]
     rewards: Tensor  # [rollouts]
-    coefficients: Tensor  # [rollouts], of the log-probabilities of a rollout
     shape: LinearShape
 
     @staticmethod
-    def of(shape: LinearShape, device: torch.device, valid: float = 1.0) -> Inputs:
+    def of(shape: LinearShape, device: torch.device) -> Inputs:
         torch.manual_seed(0)
         size = (shape.rollouts, shape.length)
         hidden = torch.randn(*size, shape.hidden_size, device=device).to(shape.dtype)
         weight = torch.randn(shape.vocab_size, shape.hidden_size, device=device)
         weight = (weight * (3 / math.sqrt(shape.hidden_size))).to(shape.dtype)
         labels = torch.randint(shape.vocab_size, size, device=device)
-        place, group_size = torch.arange(shape.rollouts), shape.group_size
-        rewards = (place % group_size < group_size // 2).float()
-        rewards[place // group_size >= round(valid * shape.rollouts / group_size)] = 1.0  # no negatives
-        coefficients = torch.rand(shape.rollouts, device=device) + 0.5
-        return Inputs(hidden, weight, labels, rewards, coefficients, shape)
+        rewards = (torch.arange(shape.rollouts) % shape.group_size < shape.group_size // 2).float()
+        return Inputs(hidden, weight, labels, rewards, shape)
+
+    def half_valid(self) -> Inputs:
+        """The rollouts of every second group all right."""
+        group = torch.arange(len(self.rewards)) // self.shape.group_size
+        return self._replace(rewards=torch.where(group % 2 == 1, 1.0, self.rewards))
 
     def leaves(self, op: Op) -> list[Tensor]:
         leaves = [self.hidden.detach()]
@@ -73,13 +74,14 @@ class Inputs(NamedTuple):
         return [x.requires_grad_(op.mode != "none") for x in leaves]
 
 
-Compute = Callable[..., Tensor]  # hidden, weight -> log-probabilities [N], or a sum of them weighted by rollouts
+Compute = Callable[..., Tensor]  # hidden, weight -> log-probabilities [N], or their sum times COEFFICIENT
 
 
 def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
     """Log-probabilities [N]; for known weights and the loss a scalar."""
     labels, shape = inputs.labels, inputs.shape
     workspace = shape.workspace_mib * 2**20
+    weights = torch.full((shape.rollouts,), COEFFICIENT * shape.length)
 
     def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_logprob(
@@ -89,13 +91,13 @@ def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
 
     def known(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_weighted_score_loss(
-            hidden, weight, labels, inputs.coefficients * shape.length, workspace_mib=shape.workspace_mib,
+            hidden, weight, labels, weights, workspace_mib=shape.workspace_mib,
             implementation=implementation,
         )  # fmt: skip
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
-        # A quarter of the logits: the mode that is chosen is "recompute", as for any larger batch.
-        mib = shape.tokens * shape.vocab_size * shape.dtype.itemsize / 2**22
+        # A third of the logits: the mode that is chosen is "recompute", as for any larger batch.
+        mib = shape.tokens * shape.vocab_size * shape.dtype.itemsize / 3 / 2**20
         return linear_conspo_loss(
             hidden, weight, labels, inputs.rewards, shape.group_size, tau=0.5, workspace_mib=mib,
             implementation=implementation,
@@ -113,18 +115,25 @@ def eager(inputs: Inputs) -> Compute:
 
 
 def linear_cross_entropy(inputs: Inputs) -> Compute:
-    def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
-        return -F.linear_cross_entropy(hidden.flatten(0, 1), weight, inputs.labels.flatten(), reduction="none")
+    """In chunks, with the gradients computed in the forward pass: what it is for. (Its default is eager.)"""
 
-    return tokens
+    def summed(hidden: Tensor, weight: Tensor) -> Tensor:
+        options = torch.nn.LinearCrossEntropyOptions()
+        labels = inputs.labels.flatten()
+        return -COEFFICIENT * F.linear_cross_entropy(
+            hidden.flatten(0, 1), weight, labels, reduction="sum", options=options
+        )
+
+    return summed
 
 
 def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Compute]:
     found = {OURS: ours(op, inputs, implementation)}
-    if op.mode != "loss":
-        found["eager"] = eager(inputs)
-        if hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
-            found["F.linear_cross_entropy"] = linear_cross_entropy(inputs)
+    if op.mode == "loss":
+        return {**found, OURS_HALF: ours(op, inputs.half_valid(), implementation)}
+    found["eager"] = eager(inputs)
+    if op.mode == "known" and hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
+        found["F.linear_cross_entropy"] = linear_cross_entropy(inputs)
     return found
 
 
@@ -132,7 +141,7 @@ def call(op: Op, compute: Compute, inputs: Inputs) -> Call:
     """Forward, and backward with the coefficients where there is one."""
     leaves = inputs.leaves(op)
     operands = [leaves[0], leaves[1] if len(leaves) > 1 else inputs.weight.detach()]
-    per_token = inputs.coefficients[:, None].expand(inputs.labels.shape).flatten()
+    per_token = torch.full((inputs.labels.numel(),), COEFFICIENT, device=inputs.labels.device)
 
     def run(_: object) -> tuple[Tensor, tuple[Tensor, ...]]:
         out = compute(*operands)
@@ -172,14 +181,14 @@ class Exact(NamedTuple):
     def of(inputs: Inputs) -> Exact:
         hidden, weight = inputs.hidden.flatten(0, 1).double(), inputs.weight.double()
         labels = inputs.labels.flatten()
-        c = inputs.coefficients.double().repeat_interleave(inputs.shape.length)
         logprobs, grad_hidden, grad_weight = [], [], torch.zeros(GATE_ROWS, hidden.shape[1], dtype=torch.float64)
         for start in range(0, len(hidden), EXACT_ROWS):
             part = slice(start, start + EXACT_ROWS)
             y = (hidden[part] @ weight.T).log_softmax(-1)
             logprobs.append(y.gather(1, labels[part, None])[:, 0])
-            slope = -y.exp() * c[part, None]
-            slope.scatter_add_(1, labels[part, None], c[part, None])
+            slope = -y.exp()
+            slope[torch.arange(len(y)), labels[part]] += 1
+            slope *= COEFFICIENT
             if start == 0:
                 grad_hidden.append(slope[:GATE_ROWS] @ weight)
             grad_weight = grad_weight.to(slope) + slope[:, :GATE_ROWS].T @ hidden[part]
@@ -203,8 +212,7 @@ def errors(op: Op, compute: Compute, inputs: Inputs, exact: Exact) -> Errors:
     out, grads = call(op, compute, inputs).run(None)  # type: ignore[misc]
     logprobs = exact.logprobs
     if out.dim() == 0:
-        weights = inputs.coefficients.double().repeat_interleave(inputs.shape.length)
-        logprobs = (logprobs * weights).sum()
+        logprobs = COEFFICIENT * logprobs.sum()
 
     def relative(actual: Tensor, truth: Tensor) -> float:
         return ((actual.double() - truth).norm() / truth.norm()).item()
