@@ -1,5 +1,6 @@
 """ConSPO (arXiv:2605.12969), the group-contrastive loss for RL with verifiable rewards, as fused kernels."""
 
+from .distributed.vocab import VocabParallel
 from .logprobs import linear_token_logprobs, sequence_scores, token_logprobs
 from .loss import ConSPOOutput, conspo_loss, conspo_loss_from_scores, linear_conspo_loss
 from .margin import CosineMargin
@@ -21,6 +22,7 @@ __all__ = [
     "ConSPOWeights",
     "CosineMargin",
     "LinearConSPOLoss",
+    "VocabParallel",
     "conspo_loss",
     "conspo_loss_from_scores",
     "conspo_scores",

@@ -17,6 +17,7 @@ INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8
 INTEGERS = "int8, int16, int32, int64 or uint8"
 IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 REDUCTIONS = ("mean", "sum", "none")
+GRAD_REDUCTIONS = ("mean", "sum")
 
 # logit_scale / temperature / tau, and what else three numbers between these can make, is at most 1e27 and so fits fp32,
 # also times a logit of 1e10: no kernel meets an infinite or a zero factor.
@@ -249,6 +250,38 @@ def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_
             raise ValueError(f"num_groups is the denominator of reduction='mean', got reduction={reduction!r}")
         if not isinstance(num_groups, Tensor):
             in_range("num_groups", num_groups)
+
+
+def ranks(process_group: Any, grad_reduction: Any) -> None:
+    _process_group("process_group", process_group)
+    _choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
+
+
+def sharding(vocab_parallel: Any, context_group: Any, shift: bool) -> None:
+    """A vocabulary and rollouts that are spread over ranks."""
+    _process_group("context_group", context_group)
+    if context_group is not None and shift:
+        raise ValueError(
+            "shift=True cannot see the first label of the next rank of context_group: pass labels that are aligned "
+            "with the logits that predict them"
+        )
+    if vocab_parallel is None:
+        return
+    group, start = getattr(vocab_parallel, "group", None), getattr(vocab_parallel, "start", None)
+    if group is None or start is None:
+        raise TypeError(f"vocab_parallel must be a VocabParallel(group, start), got {type(vocab_parallel).__name__}")
+    _process_group("vocab_parallel.group", group)
+    if isinstance(start, bool) or not isinstance(start, int):
+        raise TypeError(f"vocab_parallel.start must be an int, got {type(start).__name__}")
+    if start < 0:
+        raise ValueError(f"vocab_parallel.start must not be negative, got {start}")
+
+
+def _process_group(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if not hasattr(value, "group_name"):
+        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup, got {type(value).__name__}")
 
 
 def _scalar(name: str, value: Any) -> None:

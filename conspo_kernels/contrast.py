@@ -6,20 +6,25 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import check
 from .layout import GroupLayout
 from .metrics import conspo_metrics
 from .objective import Segments, equal_segments
 from .ops.group_infonce import group_infonce
+from .ops.ranks import gather_rollouts, gradient_factor, name_of
 
 
 class Contrasted(NamedTuple):
-    """loss: 0-d, or as reduction "none" has it, with a graph.  weights: [S] dloss/dscores.  metrics: if asked for."""
+    """loss: 0-d, or as reduction "none" has it, with a graph.  weights: [S] dloss/dscores, of all ranks; of this one
+    those at `places` (None: all).  metrics: if asked for.
+    """
 
     loss: Tensor
     weights: Tensor
     metrics: dict[str, Tensor] | None
+    places: Tensor | None
 
 
 class Contrast(NamedTuple):
@@ -31,8 +36,16 @@ class Contrast(NamedTuple):
     reduction: str
     num_groups: float | Tensor | None
     implementation: str
+    process_group: ProcessGroup | None = None
+    grad_reduction: str = "mean"
+
+    @property
+    def factor(self) -> float:
+        """What a rank's gradient is multiplied by, so that the trainer's mean over ranks is their sum."""
+        return gradient_factor(self.process_group, self.grad_reduction)
 
     def check(self, return_metrics: bool) -> None:
+        check.ranks(self.process_group, self.grad_reduction)
         check.flags(return_metrics=return_metrics)
         check.implementation(self.implementation)
         check.objective(self.tau, self.margin, self.reward_threshold, self.reduction, self.num_groups)
@@ -44,6 +57,10 @@ class Contrast(NamedTuple):
         num_rollouts = scores.shape[0]
         check.rewards(rewards, num_rollouts)
         check.devices(scores.device, rewards=rewards, groups=groups, margin=self.margin, num_groups=self.num_groups)
+        places = None
+        if self.process_group is not None:
+            scores, rewards, groups, counts, places = self._gathered(scores, rewards, groups, counts)
+            num_rollouts = scores.shape[0]
         layout = GroupLayout.of(groups, num_rollouts)
         margin = _constant(self.margin, scores)
         denominator = None if self.num_groups is None else _constant(self.num_groups, scores)
@@ -54,12 +71,22 @@ class Contrast(NamedTuple):
         if self.reduction == "none":
             loss = layout.first_rollouts(loss)
         if not return_metrics:
-            return Contrasted(loss, weights, None)
+            return Contrasted(loss, weights, None, places)
         slots = _segments(layout, scores.device).slots.to(scores.device, non_blocking=True)
         if self.reduction != "mean":
             denominator = scores.new_ones(())
         metrics = conspo_metrics(loss, margin, scores.detach(), weights, roles, slots, denominator, counts)
-        return Contrasted(loss, weights, metrics)
+        return Contrasted(loss, weights, metrics, places)
+
+    def _gathered(
+        self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None
+    ) -> tuple[Tensor, Tensor, int | Tensor, Tensor | None, Tensor]:
+        """The arguments of all ranks, and the places of this one's rollouts."""
+        check.groups(groups, scores.shape[0] if isinstance(groups, Tensor) else 0)  # an int divides those of all ranks
+        ids = groups.detach().long() if isinstance(groups, Tensor) else None
+        found = gather_rollouts(scores, rewards.detach(), counts, ids, name_of(self.process_group), self.factor)
+        everyone, rewards, all_counts, all_ids, places = found
+        return everyone, rewards, groups if ids is None else all_ids, None if counts is None else all_counts, places
 
     def live_rollouts(self, rewards: Tensor, groups: int | Tensor, counts: Tensor) -> Tensor | None:
         """[S] bool on the CPU: rollouts that can have a gradient; None where rewards or ids are not on the CPU.
@@ -68,6 +95,8 @@ class Contrast(NamedTuple):
         """
         num_rollouts = counts.shape[0]
         check.rewards(rewards, num_rollouts)
+        if self.process_group is not None:  # a group may be valid by what another rank has
+            return ~rewards.isnan() if rewards.device.type == "cpu" else None
         check.groups(groups, num_rollouts)
         if rewards.device.type != "cpu" or (isinstance(groups, Tensor) and groups.device.type != "cpu"):
             return None

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import check
-from .layout import TokenLayout, rows
-from .ops.linear_logprob import linear_logprob
-from .ops.sequence_score import sequence_offsets, sequence_score
-from .ops.token_logprob import token_logprob
+from .distributed.vocab import VocabParallel
+from .ops.ranks import gradient_factor
+from .tokens import LinearHead, TokenOptions, label_logprobs, layout_scores, token_layout
 
 
 def token_logprobs(
@@ -25,6 +23,7 @@ def token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    vocab_parallel: VocabParallel | None = None,
     inplace_backward: bool = False,
     return_entropy: bool = False,
     implementation: str = "auto",
@@ -47,6 +46,9 @@ def token_logprobs(
         logit_scale: factor > 0 before the softcap.
         softcap: bound of the capped logits, > 0, or None.
         ignore_index: the label that means "no token"; it wins over an entry of the vocabulary.
+        vocab_parallel: `VocabParallel(group, start)`: the logits are this rank's part of the vocabulary, which begins
+            at entry `start`; labels are of the whole one, and the same on all ranks of the group, as the results are.
+            Logits that are a DTensor, sharded along the vocabulary, say so themselves.
         inplace_backward: backward writes the gradient over the storage of `logits`, and so of every alias of them: no
             [.., V] buffer is allocated. Logits must not be a leaf. Who else needs their values in a later backward, a
             second one too, gets autograd's "modified by an inplace operation" error; who reads them gets the gradient.
@@ -65,7 +67,9 @@ def token_logprobs(
 
     Source: arXiv:2605.12969.
     """
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel
+    )
     logprobs, entropy, _layout = label_logprobs(
         logits, labels, options, inplace_backward=inplace_backward, with_entropy=return_entropy
     )
@@ -88,6 +92,7 @@ def linear_token_logprobs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    vocab_parallel: VocabParallel | None = None,
     return_entropy: bool = False,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -101,6 +106,8 @@ def linear_token_logprobs(
         workspace_mib: memory for tiles of logits, MiB.
         weight_grad: [V, H] fp32 (fp64 for fp64 weights): backward adds the gradient of weight to it, unrounded, and
             weight itself gets none (the `main_grad` of some trainers). The logits are then computed again in backward.
+        vocab_parallel: as `token_logprobs`, of the rows of weight and bias. hidden is the same on all ranks of the
+            group, and so is its gradient, which is summed over them.
         Others: as `token_logprobs`.
 
     Returns:
@@ -117,7 +124,9 @@ def linear_token_logprobs(
 
     Source: DESIGN section 5.
     """
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel
+    )
     check.linear(hidden, weight, bias, workspace_mib, weight_grad)
     check.flags(return_entropy=return_entropy)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, None)
@@ -135,6 +144,8 @@ def sequence_scores(
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
+    context_group: ProcessGroup | None = None,
+    grad_reduction: str = "mean",
     implementation: str = "auto",
 ) -> Tensor:
     """Length-normalised score of each rollout: the mean log-probability of its response tokens.
@@ -146,6 +157,11 @@ def sequence_scores(
         labels: integers, shaped like logprobs, and `mask`, of the same shape, `shift` and `ignore_index`: as given to
             `token_logprobs`; they say which tokens count.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed rollouts; required for [N].
+        context_group: the ranks over which the tokens of each rollout are spread: all have the same S rollouts, each
+            its own tokens of them (none, perhaps). Scores are of whole rollouts, the same on every rank; the gradients
+            of the parameters are to be added up over these ranks.
+        grad_reduction: what the trainer does with gradients across `context_group`: "mean" (DDP, FSDP: they are
+            multiplied by the number of ranks) or "sum".
         implementation: "auto", "triton", "native" or "torch".
 
     Returns:
@@ -159,131 +175,11 @@ def sequence_scores(
     Source: arXiv:2605.12969.
     """
     check.logprobs(logprobs)
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation)
+    check.ranks(None, grad_reduction)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, context_group=context_group,
+        context_factor=gradient_factor(context_group, grad_reduction),
+    )  # fmt: skip
     layout = token_layout("logprobs", logprobs, tuple(logprobs.shape), labels, options, "scores")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     return layout_scores(logprobs.to(dtype).view(layout.labels.shape), layout, options)[0]
-
-
-class TokenOptions(NamedTuple):
-    """What the doors take alike: which tokens count, who computes, and the transform of the logits."""
-
-    mask: Tensor | None
-    cu_seqlens: Tensor | None
-    shift: bool
-    ignore_index: int
-    implementation: str
-    temperature: float = 1.0
-    logit_scale: float = 1.0
-    softcap: float | None = None
-
-
-class LinearHead(NamedTuple):
-    """Hidden states [N, H] and the head's weight [V, H] and bias, in the dtype that they are multiplied in."""
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    workspace: int
-    weight_grad: Tensor | None
-
-    @classmethod
-    def of(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        workspace_mib: float,
-        weight_grad: Tensor | None = None,
-    ) -> LinearHead:
-        device = hidden.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-
-            def cast(x: Tensor) -> Tensor:
-                return x if x.dtype == torch.float64 else x.to(dtype)
-
-            hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
-        return cls(hidden.reshape(-1, hidden.shape[-1]), weight, bias, int(workspace_mib * 2**20), weight_grad)
-
-    @property
-    def needs(self) -> list[bool]:
-        """Whether hidden, weight and bias want a gradient."""
-        wanted = torch.is_grad_enabled()
-        return [wanted and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)]
-
-    def mode(self, with_entropy: bool) -> str:
-        """The mode of `ops/linear_logprob.py` with the fewest GEMMs."""
-        needs = self.needs
-        if not any(needs):
-            return "none"
-        if not any(needs[1:]) and not with_entropy:
-            return "frozen"
-        if self.weight_grad is not None:
-            return "recompute"
-        size = self.hidden.shape[0] * self.weight.shape[0] * self.hidden.element_size()
-        return "store" if size <= self.workspace else "recompute"
-
-    def logprobs(
-        self, labels: Tensor, options: TokenOptions, with_entropy: bool = False, keep: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (empty unless asked for), shaped like labels [B, T]."""
-        logprobs, entropy, *_ = linear_logprob(
-            self.hidden, self.weight, self.bias, labels.flatten(), keep, self.weight_grad, options.ignore_index,
-            options.temperature, options.logit_scale, options.softcap, with_entropy, self.mode(with_entropy),
-            self.workspace, options.implementation,
-        )  # fmt: skip
-        return logprobs.view(labels.shape), entropy
-
-
-def token_layout(
-    name: str, like: Tensor, shape: tuple[int, ...], labels: Tensor, options: TokenOptions, needed_for: str | None
-) -> TokenLayout:
-    """Check labels, mask and cu_seqlens against the tensor `name`, whose tokens have the given shape; lay them out.
-
-    needed_for: what cannot be had of packed tokens without cu_seqlens.
-    """
-    check.implementation(options.implementation)
-    check.logit_transform(options.temperature, options.logit_scale, options.softcap)
-    check.flags(shift=options.shift)
-    check.ignore_index(options.ignore_index)
-    check.tokens(labels, options.mask, name, shape, like)
-    check.cu_seqlens(options.cu_seqlens, shape, needed_for or ("shift=True" if options.shift else None))
-    check.devices(labels.device, cu_seqlens=options.cu_seqlens)
-    offsets = None
-    if options.cu_seqlens is not None:
-        offsets = sequence_offsets(options.cu_seqlens, labels.numel(), labels.device)
-    return TokenLayout.of(labels, options.mask, offsets, options.shift, options.ignore_index)
-
-
-def label_logprobs(
-    logits: Tensor,
-    labels: Tensor,
-    options: TokenOptions,
-    *,
-    inplace_backward: bool = False,
-    with_entropy: bool = False,
-    needed_for: str | None = None,
-) -> tuple[Tensor, Tensor, TokenLayout]:
-    """Log-probabilities and entropies [B, T] (empty unless asked for) of arguments it checks, and their layout."""
-    check.logits(logits)
-    check.flags(inplace_backward=inplace_backward, return_entropy=with_entropy)
-    if inplace_backward:
-        check.inplace_backward(logits)
-    layout = token_layout("logits", logits, tuple(logits.shape[:-1]), labels, options, needed_for)
-    logprobs, entropy, _row_max, _log_sum = token_logprob(
-        rows(logits), layout.labels, options.ignore_index, options.temperature, options.logit_scale, options.softcap,
-        with_entropy, inplace_backward, options.implementation,
-    )  # fmt: skip
-    return logprobs, entropy, layout
-
-
-def layout_scores(logprobs: Tensor, layout: TokenLayout, options: TokenOptions) -> tuple[Tensor, Tensor]:
-    """Scores [S] of log-probabilities [B, T], and counts of response tokens."""
-    return sequence_score(logprobs, layout.labels, layout.offsets, options.ignore_index, options.implementation)
-
-
-def token_counts(layout: TokenLayout, options: TokenOptions) -> Tensor:
-    """[S] int32 response tokens."""
-    nothing = torch.zeros(layout.labels.shape, device=layout.labels.device)
-    return layout_scores(nothing, layout, options)[1]

@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import check
 from .contrast import Contrast
+from .distributed.vocab import VocabParallel
 from .layout import over_tokens
-from .logprobs import LinearHead, TokenOptions, label_logprobs, layout_scores, token_counts, token_layout
+from .ops.ranks import gradient_factor
+from .tokens import LinearHead, TokenOptions, label_logprobs, layout_scores, token_counts, token_layout
 
 
 class ConSPOOutput(NamedTuple):
@@ -44,6 +47,10 @@ def conspo_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_groups: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    context_group: ProcessGroup | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    grad_reduction: str = "mean",
     inplace_backward: bool = False,
     implementation: str = "auto",
     return_metrics: bool = False,
@@ -79,6 +86,14 @@ def conspo_loss(
         reduction: "mean" over the valid groups, "sum", or "none": [S / G] for an int G, [S] for ids with a group's loss
             at its first rollout and 0 elsewhere.
         num_groups: float, int or 0-d tensor > 0 that replaces the denominator of "mean" (gradient accumulation).
+        process_group: the ranks over which the rollouts of groups are spread: scores, rewards and ids are gathered, S
+            numbers each, and the loss and the metrics are of all of them, the same on every rank. Ids are global; an
+            int G counts over the rollouts of all ranks in rank order; a rank may have any number of them, or none.
+            The host waits for these numbers.
+        context_group: the ranks over which the tokens of each rollout are spread; see `sequence_scores`.
+        vocab_parallel: the logits are this rank's part of the vocabulary; see `token_logprobs`.
+        grad_reduction: what the trainer does with gradients across `process_group` and `context_group`: "mean" (DDP,
+            FSDP: they are multiplied by the number of ranks) or "sum".
         inplace_backward: backward writes the gradient over the storage of `logits`; see `token_logprobs`.
         implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
         return_metrics: return a `ConSPOOutput` with metrics, scores and log-probabilities.
@@ -98,9 +113,14 @@ def conspo_loss(
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    contrast = Contrast(
+        tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
+    )
     contrast.check(return_metrics)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
+        context_group, gradient_factor(context_group, grad_reduction),
+    )  # fmt: skip
     logprobs, _entropy, layout = label_logprobs(
         logits, labels, options, inplace_backward=inplace_backward, needed_for="the loss"
     )
@@ -133,6 +153,10 @@ def linear_conspo_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_groups: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    context_group: ProcessGroup | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    grad_reduction: str = "mean",
     implementation: str = "auto",
     return_metrics: bool = False,
 ) -> Tensor | ConSPOOutput:
@@ -155,9 +179,14 @@ def linear_conspo_loss(
 
     Source: arXiv:2605.12969, v3; DESIGN section 5.
     """
-    contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    contrast = Contrast(
+        tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
+    )
     contrast.check(return_metrics)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
+        context_group, gradient_factor(context_group, grad_reduction),
+    )  # fmt: skip
     check.linear(hidden, weight, bias, workspace_mib, weight_grad)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
     counts = token_counts(layout, options)
@@ -189,6 +218,8 @@ def conspo_loss_from_scores(
     reward_threshold: float = 0.5,
     reduction: str = "mean",
     num_groups: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    grad_reduction: str = "mean",
     implementation: str = "auto",
     return_metrics: bool = False,
 ) -> Tensor | ConSPOOutput:
@@ -209,7 +240,9 @@ def conspo_loss_from_scores(
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
+    contrast = Contrast(
+        tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
+    )
     contrast.check(return_metrics)
     check.scores(scores)
     scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)

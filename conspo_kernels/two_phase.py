@@ -13,13 +13,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from . import check
 from .contrast import Contrast
+from .distributed.vocab import VocabParallel
 from .layout import TokenLayout, over_tokens, rows
-from .logprobs import LinearHead, TokenOptions, label_logprobs, layout_scores, token_counts, token_layout
 from .ops.known_gradient import attach_gradient, linear_logprob_known, token_logprob_known, token_logprob_known_
+from .ops.ranks import gradient_factor
 from .ops.sequence_score import sequence_score_backward
+from .tokens import LinearHead, TokenOptions, label_logprobs, layout_scores, local_logits, token_counts, token_layout
 
 
 @torch.no_grad()
@@ -34,6 +37,8 @@ def conspo_scores(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    context_group: ProcessGroup | None = None,
+    vocab_parallel: VocabParallel | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """Scores of rollouts without a graph: phase 1 of a group that is split over micro-batches.
@@ -54,7 +59,10 @@ def conspo_scores(
 
     Source: arXiv:2605.12969.
     """
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
+        context_group,
+    )  # fmt: skip
     logprobs, _entropy, layout = label_logprobs(logits, labels, options, needed_for="scores")
     return layout_scores(logprobs, layout, options)[0]
 
@@ -74,13 +82,18 @@ def linear_conspo_scores(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    context_group: ProcessGroup | None = None,
+    vocab_parallel: VocabParallel | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """`conspo_scores` of logits = hidden @ weight.T + bias, which are never whole in memory: one GEMM.
 
     Args, Returns, Raises: as `linear_token_logprobs` and `conspo_scores`.
     """
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
+        context_group,
+    )  # fmt: skip
     check.linear(hidden, weight, bias, workspace_mib)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "scores")
     logprobs, _entropy = LinearHead.of(hidden, weight, bias, workspace_mib).logprobs(layout.labels, options)
@@ -106,6 +119,8 @@ def conspo_weights(
     reward_threshold: float = 0.5,
     reduction: str = "mean",
     num_groups: float | Tensor | None = None,
+    process_group: ProcessGroup | None = None,
+    grad_reduction: str = "mean",
     implementation: str = "auto",
     return_metrics: bool = False,
 ) -> ConSPOWeights:
@@ -113,9 +128,11 @@ def conspo_weights(
 
     Args:
         As `conspo_loss_from_scores`, of the whole step; with reduction "none" each weight is of its own group's loss.
+        With `process_group` each rank gives its own rollouts of the step, in as many micro-batches as it likes.
 
     Returns:
-        Weights [S], summing to zero in every group and zero for what takes no part; the loss; metrics.
+        Weights [S] of this rank's rollouts, summing to zero in every group and zero for what takes no part, with
+        `grad_reduction` "mean" times the number of ranks; the loss; metrics.
 
     Raises:
         TypeError, ValueError: as `conspo_loss_from_scores`.
@@ -124,12 +141,15 @@ def conspo_weights(
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast(tau, margin, reward_threshold, reduction, num_groups, implementation)
+    contrast = Contrast(
+        tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
+    )
     contrast.check(return_metrics)
     check.scores(scores)
     scores = scores.detach().to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
     found = contrast.of(scores, rewards, groups, None, return_metrics)
-    return ConSPOWeights(found.weights, found.loss, found.metrics or {})
+    weights = found.weights if found.places is None else found.weights[found.places] * contrast.factor
+    return ConSPOWeights(weights, found.loss, found.metrics or {})
 
 
 def weighted_score_loss(
@@ -145,6 +165,9 @@ def weighted_score_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    context_group: ProcessGroup | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    grad_reduction: str = "mean",
     implementation: str = "auto",
 ) -> Tensor:
     """sum_i weights[i] * s_i over the rollouts of a micro-batch: phase 2, with the gradient of `conspo_loss`.
@@ -153,6 +176,7 @@ def weighted_score_loss(
         weights: [S] floating point, of these rollouts, from `conspo_weights`. May lie on the CPU.
         inplace: the gradient overwrites the logits, in this call: no [.., V] buffer is allocated. As `inplace_backward`
             of `conspo_loss`, whose every misuse raises here too.
+        grad_reduction: what the trainer does with gradients across `context_group`, as in `conspo_loss`.
         Others: as `conspo_loss`.
 
     Returns:
@@ -163,11 +187,16 @@ def weighted_score_loss(
         TypeError, ValueError: as `conspo_loss`.
 
     Cost: one read and one write of the logits where the caches hold a row; rollouts of weight zero are not written to
-        (in a new buffer: zero-filled).
+        (in a new buffer: zero-filled). With `vocab_parallel` the gradient is left to backward: one read more.
 
     Source: DESIGN section 6.
     """
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    check.ranks(None, grad_reduction)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
+        context_group, gradient_factor(context_group, grad_reduction),
+    )  # fmt: skip
+    logits, options = local_logits(logits, options)
     check.logits(logits)
     check.flags(inplace=inplace)
     if inplace:
@@ -176,8 +205,9 @@ def weighted_score_loss(
     weights, coefficients = _coefficients(weights, layout, options, logits.dtype)
     z = rows(logits).detach()
     arguments = (z, layout.labels, coefficients, ignore_index, temperature, logit_scale, softcap, implementation)
-    if not (torch.is_grad_enabled() and logits.requires_grad):
-        logprobs, _entropy, _layout = label_logprobs(logits, labels, options)
+    wanted = torch.is_grad_enabled() and logits.requires_grad
+    if not wanted or options.vocab_parallel is not None:  # a gradient needs the statistics of all ranks first
+        logprobs, _entropy, _layout = label_logprobs(logits, labels, options, inplace_backward=inplace and wanted)
         return _weighted(weights, logprobs, layout, options)
     if inplace:
         logprobs, gradient = token_logprob_known_(*arguments), z
@@ -201,6 +231,9 @@ def linear_weighted_score_loss(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
+    context_group: ProcessGroup | None = None,
+    vocab_parallel: VocabParallel | None = None,
+    grad_reduction: str = "mean",
     implementation: str = "auto",
 ) -> Tensor:
     """`weighted_score_loss` of logits = hidden @ weight.T + bias, which are never whole in memory: three GEMMs.
@@ -213,8 +246,13 @@ def linear_weighted_score_loss(
 
     Cost: a GEMM for the logits, and one for each of the gradients of hidden and weight that are needed, in this call.
         Rollouts of weight zero cost nothing on a CPU, and on a GPU where weights and cu_seqlens lie on the CPU.
+        With `vocab_parallel` as `linear_token_logprobs`: three or four GEMMs.
     """
-    options = TokenOptions(mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap)
+    check.ranks(None, grad_reduction)
+    options = TokenOptions(
+        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
+        context_group, gradient_factor(context_group, grad_reduction),
+    )  # fmt: skip
     check.linear(hidden, weight, bias, workspace_mib)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
     here, coefficients = _coefficients(weights, layout, options, hidden.dtype)
@@ -224,7 +262,7 @@ def linear_weighted_score_loss(
         keep = over_tokens(weights != 0, layout.labels.shape, offsets).flatten()
     layout = layout.only(coefficients != 0, ignore_index)
     head = LinearHead.of(hidden, weight, bias, workspace_mib)
-    if not any(head.needs):
+    if not any(head.needs) or vocab_parallel is not None:
         return _weighted(here, head.logprobs(layout.labels, options, keep=keep)[0], layout, options)
     tensors = (head.hidden, head.weight, head.bias)
     logprobs, *gradients = linear_logprob_known(
@@ -246,11 +284,16 @@ def _coefficients(
     check.weights(weights, counts)
     weights = weights.detach().to(counts.device, torch.float64 if dtype == torch.float64 else torch.float32)
     return weights, sequence_score_backward(
-        weights, counts, layout.labels, layout.offsets, options.ignore_index, options.implementation
+        weights * options.context_factor,
+        counts,
+        layout.labels,
+        layout.offsets,
+        options.ignore_index,
+        options.implementation,
     )
 
 
 def _weighted(weights: Tensor, logprobs: Tensor, layout: TokenLayout, options: TokenOptions) -> Tensor:
     """sum_i weights[i] * s_i; what has no weight or no tokens is not looked at."""
-    scores, counts = layout_scores(logprobs.detach(), layout, options)
+    scores, counts = layout_scores(logprobs, layout, options)
     return torch.where((weights != 0) & (counts > 0), weights * scores, 0.0).sum()

@@ -18,7 +18,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 PACKAGE = "conspo_kernels"
 MAX_LINES = 300
-LONGER_FILES: frozenset[str] = frozenset()  # files of the package allowed above MAX_LINES, such as "ops/example.py"
+LONGER_FILES = frozenset({"check.py"})  # files of the package allowed above MAX_LINES: all errors are in one place
 SHAPELESS_NAMES = {"util", "utils", "helper", "helpers"}
 SOURCES = (PACKAGE, "benchmarks", "examples", "tests")
 
@@ -42,7 +42,7 @@ class Rule(NamedTuple):
 
 # The first row that covers a module is its rule.
 RULES = {
-    ROOT: Rule(ours=DOORS | {"margin"}, foreign=set(), names={"ConSPOOutput"}),
+    ROOT: Rule(ours=DOORS | {"margin"}, foreign=set(), names={"ConSPOOutput", "VocabParallel"}),
     "__main__": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
     "gradcheck*": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
     "reference": Rule(ours=set(), foreign={"torch"}),

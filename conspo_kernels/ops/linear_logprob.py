@@ -17,9 +17,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..kernels import linear_tiles
-from ..kernels.linear_tiles import Forward, Head, Needs, Tokens
+from ..kernels.linear_tiles import IGNORED, Forward, Head, Needs, Tokens
 from ..kernels.transform import LogitTransform
 from .implementation import twin
+from .ranks import labels_here, statistics_of_all, sum_over_ranks
 from .token_logprob import check_labels
 
 
@@ -39,6 +40,8 @@ def linear_logprob(
     mode: str,
     workspace: int,
     implementation: str,
+    vocab_start: int = 0,
+    vocab_group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, entropy (empty unless asked for), the statistics (max, log-sum) and what the mode stores.
 
@@ -51,18 +54,33 @@ def linear_logprob(
         weight_grad: [V, H] fp32 (fp64), untouched here: backward adds the gradient of weight to it, and returns none.
         mode: "none", "recompute", "store" or "frozen".
         workspace: bytes for tiles of logits.
+        vocab_start, vocab_group: as in `token_logprob`, of the rows of weight and bias; not in mode "frozen". The
+            gradient of hidden, which every rank has whole, is summed over them.
 
     Returns:
         logprobs, entropy, row_max, log_sum: [N] fp32, or fp64 for fp64 hidden; 0 where ignored.
         stored: [N, V] for "store", [N, H] for "frozen", else empty.
     """
-    check_labels(labels, ignore_index, weight.shape[0])
     transform = LogitTransform(temperature, logit_scale, softcap)
-    with torch.cuda.device_of(hidden):
-        kernels = twin("token_logprob", implementation, hidden.device)
-        tokens = Tokens.of(hidden, labels, ignore_index, keep)
-        found = linear_tiles.forward(kernels, tokens, Head(weight, bias), transform, with_entropy, mode, workspace)
-    logprobs, entropy, row_max, log_sum, stored = found
+    kernels = twin("token_logprob", implementation, hidden.device)
+    stored = None
+
+    def forward(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        nonlocal stored
+        with torch.cuda.device_of(hidden):
+            tokens = Tokens.of(hidden, labels, ignore_index, keep)
+            *found, stored = linear_tiles.forward(
+                kernels, tokens, Head(weight, bias), transform, with_entropy, mode, workspace
+            )
+        return tuple(found)  # type: ignore[return-value]
+
+    if vocab_group:
+        logprobs, entropy, row_max, log_sum = statistics_of_all(
+            forward, labels, ignore_index, vocab_start, weight.shape[0], transform.scale, vocab_group
+        )
+    else:
+        check_labels(labels, ignore_index, weight.shape[0])
+        logprobs, entropy, row_max, log_sum = forward(labels, ignore_index)
     return logprobs, or_empty(entropy, logprobs), row_max, log_sum, or_empty(stored, logprobs)
 
 
@@ -87,6 +105,8 @@ def _(
     mode: str,
     workspace: int,
     implementation: str,
+    vocab_start: int = 0,
+    vocab_group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logprobs, entropy, row_max, log_sum = (hidden.new_empty(labels.shape, dtype=dtype) for _ in range(4))
@@ -172,7 +192,10 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, keep, weight_grad, *others = inputs
-    *ctx.transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation = others
+    *transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation, start, ctx.vocab_group = others
+    if ctx.vocab_group:
+        labels, transform[0] = labels_here(labels, transform[0], start, weight.shape[0]), IGNORED
+    ctx.transform = transform
     _logprobs, entropy, row_max, log_sum, stored = output
     if ctx.mode == "frozen":
         ctx.save_for_backward(stored)
@@ -187,7 +210,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 11
+    nothing = (None,) * 13
     needs = list(ctx.needs_input_grad[:3])
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
         return None, None, None, *nothing
@@ -204,6 +227,8 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
         stored, ctx.weight_grad, hidden, weight, bias, labels, keep, row_max, log_sum, entropy, grad_logprobs,
         grad_entropy, needs, *ctx.transform, ctx.workspace, ctx.implementation,
     )  # fmt: skip
+    if ctx.vocab_group and needs[0]:
+        grads = (sum_over_ranks(grads[0], ctx.vocab_group), *grads[1:])
     returned = (needs[0], needs[1] and ctx.weight_grad is None, needs[2])
     return *(grad if wanted else None for grad, wanted in zip(grads, returned, strict=True)), *nothing
 

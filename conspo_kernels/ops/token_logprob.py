@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..kernels.linear_tiles import IGNORED
 from ..kernels.transform import LogitTransform
 from .implementation import twin
+from .ranks import labels_here, statistics_of_all
 
 
 def check_labels(labels: Tensor, ignore_index: int, vocab_size: int) -> None:
@@ -33,6 +35,8 @@ def token_logprob(
     with_entropy: bool,
     inplace_backward: bool,
     implementation: str,
+    vocab_start: int = 0,
+    vocab_group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, entropy (empty unless asked for) and the statistics (max, log-sum) that backward needs.
 
@@ -40,18 +44,27 @@ def token_logprob(
         logits: [B, T, V], last stride 1.
         labels: [B, T] integers.
         inplace_backward: read by backward only: the gradient overwrites `logits`.
+        vocab_group: name of the ranks that the vocabulary is spread over, of which this one's part begins at
+            `vocab_start`; "": it is whole.
 
     Returns:
         logprobs, entropy, row_max, log_sum: [B, T] fp32, or fp64 for fp64 logits; 0 where ignored.
     """
     del inplace_backward
-    check_labels(labels, ignore_index, logits.shape[-1])
     transform = LogitTransform(temperature, logit_scale, softcap)
-    with torch.cuda.device_of(logits):
-        kernels = twin("token_logprob", implementation, logits.device)
-        logprobs, entropy, row_max, log_sum = kernels.forward(
-            logits, labels.contiguous(), ignore_index, transform, with_entropy
+    kernels = twin("token_logprob", implementation, logits.device)
+
+    def forward(labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+        with torch.cuda.device_of(logits):
+            return kernels.forward(logits, labels.contiguous(), ignore_index, transform, with_entropy)
+
+    if vocab_group:
+        logprobs, entropy, row_max, log_sum = statistics_of_all(
+            forward, labels, ignore_index, vocab_start, logits.shape[-1], transform.scale, vocab_group
         )
+    else:
+        check_labels(labels, ignore_index, logits.shape[-1])
+        logprobs, entropy, row_max, log_sum = forward(labels, ignore_index)
     return logprobs, logprobs.new_empty(0) if entropy is None else entropy, row_max, log_sum
 
 
@@ -66,6 +79,8 @@ def _(
     with_entropy: bool,
     inplace_backward: bool,
     implementation: str,
+    vocab_start: int = 0,
+    vocab_group: str = "",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprobs, entropy, row_max, log_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(4))
@@ -161,7 +176,10 @@ def _write_gradient(
 
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, labels, *ctx.transform, with_entropy, ctx.inplace_backward, ctx.implementation = inputs
+    logits, labels, *transform, with_entropy, ctx.inplace_backward, ctx.implementation, start, group = inputs
+    if group:
+        labels, transform[0] = labels_here(labels, transform[0], start, logits.shape[-1]), IGNORED
+    ctx.transform = transform
     _logprobs, entropy, row_max, log_sum = output
     ctx.save_for_backward(logits, labels, row_max, log_sum, entropy)
     ctx.mark_non_differentiable(row_max, log_sum, *(() if with_entropy else (entropy,)))
@@ -169,7 +187,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 8
+    nothing = (None,) * 10
     if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
         return None, *nothing
     logits, labels, row_max, log_sum, entropy = ctx.saved_tensors

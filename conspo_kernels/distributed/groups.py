@@ -1,0 +1,60 @@
+"""Groups of rollouts spread over data-parallel ranks: scores, rewards and ids travel, S numbers each."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+class Gathered(NamedTuple):
+    """Of all ranks, in rank order; of this rank those from `start` to `stop`."""
+
+    scores: Tensor
+    rewards: Tensor
+    counts: Tensor | None
+    groups: Tensor | None
+    start: int
+    stop: int
+
+
+def gather(
+    scores: Tensor, rewards: Tensor, counts: Tensor | None, groups: Tensor | None, group: ProcessGroup
+) -> Gathered:
+    """The rollouts of every rank, on the device of the scores, the same bits on every rank.
+
+    Two collectives. The host waits for the first, the ranks' numbers of rollouts, which may differ.
+    """
+    device = scores.device
+    number = torch.tensor([scores.shape[0]], device=device)
+    numbers = [torch.empty_like(number) for _ in range(group.size())]
+    dist.all_gather(numbers, number, group=group)
+    sizes = torch.cat(numbers).tolist()
+    most, rank = max(sizes), group.rank()
+
+    # One buffer of 64 bits a number: floating point goes as its bits in fp64, which has those of every narrower type.
+    columns = [_bits(scores), _bits(rewards), *(_bits(x) for x in (counts, groups) if x is not None)]
+    packed = torch.zeros(len(columns), most, dtype=torch.int64, device=device)
+    for row, column in zip(packed, columns, strict=True):
+        row[: sizes[rank]] = column.to(device, non_blocking=True)
+    everyone = [torch.empty_like(packed) for _ in range(group.size())]
+    dist.all_gather(everyone, packed, group=group)
+    found = torch.cat([part[:, :size] for part, size in zip(everyone, sizes, strict=True)], dim=1)
+    like = [scores, rewards, *(x for x in (counts, groups) if x is not None)]
+    values = iter([_from_bits(x, of.dtype) for x, of in zip(found.unbind(), like, strict=True)])
+    start = sum(sizes[:rank])
+    return Gathered(
+        next(values), next(values), None if counts is None else next(values), None if groups is None else next(values),
+        start, start + sizes[rank],
+    )  # fmt: skip
+
+
+def _bits(x: Tensor) -> Tensor:
+    return x.detach().double().view(torch.int64) if x.is_floating_point() else x.detach().long()
+
+
+def _from_bits(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return (x.view(torch.float64) if dtype.is_floating_point else x).to(dtype, copy=True)
