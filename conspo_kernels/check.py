@@ -201,12 +201,13 @@ def scores(value: Any) -> None:
         raise ValueError(f"scores must be [S], got {list(value.shape)}")
 
 
-def weights(value: Any, counts: Tensor) -> None:
-    """One per rollout, of which `counts` has the numbers of tokens."""
-    _tensor("weights", value)
-    _dtype("weights", value, LOGIT_DTYPES, "floating point")
-    _shape("weights", value, tuple(counts.shape), "one per rollout")
-    devices(counts.device, weights=value)
+def weights(value: Any, counts: Tensor, phase_one: Any) -> None:
+    """One per rollout, of which `counts` has the numbers of tokens; and the scores of phase 1, or None."""
+    for name, x in (("weights", value), *(() if phase_one is None else (("scores", phase_one),))):
+        _tensor(name, x)
+        _dtype(name, x, LOGIT_DTYPES, "floating point")
+        _shape(name, x, tuple(counts.shape), "one per rollout")
+        devices(counts.device, **{name: x})
     if value.requires_grad:
         raise ValueError("weights are constants of the loss and get no gradient: pass weights.detach()")
 
@@ -252,8 +253,9 @@ def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_
             in_range("num_groups", num_groups)
 
 
-def ranks(process_group: Any, grad_reduction: Any) -> None:
-    _process_group("process_group", process_group)
+def ranks(grad_reduction: Any, **groups: Any) -> None:
+    for name, group in groups.items():
+        _process_group(name, group)
     _choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
 
 

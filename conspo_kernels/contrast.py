@@ -45,7 +45,7 @@ class Contrast(NamedTuple):
         return gradient_factor(self.process_group, self.grad_reduction)
 
     def check(self, return_metrics: bool) -> None:
-        check.ranks(self.process_group, self.grad_reduction)
+        check.ranks(self.grad_reduction, process_group=self.process_group)
         check.flags(return_metrics=return_metrics)
         check.implementation(self.implementation)
         check.objective(self.tau, self.margin, self.reward_threshold, self.reduction, self.num_groups)

@@ -175,7 +175,7 @@ def sequence_scores(
     Source: arXiv:2605.12969.
     """
     check.logprobs(logprobs)
-    check.ranks(None, grad_reduction)
+    check.ranks(grad_reduction, context_group=context_group)
     options = TokenOptions(
         mask, cu_seqlens, shift, ignore_index, implementation, context_group=context_group,
         context_factor=gradient_factor(context_group, grad_reduction),

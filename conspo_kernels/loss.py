@@ -117,6 +117,7 @@ def conspo_loss(
         tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
     )
     contrast.check(return_metrics)
+    check.ranks(grad_reduction, context_group=context_group)
     options = TokenOptions(
         mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
         context_group, gradient_factor(context_group, grad_reduction),
@@ -183,6 +184,7 @@ def linear_conspo_loss(
         tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
     )
     contrast.check(return_metrics)
+    check.ranks(grad_reduction, context_group=context_group)
     options = TokenOptions(
         mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
         context_group, gradient_factor(context_group, grad_reduction),

@@ -18,11 +18,12 @@ from torch.distributed import ProcessGroup
 from . import check
 from .contrast import Contrast
 from .distributed.vocab import VocabParallel
-from .layout import TokenLayout, over_tokens, rows
+from .layout import over_tokens, rows
+from .loss import ConSPOOutput
 from .ops.known_gradient import attach_gradient, linear_logprob_known, token_logprob_known, token_logprob_known_
 from .ops.ranks import gradient_factor
-from .ops.sequence_score import sequence_score_backward
-from .tokens import LinearHead, TokenOptions, label_logprobs, layout_scores, local_logits, token_counts, token_layout
+from .tokens import LinearHead, TokenOptions, label_logprobs, layout_scores, local_logits, token_layout
+from .weighted import WeightedScores
 
 
 @torch.no_grad()
@@ -168,8 +169,10 @@ def weighted_score_loss(
     context_group: ProcessGroup | None = None,
     vocab_parallel: VocabParallel | None = None,
     grad_reduction: str = "mean",
+    scores: Tensor | None = None,
     implementation: str = "auto",
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | ConSPOOutput:
     """sum_i weights[i] * s_i over the rollouts of a micro-batch: phase 2, with the gradient of `conspo_loss`.
 
     Args:
@@ -177,6 +180,10 @@ def weighted_score_loss(
         inplace: the gradient overwrites the logits, in this call: no [.., V] buffer is allocated. As `inplace_backward`
             of `conspo_loss`, whose every misuse raises here too.
         grad_reduction: what the trainer does with gradients across `context_group`, as in `conspo_loss`.
+        scores: [S] of these rollouts from phase 1. They should be what they are now: the metric `conspo/score_drift` is
+            the largest difference among rollouts with a weight, and above 0.01 nats per token (dropout left on, another
+            temperature, stale parameters) warns, on a CPU; on a GPU the metric alone tells, as nobody waits for it.
+        return_metrics: return a `ConSPOOutput`; the metrics are `conspo/response_tokens` and `conspo/score_drift`.
         Others: as `conspo_loss`.
 
     Returns:
@@ -191,29 +198,32 @@ def weighted_score_loss(
 
     Source: DESIGN section 6.
     """
-    check.ranks(None, grad_reduction)
+    check.ranks(grad_reduction, context_group=context_group)
     options = TokenOptions(
         mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
         context_group, gradient_factor(context_group, grad_reduction),
     )  # fmt: skip
     logits, options = local_logits(logits, options)
     check.logits(logits)
-    check.flags(inplace=inplace)
+    check.flags(inplace=inplace, return_metrics=return_metrics)
     if inplace:
         check.inplace_backward(logits, "inplace")
     layout = token_layout("logits", logits, tuple(logits.shape[:-1]), labels, options, "the loss")
-    weights, coefficients = _coefficients(weights, layout, options, logits.dtype)
-    z = rows(logits).detach()
-    arguments = (z, layout.labels, coefficients, ignore_index, temperature, logit_scale, softcap, implementation)
+    weighted = WeightedScores.of(weights, scores, layout, options, logits.dtype)
     wanted = torch.is_grad_enabled() and logits.requires_grad
     if not wanted or options.vocab_parallel is not None:  # a gradient needs the statistics of all ranks first
         logprobs, _entropy, _layout = label_logprobs(logits, labels, options, inplace_backward=inplace and wanted)
-        return _weighted(weights, logprobs, layout, options)
-    if inplace:
-        logprobs, gradient = token_logprob_known_(*arguments), z
+        value, metrics, found = weighted.sum(logprobs)
     else:
-        logprobs, gradient = token_logprob_known(*arguments)
-    return attach_gradient(_weighted(weights, logprobs, layout, options), logits, gradient.view(logits.shape))
+        z = rows(logits).detach()
+        arguments = (z, layout.labels, weighted.coefficients(), ignore_index, temperature, logit_scale, softcap)
+        if inplace:
+            logprobs, gradient = token_logprob_known_(*arguments, implementation), z
+        else:
+            logprobs, gradient = token_logprob_known(*arguments, implementation)
+        value, metrics, found = weighted.sum(logprobs)
+        value = attach_gradient(value, logits, gradient.view(logits.shape))
+    return ConSPOOutput(value, metrics, found, logprobs.detach().view(labels.shape)) if return_metrics else value
 
 
 def linear_weighted_score_loss(
@@ -234,8 +244,10 @@ def linear_weighted_score_loss(
     context_group: ProcessGroup | None = None,
     vocab_parallel: VocabParallel | None = None,
     grad_reduction: str = "mean",
+    scores: Tensor | None = None,
     implementation: str = "auto",
-) -> Tensor:
+    return_metrics: bool = False,
+) -> Tensor | ConSPOOutput:
     """`weighted_score_loss` of logits = hidden @ weight.T + bias, which are never whole in memory: three GEMMs.
 
     Args:
@@ -248,52 +260,35 @@ def linear_weighted_score_loss(
         Rollouts of weight zero cost nothing on a CPU, and on a GPU where weights and cu_seqlens lie on the CPU.
         With `vocab_parallel` as `linear_token_logprobs`: three or four GEMMs.
     """
-    check.ranks(None, grad_reduction)
+    check.ranks(grad_reduction, context_group=context_group)
     options = TokenOptions(
         mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
         context_group, gradient_factor(context_group, grad_reduction),
     )  # fmt: skip
+    check.flags(return_metrics=return_metrics)
     check.linear(hidden, weight, bias, workspace_mib)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
-    here, coefficients = _coefficients(weights, layout, options, hidden.dtype)
-    keep = None
+    weighted = WeightedScores.of(weights, scores, layout, options, hidden.dtype)
+    coefficients, keep = weighted.coefficients(), None
     if weights.device.type == "cpu" and (cu_seqlens is None or cu_seqlens.device.type == "cpu"):
         offsets = None if cu_seqlens is None else cu_seqlens.long()
         keep = over_tokens(weights != 0, layout.labels.shape, offsets).flatten()
     layout = layout.only(coefficients != 0, ignore_index)
     head = LinearHead.of(hidden, weight, bias, workspace_mib)
     if not any(head.needs) or vocab_parallel is not None:
-        return _weighted(here, head.logprobs(layout.labels, options, keep=keep)[0], layout, options)
-    tensors = (head.hidden, head.weight, head.bias)
-    logprobs, *gradients = linear_logprob_known(
-        *(None if x is None else x.detach() for x in tensors), layout.labels.flatten(), keep, coefficients.flatten(),
-        head.needs, ignore_index, temperature, logit_scale, softcap, head.workspace, implementation,
-    )  # fmt: skip
-    value = _weighted(here, logprobs.view(layout.labels.shape), layout, options)
-    for x, gradient, needed in zip(tensors, gradients, head.needs, strict=True):
-        if needed:
-            value = attach_gradient(value, x, gradient)
-    return value
-
-
-def _coefficients(
-    weights: Tensor, layout: TokenLayout, options: TokenOptions, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Weights [S] beside the tokens, and the coefficient of each token's log-probability, [B, T]."""
-    counts = token_counts(layout, options)
-    check.weights(weights, counts)
-    weights = weights.detach().to(counts.device, torch.float64 if dtype == torch.float64 else torch.float32)
-    return weights, sequence_score_backward(
-        weights * options.context_factor,
-        counts,
-        layout.labels,
-        layout.offsets,
-        options.ignore_index,
-        options.implementation,
-    )
-
-
-def _weighted(weights: Tensor, logprobs: Tensor, layout: TokenLayout, options: TokenOptions) -> Tensor:
-    """sum_i weights[i] * s_i; what has no weight or no tokens is not looked at."""
-    scores, counts = layout_scores(logprobs, layout, options)
-    return torch.where((weights != 0) & (counts > 0), weights * scores, 0.0).sum()
+        logprobs, _entropy = head.logprobs(layout.labels, options, keep=keep)
+        value, metrics, found = weighted.sum(logprobs)
+    else:
+        tensors = (head.hidden, head.weight, head.bias)
+        logprobs, *gradients = linear_logprob_known(
+            *(None if x is None else x.detach() for x in tensors), layout.labels.flatten(), keep,
+            coefficients.flatten(), head.needs, ignore_index, temperature, logit_scale, softcap, head.workspace,
+            implementation,
+        )  # fmt: skip
+        logprobs = logprobs.view(layout.labels.shape)
+        value, metrics, found = weighted.sum(logprobs)
+        for x, gradient, needed in zip(tensors, gradients, head.needs, strict=True):
+            if needed:
+                value = attach_gradient(value, x, gradient)
+    found = found.masked_fill(weighted.weights == 0, torch.nan)  # not computed
+    return ConSPOOutput(value, metrics, found, logprobs.detach().view(labels.shape)) if return_metrics else value

@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from conspo_kernels import (
     ConSPOLoss,
+    VocabParallel,
     check,
     conspo_loss,
     conspo_loss_from_scores,
@@ -78,6 +79,15 @@ def weighted(**changes: Any) -> dict[str, Any]:
         "weights": torch.tensor([0.5, -0.5, 0.1, -0.1]),
         **changes,
     }
+
+
+class Group:
+    """As much of a process group as the door looks at."""
+
+    group_name = "nobody"
+
+    def size(self) -> int:
+        return 1
 
 
 class Sharded(torch.Tensor):
@@ -236,7 +246,12 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (phase_two, weighted(weights=torch.zeros(4, device=META)), "weights must be on the CPU, got meta"),
     (phase_two, weighted(weights=torch.zeros(4, requires_grad=True)), r"weights .* pass weights.detach\(\)"),
     (phase_two, weighted(logits=torch.randn(4, 3, 9, requires_grad=True), inplace=True), "inplace overwrites logits"),
+    (phase_two, weighted(scores=torch.randn(3)), r"scores must have shape \[4\] \(one per rollout\), got \[3\]"),
     (lambda a: conspo_weights(**a), scores(tau=0), "tau must be positive and finite"),
+    # ranks
+    (loss, padded(grad_reduction="none"), "grad_reduction must be one of 'mean', 'sum', got 'none'"),
+    (loss, padded(context_group=Group(), shift=True), "shift=True cannot see the first label of the next rank"),
+    (loss, padded(vocab_parallel=VocabParallel(Group(), -1)), "vocab_parallel.start must not be negative, got -1"),
 ]  # fmt: skip
 
 TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
@@ -256,6 +271,11 @@ TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] =
       for name in ("hidden", "weight", "bias")),
     (linear_loss, linear(workspace_mib="512"), "workspace_mib must be a number, got str"),
     (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=1), "weight_grad must be a torch"),
+    *((loss, padded(**{name: "world"}), f"{name} must be a torch.distributed.ProcessGroup, got str")
+      for name in ("process_group", "context_group")),
+    (loss, padded(vocab_parallel=3), r"vocab_parallel must be a VocabParallel\(group, start\), got int"),
+    (loss, padded(vocab_parallel=VocabParallel(1, 0)), "vocab_parallel.group must be a torch.distributed.ProcessGroup"),
+    (loss, padded(vocab_parallel=VocabParallel(Group(), 1.5)), "vocab_parallel.start must be an int, got float"),
     (phase_two, weighted(weights=[1.0]), "weights must be a torch.Tensor, got list"),
     (phase_two, weighted(inplace=1), "inplace must be True or False, got int"),
     (lambda a: ConSPOLoss(**a), {"temprature": 1.0}, "ConSPOLoss got unknown settings temprature"),
@@ -274,7 +294,7 @@ def test_type_errors(door: Callable[..., Any], arguments: dict[str, Any], messag
         door(arguments)
 
 
-OTHERS = ("inplace_backward", "choose", "_reverse_mode", "_no_second_derivative")
+OTHERS = ("inplace_backward", "choose", "_reverse_mode", "_no_second_derivative", "statistics_of_all")
 
 
 def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, int]:
@@ -288,7 +308,7 @@ def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str,
 
 
 def test_every_error_at_the_door_and_in_the_ops_is_provoked_here() -> None:
-    """But those of `inplace_backward`, `choose` and `_reverse_mode`, which have tests of their own."""
+    """But those of `inplace_backward`, `choose`, `_reverse_mode` and of ranks, which have tests of their own."""
     reached = {raised_at(door, arguments) for door, arguments, _ in VALUE_ERRORS + TYPE_ERRORS}
     package = Path(check.__file__).parent
     missing = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -398,6 +399,38 @@ def test_known_gradients_are_scaled_and_used_once() -> None:
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, logits)
     assert not weighted_score_loss(logits.detach(), labels, weights).requires_grad
+
+
+@pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
+def test_score_drift(linear: bool) -> None:
+    """The largest change of a score that has a weight; a warning where it is more than rounding."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 4, 5, requires_grad=True), torch.randn(9, 5)
+    labels, weights = torch.randint(9, (3, 4)), torch.tensor([0.5, -0.5, 0.0])
+    before = conspo_scores(hidden @ weight.T, labels)
+
+    def loss(scores: Tensor | None, **options: float) -> ConSPOOutput:
+        more = {"scores": scores, "return_metrics": True, **options}
+        if linear:
+            output = linear_weighted_score_loss(hidden, weight, labels, weights, **more)  # type: ignore[arg-type]
+        else:
+            output = weighted_score_loss(hidden @ weight.T, labels, weights, **more)  # type: ignore[arg-type]
+        assert isinstance(output, ConSPOOutput)
+        return output
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert loss(before).metrics["conspo/score_drift"] <= 1e-6
+        assert "conspo/score_drift" not in loss(None).metrics
+        moved = before + torch.tensor([0.0, 0.005, 5.0])  # the last has no weight
+        assert loss(moved).metrics["conspo/score_drift"].item() == pytest.approx(0.005, rel=1e-3)
+    with pytest.warns(RuntimeWarning, match=r"scores drifted by .* nats per token since phase 1 \(more than 0.01\)"):
+        found = loss(before, temperature=0.8)
+    assert found.metrics["conspo/response_tokens"] == 12
+    assert found.logprobs is not None
+    assert found.logprobs.shape == labels.shape
+    with pytest.warns(RuntimeWarning, match="scores drifted by nan"):
+        loss(before * torch.nan)
 
 
 def test_module_and_autocast() -> None:

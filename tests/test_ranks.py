@@ -14,6 +14,7 @@ from torch import Tensor
 from conspo_kernels import (
     VocabParallel,
     conspo_loss,
+    conspo_loss_from_scores,
     conspo_scores,
     conspo_weights,
     linear_conspo_loss,
@@ -255,3 +256,116 @@ def test_sequences_over_ranks(size: int) -> None:
             assert (value - loss).abs() <= tolerance * loss.abs()
             for g in (grad, grad_two):
                 assert (g - weight).abs().max() <= tolerance * weight.abs().max(), (kind, layout, reduction, dtype)
+
+
+def both(rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """Two replicas of two parts of the vocabulary: groups over one dimension, entries over the other."""
+    replica, part = divmod(rank, 2)
+    groups = [dist.new_group(pair) for pair in ([0, 1], [2, 3], [0, 2], [1, 3])]  # each made by all ranks
+    tensor_group, data_group = groups[replica], groups[2 + part]
+    batch, (start, stop) = Batch(torch.float64), shards(2)[part]
+    places = torch.arange(replica, 13, 2)
+    hidden, weight = batch.hidden[places], batch.weight[start:stop].clone().requires_grad_()
+    loss = linear_conspo_loss(
+        hidden, weight, batch.labels[places], batch.rewards[places], batch.ids[places], process_group=data_group,
+        grad_reduction="sum", vocab_parallel=VocabParallel(tensor_group, start), **OPTIONS,
+    )  # type: ignore[arg-type]  # fmt: skip
+    (grad,) = torch.autograd.grad(loss, weight)  # type: ignore[arg-type]
+    dist.all_reduce(grad, group=data_group)
+    return loss.detach(), grad  # type: ignore[union-attr]
+
+
+def test_groups_and_vocabulary_over_ranks() -> None:
+    loss, _hidden, weight = alone("linear", torch.float64)
+    for rank, (value, grad) in enumerate(ranks.run(4, both)):
+        start, stop = shards(2)[rank % 2]
+        assert close(value, loss)
+        assert close(grad, weight[start:stop])
+
+
+def distributed_tensor(rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """Logits as a column-parallel head leaves them; 23 entries over two ranks: uneven."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh, batch = init_device_mesh("cpu", (size,)), Batch(torch.float64)
+    weight = distribute_tensor(batch.weight, mesh, [Shard(0)]).requires_grad_()
+    logits = distribute_tensor(batch.hidden, mesh, [Replicate()]) @ weight.T
+    loss = conspo_loss(logits, batch.labels, batch.rewards, batch.ids, **OPTIONS)  # type: ignore[arg-type]
+    (grad,) = torch.autograd.grad(loss, weight)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must be sharded along dimension 2"):
+        conspo_loss(distribute_tensor(batch.hidden, mesh, [Shard(0)]), batch.labels, batch.rewards, 1)
+    with pytest.raises(ValueError, match="weight must be a whole tensor, got a DTensor"):
+        linear_conspo_loss(batch.hidden, weight, batch.labels, batch.rewards, batch.ids)
+    return loss.detach(), grad.full_tensor()  # type: ignore[union-attr, attr-defined]
+
+
+def test_logits_that_are_a_distributed_tensor() -> None:
+    loss, _hidden, weight = alone("linear", torch.float64)
+    for value, grad in ranks.run(2, distributed_tensor):
+        assert close(value, loss)
+        assert close(grad, weight)
+
+
+def no_contrast(rank: int, size: int) -> tuple[Tensor, Tensor, float]:
+    """No valid group anywhere, and a rank without rollouts: an exact zero with a graph."""
+    number = 0 if rank else 3
+    logits = torch.randn(number, 4, 7, dtype=torch.float64, requires_grad=True)
+    output = conspo_loss(
+        logits, torch.zeros(number, 4).long(), torch.ones(number), torch.arange(number), return_metrics=True,
+        process_group=dist.group.WORLD,
+    )  # fmt: skip
+    output.loss.backward()  # type: ignore[union-attr]
+    return output.loss.detach(), logits.grad, output.metrics["conspo/valid_group_fraction"].item()  # type: ignore[union-attr, return-value]
+
+
+def test_no_valid_group_on_any_rank() -> None:
+    for loss, grad, fraction in ranks.run(2, no_contrast):
+        assert loss == 0
+        assert (grad == 0).all()
+        assert fraction == 0
+
+
+def equal_groups(rank: int, size: int) -> tuple[Tensor, Tensor]:
+    """An int G counts over the ranks' rollouts in rank order: 3 and 5 rollouts, groups of 4."""
+    batch, mine = Batch(torch.float64), slice(0, 3) if rank == 0 else slice(3, 8)
+    scores = (batch.hidden[:, 0, 0] * 1).requires_grad_()
+    rewards = torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0])
+    loss = conspo_loss_from_scores(scores[mine], rewards[mine], 4, process_group=dist.group.WORLD)
+    whole = conspo_loss_from_scores(scores[:8], rewards, 4)
+    per_group = conspo_loss_from_scores(
+        scores[mine], rewards[mine], 4, process_group=dist.group.WORLD, reduction="none", grad_reduction="sum"
+    )
+    assert per_group.shape == (2,)  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="groups=3 rollouts per prompt must divide the number of rollouts, got 8"):
+        conspo_loss_from_scores(scores[mine], rewards[mine], 3, process_group=dist.group.WORLD)
+    (ours,), (all_of_them,) = (torch.autograd.grad(x, scores) for x in (loss, whole))  # type: ignore[arg-type]
+    expected = torch.zeros_like(ours)
+    expected[mine] = all_of_them[mine] * size
+    return (loss - whole).detach(), ours - expected  # type: ignore[operator]
+
+
+def test_equal_groups_over_ranks() -> None:
+    for difference, grad_difference in ranks.run(2, equal_groups):
+        assert difference.abs() <= 1e-14
+        assert grad_difference.abs().max() <= 1e-14
+
+
+def killed(rank: int, size: int) -> str:
+    logits = torch.randn(2, 3, 7, requires_grad=True)
+    labels, rewards = torch.zeros(2, 3).long(), torch.tensor([1.0, 0.0])
+    conspo_loss(logits, labels, rewards, 2, process_group=dist.group.WORLD)
+    if rank == 1:
+        dist.destroy_process_group()
+        return "gone"
+    try:
+        conspo_loss(logits, labels, rewards, 2, process_group=dist.group.WORLD)
+    except RuntimeError as error:
+        return type(error).__module__ + str(error)
+    return "no error"
+
+
+def test_a_rank_that_dies_is_torchs_own_error() -> None:
+    survivor, gone = ranks.run(2, killed)
+    assert gone == "gone"
+    assert "gloo" in survivor.lower() or "connection" in survivor.lower(), survivor
