@@ -1,0 +1,65 @@
+"""The example of a training loop: DDP and FSDP2, with accumulation, give the gradient of one process and one batch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ranks
+import torch
+from torch import Tensor
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NUM_ROLLOUTS = 14
+
+
+def gradients(rank: int, size: int, parallel: str, micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """Of the step's loss, after the trainer's own reduction."""
+    sys.path.insert(0, str(REPOSITORY / "examples"))
+    import custom_loop
+
+    torch.manual_seed(0)
+    model = custom_loop.wrapped(custom_loop.Policy().double(), parallel if size > 1 else "")
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(custom_loop.LETTERS, (NUM_ROLLOUTS, 6), generator=generator)
+    lengths = torch.randint(2, 7, (NUM_ROLLOUTS, 1), generator=generator)
+    mask = (torch.arange(6) >= 2) & (torch.arange(6) < lengths)
+    rewards = torch.randint(0, 2, (NUM_ROLLOUTS,), generator=generator).double()
+    prompt_ids = torch.randint(0, 3, (NUM_ROLLOUTS,), generator=generator)
+    places = torch.randperm(NUM_ROLLOUTS, generator=generator)[rank::size]
+    loss, _metrics = custom_loop.accumulate(
+        model, ids[places], mask[places], rewards[places], prompt_ids[places], micro_batch, 0.3
+    )
+    grads = {}
+    for name, parameter in model.named_parameters():
+        grad = parameter.grad
+        assert grad is not None, name
+        grads[name.removeprefix("module.")] = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+    return loss, grads
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
+def test_gradients_of_ranks_are_those_of_one_process(parallel: str) -> None:
+    torch.use_deterministic_algorithms(False)
+    loss, grads = gradients(0, 1, "", NUM_ROLLOUTS)
+    for micro_batch in (2, 7):
+        for value, found in ranks.run(2, gradients, parallel, micro_batch):
+            assert (value - loss).abs() <= 1e-12
+            assert found.keys() == grads.keys()
+            for name, exact in grads.items():
+                assert (found[name] - exact).abs().max() <= 1e-12 * max(1.0, exact.abs().max().item()), name
+
+
+@pytest.mark.parametrize("command", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
+def test_it_runs(command: list[str]) -> None:
+    result: Any = subprocess.run(
+        [sys.executable, *command, "examples/custom_loop.py", "--steps", "2"],
+        capture_output=True, text=True, cwd=REPOSITORY, check=False, timeout=ranks.LIMIT,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "step   1  solved" in result.stdout
