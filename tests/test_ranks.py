@@ -369,3 +369,42 @@ def test_a_rank_that_dies_is_torchs_own_error() -> None:
     survivor, gone = ranks.run(2, killed)
     assert gone == "gone"
     assert "gloo" in survivor.lower() or "connection" in survivor.lower(), survivor
+
+
+def compiled(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Every collective traced: groups, vocabulary and sequence; other numbers of rollouts each time."""
+    import torch._dynamo
+
+    batch, (start, stop), world = Batch(torch.float64), shards(size)[rank], dist.group.WORLD
+    columns = slice(0, 4) if rank == 0 else slice(4, LENGTH)
+
+    def over_groups(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
+        return linear_conspo_loss(hidden, weight, labels, rewards, ids, process_group=world, **OPTIONS)
+
+    def over_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
+        shard = VocabParallel(world, start)
+        return conspo_loss(hidden @ weight[start:stop].T, labels, rewards, ids, vocab_parallel=shard, **OPTIONS)
+
+    def over_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
+        logits = hidden[:, columns] @ weight.T
+        return conspo_loss(logits, labels[:, columns], rewards, ids, context_group=world, **OPTIONS)
+
+    found = []
+    for function in (over_groups, over_vocabulary, over_tokens):
+        torch._dynamo.reset()
+        traced = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
+        for number in (13, 11):
+            places = torch.arange(number) if function is not over_groups else torch.arange(rank, number, size)
+            weight = batch.weight.clone().requires_grad_()
+            arguments = (batch.labels[places], batch.rewards[places], batch.ids[places])
+            for f in (function, traced):
+                loss = f(batch.hidden[places], weight, *arguments)
+                found.append((loss.detach(), *torch.autograd.grad(loss, weight)))
+    return found  # type: ignore[return-value]
+
+
+def test_collectives_under_torch_compile() -> None:
+    for found in ranks.run(2, compiled):
+        for eager, traced in zip(found[::2], found[1::2], strict=True):
+            for a, b in zip(eager, traced, strict=True):
+                assert close(a, b)
