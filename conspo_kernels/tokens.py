@@ -48,6 +48,7 @@ class LinearHead(NamedTuple):
     bias: Tensor | None
     workspace: int
     weight_grad: Tensor | None
+    batch_invariant: bool
 
     @classmethod
     def of(
@@ -57,6 +58,7 @@ class LinearHead(NamedTuple):
         bias: Tensor | None,
         workspace_mib: float,
         weight_grad: Tensor | None = None,
+        batch_invariant: bool = False,
     ) -> LinearHead:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -66,7 +68,9 @@ class LinearHead(NamedTuple):
                 return x if x.dtype == torch.float64 else x.to(dtype)
 
             hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
-        return cls(hidden.reshape(-1, hidden.shape[-1]), weight, bias, int(workspace_mib * 2**20), weight_grad)
+        return cls(
+            hidden.reshape(-1, hidden.shape[-1]), weight, bias, int(workspace_mib * 2**20), weight_grad, batch_invariant
+        )
 
     @property
     def needs(self) -> list[bool]:
@@ -81,7 +85,7 @@ class LinearHead(NamedTuple):
             return "none"
         if not any(needs[1:]) and not with_entropy and not sharded:
             return "frozen"
-        if self.weight_grad is not None:
+        if self.weight_grad is not None or self.batch_invariant:
             return "recompute"
         size = self.hidden.shape[0] * self.weight.shape[0] * self.hidden.element_size()
         return "store" if size <= self.workspace else "recompute"
@@ -94,7 +98,7 @@ class LinearHead(NamedTuple):
             self.hidden, self.weight, self.bias, labels.flatten(), keep, self.weight_grad, options.ignore_index,
             options.temperature, options.logit_scale, options.softcap, with_entropy,
             self.mode(with_entropy, options.vocab_parallel is not None), self.workspace, options.implementation,
-            *options.shard,
+            *options.shard, self.batch_invariant,
         )  # fmt: skip
         return logprobs.view(labels.shape), entropy
 

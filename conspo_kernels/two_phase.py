@@ -76,6 +76,7 @@ def linear_conspo_scores(
     *,
     bias: Tensor | None = None,
     workspace_mib: float = 512,
+    batch_invariant: bool = False,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     shift: bool = False,
@@ -96,8 +97,10 @@ def linear_conspo_scores(
         context_group,
     )  # fmt: skip
     check.linear(hidden, weight, bias, workspace_mib)
+    check.flags(batch_invariant=batch_invariant)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "scores")
-    logprobs, _entropy = LinearHead.of(hidden, weight, bias, workspace_mib).logprobs(layout.labels, options)
+    head = LinearHead.of(hidden, weight, bias, workspace_mib, batch_invariant=batch_invariant)
+    logprobs, _entropy = head.logprobs(layout.labels, options)
     return layout_scores(logprobs, layout, options)[0]
 
 

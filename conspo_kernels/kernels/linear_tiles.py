@@ -7,17 +7,17 @@ tile of logits. GEMM: 2 * N * H * V operations.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import gemm as gemms
+from .gemm import Sum, slices
 from .known_coefficients import forward_backward as at_known_coefficients
-from .tiling import Problem, Tile, backward_tile, row_tile
+from .tiling import Problem, Tile, backward_tile, fixed_tile, row_tile
 from .transform import LogitTransform
 
-PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum, where GEMMs cannot do that; torch widens a copy
 IGNORED, ELSEWHERE = -2, -1  # labels of a tile: of no token, and of a token whose label lies in another tile
 
 
@@ -76,56 +76,6 @@ class Needs(NamedTuple):
     bias: bool
 
 
-def _slices(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, max(1, size)):
-        yield slice(start, min(start + size, total))
-
-
-def _gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-
-
-def _add_gemm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in the precision of `total`."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    elif total.device.type == "cuda":
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # a product is rounded once to bf16 or fp16, the sum is not
-        for part in _slices(total.shape[0], PRODUCT_BYTES // (total.shape[1] * a.element_size())):
-            total[part] += torch.mm(a[part], b)
-
-
-class _Sum:
-    """A gradient [rows, H] that is a sum of products: written at once where there is one, else summed in fp32."""
-
-    def __init__(self, out: Tensor, terms: int) -> None:
-        self.out = out
-        narrow = out.element_size() < 4
-        self.total = torch.empty_like(out, dtype=torch.float32) if terms > 1 and narrow else out
-        self.begun = False
-
-    @classmethod
-    def onto(cls, total: Tensor) -> _Sum:
-        """Added to what is there."""
-        found = cls(total, 1)
-        found.begun = True
-        return found
-
-    def add(self, rows: slice, first: bool, a: Tensor, b: Tensor) -> None:
-        total = self.total[rows]
-        if self.begun or not first:
-            _add_gemm(total, a, b)
-        elif total.dtype == a.dtype:
-            _gemm(a, b, total)
-        else:
-            total.zero_()
-            _add_gemm(total, a, b)
-
-    def result(self) -> Tensor:
-        return self.out if self.total is self.out else self.out.copy_(self.total)
-
-
 class Logits:
     """Tiles of logits in one buffer."""
 
@@ -140,7 +90,7 @@ class Logits:
         weight, bias = self.head
         size = (hidden.shape[0], columns.stop - columns.start)
         out = self.buffer[: size[0] * size[1]].view(size)
-        return _gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
+        return gemms.gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
 
 
 class Forward(NamedTuple):
@@ -154,10 +104,12 @@ class Forward(NamedTuple):
 
 
 def forward(
-    kernels: Any, tokens: Tokens, head: Head, transform: LogitTransform, with_entropy: bool, mode: str, workspace: int
-) -> Forward:
+    kernels: Any, tokens: Tokens, head: Head, transform: LogitTransform, with_entropy: bool, mode: str, workspace: int,
+    batch_invariant: bool = False,
+) -> Forward:  # fmt: skip
     """One GEMM; a second in mode "frozen", for the gradient of hidden with coefficients of one.
 
+    batch_invariant: every GEMM has the same shape, of `fixed_tile`, the last one padded; not in mode "store".
     stored: "store": the logits [N, V], of which the first n rows are filled.  "frozen": [N, H].
     """
     problem = tokens.problem(head)
@@ -168,13 +120,22 @@ def forward(
         tile = Tile(problem.num_tokens, vocab_size)
         stored = tokens.hidden.new_empty(tokens.labels.shape[0], vocab_size)
     else:
-        tile = row_tile(problem, workspace)
+        tile = fixed_tile(problem, workspace) if batch_invariant else row_tile(problem, workspace)
+    padded = tokens.hidden.new_zeros(tile.rows, hidden_size) if batch_invariant else None
     if mode == "frozen":
         stored = tokens.hidden.new_empty(problem.num_tokens, hidden_size)
-    logits = Logits(tokens, head, tile, stored if mode == "store" else None)
+    buffer = stored if mode == "store" else None
+    if batch_invariant:
+        buffer = tokens.hidden.new_empty(tile.rows, vocab_size)
+    logits = Logits(tokens, head, tile, buffer)
     parts: list[list[Tensor]] = []
-    for rows in _slices(problem.num_tokens, tile.rows):
-        z = logits.tile(tokens.chosen(tokens.hidden, rows), everything)[None]
+    for rows in slices(problem.num_tokens, tile.rows):
+        hidden = tokens.chosen(tokens.hidden, rows)
+        if padded is not None:
+            padded[: len(hidden)] = hidden
+            z = logits.tile(padded, everything)[None, : len(hidden)]
+        else:
+            z = logits.tile(hidden, everything)[None]
         labels = tokens.chosen(tokens.labels, rows)[None]
         found = kernels.forward(z, labels, IGNORED, transform, with_entropy)
         parts.append([x[0] for x in found if x is not None])
@@ -182,7 +143,7 @@ def forward(
             assert stored is not None
             ones = torch.ones_like(found[0])
             kernels.backward(z, z, labels, found[2], found[3], None, ones, None, IGNORED, transform)
-            _gemm(z[0], head.weight, stored[rows])
+            gemms.gemm(z[0], head.weight, stored[rows])
     acc = torch.float64 if tokens.hidden.dtype == torch.float64 else torch.float32
     nothing = [torch.empty(0, dtype=acc, device=tokens.hidden.device)] * (4 if with_entropy else 3)
     columns = [tokens.spread(torch.cat(column)) for column in zip(*(parts or [nothing]), strict=True)]
@@ -209,12 +170,12 @@ def backward(
     else:
         tile = Tile(problem.num_tokens, vocab_size)
     logits = Logits(tokens, head, tile, stored)
-    row_slices = list(_slices(problem.num_tokens, tile.rows))
-    column_slices = list(_slices(vocab_size, tile.columns))
+    row_slices = list(slices(problem.num_tokens, tile.rows))
+    column_slices = list(slices(vocab_size, tile.columns))
     new = tokens.hidden.new_empty
     sums = {}
     if needs.hidden:
-        sums["hidden"] = _Sum(new(problem.num_tokens, hidden_size), len(column_slices))
+        sums["hidden"] = Sum(new(problem.num_tokens, hidden_size), len(column_slices))
     grad_weight = new(vocab_size, hidden_size) if needs.weight and weight_grad is None else None
     grad_bias = torch.zeros(vocab_size, dtype=found.row_max.dtype, device=logits.buffer.device) if needs.bias else None
     for c, columns in enumerate(column_slices):
@@ -222,9 +183,9 @@ def backward(
         # A slice of dW is summed over the tiles of rows before the next slice begins.
         slice_sum = None
         if grad_weight is not None:
-            slice_sum = _Sum(grad_weight[columns], len(row_slices))
+            slice_sum = Sum(grad_weight[columns], len(row_slices))
         elif needs.weight and weight_grad is not None:
-            slice_sum = _Sum.onto(weight_grad[columns])
+            slice_sum = Sum.onto(weight_grad[columns])
         for r, rows in enumerate(row_slices):
             hidden = tokens.chosen(tokens.hidden, rows)
             if stored is None:
@@ -264,11 +225,11 @@ def forward_backward(
     vocab_size, hidden_size = head.weight.shape
     tile = row_tile(problem, workspace)
     logits = Logits(tokens, head, tile)
-    row_slices = list(_slices(problem.num_tokens, tile.rows))
+    row_slices = list(slices(problem.num_tokens, tile.rows))
     new = tokens.hidden.new_empty
     logprobs = []
     grad_hidden = new(problem.num_tokens, hidden_size) if needs.hidden else None
-    weight_sum = _Sum(new(vocab_size, hidden_size), len(row_slices)) if needs.weight else None
+    weight_sum = Sum(new(vocab_size, hidden_size), len(row_slices)) if needs.weight else None
     grad_bias = torch.zeros(vocab_size, dtype=coefficients.dtype, device=logits.buffer.device) if needs.bias else None
     for r, rows in enumerate(row_slices):
         hidden = tokens.chosen(tokens.hidden, rows)
@@ -276,7 +237,7 @@ def forward_backward(
         labels, c = tokens.chosen(tokens.labels, rows)[None], tokens.chosen(coefficients, rows)[None]
         logprobs.append(at_known_coefficients(kernels, z[None], z[None], labels, c, IGNORED, transform)[0])
         if grad_hidden is not None:
-            _gemm(z, head.weight, grad_hidden[rows])
+            gemms.gemm(z, head.weight, grad_hidden[rows])
         if weight_sum is not None:
             weight_sum.add(slice(None), r == 0, z.t(), hidden)
         if grad_bias is not None:

@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 ALIGNMENT = 64  # columns: whole tiles of a GEMM, rows of logits on a cache line
+FIXED_ROWS = 256  # of a tile that does not depend on the batch: enough for a GEMM, little to pad
 ACCUMULATOR = 4  # bytes of an fp32 number
 
 
@@ -36,6 +37,12 @@ def row_tile(problem: Problem, workspace: int) -> Tile:
     fit = max(1, workspace // problem.tile_bytes(1, problem.vocab_size))
     tiles = math.ceil(problem.num_tokens / fit)
     return Tile(math.ceil(problem.num_tokens / max(1, tiles)), problem.vocab_size)
+
+
+def fixed_tile(problem: Problem, workspace: int) -> Tile:
+    """Whole rows, as many whatever the number of tokens."""
+    gathered = problem._replace(gathered=True)  # as its padding is
+    return Tile(max(1, min(FIXED_ROWS, workspace // gathered.tile_bytes(1, problem.vocab_size))), problem.vocab_size)
 
 
 def accumulator_bytes(problem: Problem, tile: Tile, needs_hidden: bool, needs_weight: bool) -> int:

@@ -42,6 +42,7 @@ def linear_logprob(
     implementation: str,
     vocab_start: int = 0,
     vocab_group: str = "",
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Log-probabilities, entropy (empty unless asked for), the statistics (max, log-sum) and what the mode stores.
 
@@ -56,6 +57,7 @@ def linear_logprob(
         workspace: bytes for tiles of logits.
         vocab_start, vocab_group: as in `token_logprob`, of the rows of weight and bias; not in mode "frozen". The
             gradient of hidden, which every rank has whole, is summed over them.
+        batch_invariant: a token's results do not depend on the others; not in mode "store".
 
     Returns:
         logprobs, entropy, row_max, log_sum: [N] fp32, or fp64 for fp64 hidden; 0 where ignored.
@@ -70,7 +72,7 @@ def linear_logprob(
         with torch.cuda.device_of(hidden):
             tokens = Tokens.of(hidden, labels, ignore_index, keep)
             *found, stored = linear_tiles.forward(
-                kernels, tokens, Head(weight, bias), transform, with_entropy, mode, workspace
+                kernels, tokens, Head(weight, bias), transform, with_entropy, mode, workspace, batch_invariant
             )
         return tuple(found)  # type: ignore[return-value]
 
@@ -107,6 +109,7 @@ def _(
     implementation: str,
     vocab_start: int = 0,
     vocab_group: str = "",
+    batch_invariant: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     logprobs, entropy, row_max, log_sum = (hidden.new_empty(labels.shape, dtype=dtype) for _ in range(4))
@@ -192,7 +195,7 @@ def _(
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     hidden, weight, bias, labels, keep, weight_grad, *others = inputs
-    *transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation, start, ctx.vocab_group = others
+    *transform, with_entropy, ctx.mode, ctx.workspace, ctx.implementation, start, ctx.vocab_group, _ = others
     if ctx.vocab_group:
         labels, transform[0] = labels_here(labels, transform[0], start, weight.shape[0]), IGNORED
     ctx.transform = transform
@@ -210,7 +213,7 @@ def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-def]
-    nothing = (None,) * 13
+    nothing = (None,) * 14
     needs = list(ctx.needs_input_grad[:3])
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
         return None, None, None, *nothing

@@ -1,0 +1,61 @@
+"""Products of matrices, by torch, and sums of them in fp32; the fused-linear path's GEMMs all go through here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum, where GEMMs cannot do that; torch widens a copy
+
+
+def slices(total: int, size: int) -> Iterator[slice]:
+    """Of `size` each, the last perhaps shorter."""
+    for start in range(0, total, max(1, size)):
+        yield slice(start, min(start + size, total))
+
+
+def gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+
+
+def add_gemm(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in the precision of `total`."""
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:  # a product is rounded once to bf16 or fp16, the sum is not
+        for part in slices(total.shape[0], PRODUCT_BYTES // (total.shape[1] * a.element_size())):
+            total[part] += torch.mm(a[part], b)
+
+
+class Sum:
+    """A gradient [rows, H] that is a sum of products: written at once where there is one, else summed in fp32."""
+
+    def __init__(self, out: Tensor, terms: int) -> None:
+        self.out = out
+        narrow = out.element_size() < 4
+        self.total = torch.empty_like(out, dtype=torch.float32) if terms > 1 and narrow else out
+        self.begun = False
+
+    @classmethod
+    def onto(cls, total: Tensor) -> Sum:
+        """Added to what is there."""
+        found = cls(total, 1)
+        found.begun = True
+        return found
+
+    def add(self, rows: slice, first: bool, a: Tensor, b: Tensor) -> None:
+        total = self.total[rows]
+        if self.begun or not first:
+            add_gemm(total, a, b)
+        elif total.dtype == a.dtype:
+            gemm(a, b, total)
+        else:
+            total.zero_()
+            add_gemm(total, a, b)
+
+    def result(self) -> Tensor:
+        return self.out if self.total is self.out else self.out.copy_(self.total)
