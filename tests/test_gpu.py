@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.logits_path import OPS, OURS, Exact, Inputs, call, candidates, errors
 from benchmarks.measure import peak_bytes
 from benchmarks.shapes import GEMMA, GPT2, QWEN, Shape
-from conspo_kernels import conspo_loss, token_logprobs
+from conspo_kernels import conspo_loss, linear_conspo_loss, linear_weighted_score_loss, token_logprobs
 from conspo_kernels.__main__ import main
 
 pytestmark = pytest.mark.gpu
@@ -137,6 +137,45 @@ def test_no_synchronisation(packed: bool) -> None:
         torch.cuda.set_sync_debug_mode("default")
     assert loss.isfinite()
     assert grad.isfinite().all()
+
+
+def linear_step(mode: str) -> tuple[Tensor, ...]:
+    """One fused-linear loss and its gradients, everything beside the hidden states."""
+    torch.manual_seed(0)
+    vocab_size = size(10_000, 50)
+    hidden = torch.randn(4, 3, 16, device=DEVICE, requires_grad=True)
+    weight = torch.randn(vocab_size, 16, device=DEVICE, requires_grad=mode != "frozen")
+    labels = torch.randint(vocab_size, (4, 3), device=DEVICE)
+    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device=DEVICE)
+    mib = {"store": 512, "recompute": 2.0**-10}.get(mode, 512)
+    more = {"workspace_mib": mib, "implementation": "triton"}
+    if mode == "known":
+        loss = linear_weighted_score_loss(hidden, weight, labels, rewards - 0.5, **more)  # type: ignore[arg-type]
+    else:
+        loss = linear_conspo_loss(hidden, weight, labels, rewards, 2, **more)  # type: ignore[arg-type]
+    assert isinstance(loss, Tensor)
+    return loss, *torch.autograd.grad(loss, [x for x in (hidden, weight) if x.requires_grad])
+
+
+MODES = pytest.mark.parametrize("mode", ["recompute", "store", "known", "frozen"])
+
+
+@MODES
+def test_fused_linear(mode: str) -> None:
+    assert all(x.isfinite().all() for x in linear_step(mode))
+
+
+@needs_gpu
+@MODES
+def test_fused_linear_without_synchronisation(mode: str) -> None:
+    linear_step(mode)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = linear_step(mode)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(x.isfinite().all() for x in found)
 
 
 @needs_gpu
