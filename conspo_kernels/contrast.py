@@ -84,7 +84,10 @@ class Contrast(NamedTuple):
         """The arguments of all ranks, and the places of this one's rollouts."""
         check.groups(groups, scores.shape[0] if isinstance(groups, Tensor) else 0)  # an int divides those of all ranks
         ids = groups.detach().long() if isinstance(groups, Tensor) else None
-        found = gather_rollouts(scores, rewards.detach(), counts, ids, name_of(self.process_group), self.factor)
+        # Compared here, in their own type: the ranks' may differ, and their rounding with it.
+        sign = torch.where(rewards > float(self.reward_threshold), torch.inf, -torch.inf)
+        rewards = torch.where(rewards.isnan(), torch.nan, sign)
+        found = gather_rollouts(scores, rewards, counts, ids, name_of(self.process_group), self.factor)
         everyone, rewards, all_counts, all_ids, places = found
         return everyone, rewards, groups if ids is None else all_ids, None if counts is None else all_counts, places
 

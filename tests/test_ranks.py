@@ -351,6 +351,23 @@ def test_equal_groups_over_ranks() -> None:
         assert grad_difference.abs().max() <= 1e-14
 
 
+def mixed(rank: int, size: int) -> Tensor:
+    """Rewards of another type on every rank: 0.1 is not above a threshold of 0.1 in any."""
+    rewards = [torch.tensor([0.1, 0.9]), torch.tensor([1, 0]), torch.tensor([True, False])][rank % 3]
+    rewards = rewards.half() if rank == 3 else rewards
+    ids = torch.tensor([0, 0], dtype=[torch.int64, torch.int32, torch.uint8, torch.int16][rank]) + rank // 2
+    scores = torch.tensor([-1.0, -2.0 - rank])
+    return conspo_loss_from_scores(scores, rewards, ids, reward_threshold=0.1, process_group=dist.group.WORLD)  # type: ignore[return-value]
+
+
+def test_types_that_differ_between_ranks() -> None:
+    scores = torch.tensor([-1.0, -2, -1, -3, -1, -4, -1, -5])
+    rewards, ids = torch.tensor([0.0, 1, 1, 0, 1, 0, 0, 1]), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
+    expected = conspo_loss_from_scores(scores, rewards, ids)
+    for loss in ranks.run(4, mixed):
+        assert torch.equal(loss, expected)  # type: ignore[arg-type]
+
+
 def killed(rank: int, size: int) -> str:
     logits = torch.randn(2, 3, 7, requires_grad=True)
     labels, rewards = torch.zeros(2, 3).long(), torch.tensor([1.0, 0.0])
