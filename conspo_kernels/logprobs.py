@@ -86,6 +86,7 @@ def linear_token_logprobs(
     workspace_mib: float = 512,
     weight_grad: Tensor | None = None,
     batch_invariant: bool = False,
+    synchronize: bool = False,
     mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
@@ -109,6 +110,7 @@ def linear_token_logprobs(
             weight itself gets none (the `main_grad` of some trainers). The logits are then computed again in backward.
         batch_invariant: a token's log-probability is the same, bit for bit, whichever batch it is computed in: every
             GEMM has one shape, up to 256 rows, and the last is padded. The logits are computed again in backward.
+        synchronize: wait for the GPU once, to see which tokens have a label: the others then cost nothing, as on a CPU.
         vocab_parallel: as `token_logprobs`, of the rows of weight and bias. hidden is the same on all ranks of the
             group, and so is its gradient, which is summed over them.
         Others: as `token_logprobs`.
@@ -131,10 +133,10 @@ def linear_token_logprobs(
         mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel
     )
     check.linear(hidden, weight, bias, workspace_mib, weight_grad)
-    check.flags(batch_invariant=batch_invariant)
+    check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
     check.flags(return_entropy=return_entropy)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, None)
-    head = LinearHead.of(hidden, weight, bias, workspace_mib, weight_grad, batch_invariant)
+    head = LinearHead.of(hidden, weight, bias, workspace_mib, weight_grad, batch_invariant, synchronize)
     logprobs, entropy = head.logprobs(layout.labels, options, return_entropy)
     logprobs = logprobs.view(labels.shape)
     return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs

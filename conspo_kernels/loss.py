@@ -143,6 +143,7 @@ def linear_conspo_loss(
     workspace_mib: float = 512,
     weight_grad: Tensor | None = None,
     batch_invariant: bool = False,
+    synchronize: bool = False,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     shift: bool = False,
@@ -165,7 +166,7 @@ def linear_conspo_loss(
     """`conspo_loss` of logits = hidden @ weight.T + bias, which are never whole in memory.
 
     Args:
-        hidden, weight, bias, workspace_mib, weight_grad, batch_invariant: as `linear_token_logprobs`.
+        hidden, weight, bias, workspace_mib, weight_grad, batch_invariant, synchronize: as `linear_token_logprobs`.
         Others: as `conspo_loss`.
 
     Returns:
@@ -191,9 +192,12 @@ def linear_conspo_loss(
         context_group, gradient_factor(context_group, grad_reduction),
     )  # fmt: skip
     check.linear(hidden, weight, bias, workspace_mib, weight_grad)
-    check.flags(batch_invariant=batch_invariant)
+    check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
     counts = token_counts(layout, options)
+    if synchronize:
+        check.rewards(rewards, counts.shape[0])
+        rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups
     live, keep = contrast.live_rollouts(rewards, groups, counts), None
     computed = layout
     if live is not None:
@@ -201,7 +205,7 @@ def linear_conspo_loss(
         computed = layout.only(over_tokens(here, layout.labels.shape, layout.offsets), ignore_index)
         if cu_seqlens is None or cu_seqlens.device.type == "cpu":
             keep = over_tokens(live, layout.labels.shape, None if cu_seqlens is None else cu_seqlens.long()).flatten()
-    head = LinearHead.of(hidden, weight, bias, workspace_mib, weight_grad, batch_invariant)
+    head = LinearHead.of(hidden, weight, bias, workspace_mib, weight_grad, batch_invariant, synchronize)
     logprobs, _entropy = head.logprobs(computed.labels, options, keep=keep)
     scores, _counts = layout_scores(logprobs, computed, options)
     found = contrast.of(scores, rewards, groups, counts, return_metrics)

@@ -49,6 +49,7 @@ class LinearHead(NamedTuple):
     workspace: int
     weight_grad: Tensor | None
     batch_invariant: bool
+    synchronize: bool
 
     @classmethod
     def of(
@@ -59,6 +60,7 @@ class LinearHead(NamedTuple):
         workspace_mib: float,
         weight_grad: Tensor | None = None,
         batch_invariant: bool = False,
+        synchronize: bool = False,
     ) -> LinearHead:
         device = hidden.device.type
         if torch.is_autocast_enabled(device):
@@ -68,9 +70,8 @@ class LinearHead(NamedTuple):
                 return x if x.dtype == torch.float64 else x.to(dtype)
 
             hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
-        return cls(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, int(workspace_mib * 2**20), weight_grad, batch_invariant
-        )
+        rows, workspace = hidden.reshape(-1, hidden.shape[-1]), int(workspace_mib * 2**20)
+        return cls(rows, weight, bias, workspace, weight_grad, batch_invariant, synchronize)
 
     @property
     def needs(self) -> list[bool]:
@@ -90,10 +91,15 @@ class LinearHead(NamedTuple):
         size = self.hidden.shape[0] * self.weight.shape[0] * self.hidden.element_size()
         return "store" if size <= self.workspace else "recompute"
 
+    def kept(self, labels: Tensor, options: TokenOptions, known: Tensor | None) -> Tensor | None:
+        """[B * T] bool on the CPU, the tokens to compute: those with a label, or what is known without waiting."""
+        return (labels.flatten() != options.ignore_index).cpu() if self.synchronize else known
+
     def logprobs(
         self, labels: Tensor, options: TokenOptions, with_entropy: bool = False, keep: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (empty unless asked for), shaped like labels [B, T]."""
+        keep = self.kept(labels, options, keep)
         logprobs, entropy, *_ = linear_logprob(
             self.hidden, self.weight, self.bias, labels.flatten(), keep, self.weight_grad, options.ignore_index,
             options.temperature, options.logit_scale, options.softcap, with_entropy,

@@ -77,6 +77,7 @@ def linear_conspo_scores(
     bias: Tensor | None = None,
     workspace_mib: float = 512,
     batch_invariant: bool = False,
+    synchronize: bool = False,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     shift: bool = False,
@@ -97,9 +98,9 @@ def linear_conspo_scores(
         context_group,
     )  # fmt: skip
     check.linear(hidden, weight, bias, workspace_mib)
-    check.flags(batch_invariant=batch_invariant)
+    check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "scores")
-    head = LinearHead.of(hidden, weight, bias, workspace_mib, batch_invariant=batch_invariant)
+    head = LinearHead.of(hidden, weight, bias, workspace_mib, batch_invariant=batch_invariant, synchronize=synchronize)
     logprobs, _entropy = head.logprobs(layout.labels, options)
     return layout_scores(logprobs, layout, options)[0]
 
@@ -237,6 +238,7 @@ def linear_weighted_score_loss(
     *,
     bias: Tensor | None = None,
     workspace_mib: float = 512,
+    synchronize: bool = False,
     cu_seqlens: Tensor | None = None,
     mask: Tensor | None = None,
     shift: bool = False,
@@ -254,7 +256,7 @@ def linear_weighted_score_loss(
     """`weighted_score_loss` of logits = hidden @ weight.T + bias, which are never whole in memory: three GEMMs.
 
     Args:
-        hidden, weight, bias, workspace_mib: as `linear_token_logprobs`.
+        hidden, weight, bias, workspace_mib, synchronize: as `linear_token_logprobs`.
         Others: as `weighted_score_loss`.
 
     Returns, Raises: as `weighted_score_loss`.
@@ -268,7 +270,7 @@ def linear_weighted_score_loss(
         mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
         context_group, gradient_factor(context_group, grad_reduction),
     )  # fmt: skip
-    check.flags(return_metrics=return_metrics)
+    check.flags(return_metrics=return_metrics, synchronize=synchronize)
     check.linear(hidden, weight, bias, workspace_mib)
     layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
     weighted = WeightedScores.of(weights, scores, layout, options, hidden.dtype)
@@ -277,12 +279,13 @@ def linear_weighted_score_loss(
         offsets = None if cu_seqlens is None else cu_seqlens.long()
         keep = over_tokens(weights != 0, layout.labels.shape, offsets).flatten()
     layout = layout.only(coefficients != 0, ignore_index)
-    head = LinearHead.of(hidden, weight, bias, workspace_mib)
+    head = LinearHead.of(hidden, weight, bias, workspace_mib, synchronize=synchronize)
     if not any(head.needs) or vocab_parallel is not None:
         logprobs, _entropy = head.logprobs(layout.labels, options, keep=keep)
         value, metrics, found = weighted.sum(logprobs)
     else:
         tensors = (head.hidden, head.weight, head.bias)
+        keep = head.kept(layout.labels, options, keep)
         logprobs, *gradients = linear_logprob_known(
             *(None if x is None else x.detach() for x in tensors), layout.labels.flatten(), keep,
             coefficients.flatten(), head.needs, ignore_index, temperature, logit_scale, softcap, head.workspace,

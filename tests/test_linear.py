@@ -184,14 +184,15 @@ def test_gemms(mode: str, expected: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert sum(counted) == pytest.approx(expected)
 
 
-def test_rollouts_without_gradient_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("synchronize", [False, True])
+def test_rollouts_without_gradient_cost_nothing(synchronize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups that are not valid, unscorable rollouts, ignored tokens: a third of the GEMMs here, the same gradients."""
     torch.manual_seed(0)
     hidden, weight = torch.randn(6, 4, HIDDEN, requires_grad=True), torch.randn(50, HIDDEN, requires_grad=True)
     labels = torch.randint(50, (6, 4))
     rewards = torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0, 0.0])  # two groups of one kind, one of both
     counted = gemms(monkeypatch, 2 * 24 * HIDDEN * 50)
-    output = linear_conspo_loss(hidden, weight, labels, rewards, 2, return_metrics=True)
+    output = linear_conspo_loss(hidden, weight, labels, rewards, 2, return_metrics=True, synchronize=synchronize)
     assert isinstance(output, ConSPOOutput)
     found = torch.autograd.grad(output.loss, (hidden, weight))
     assert sum(counted) == pytest.approx(3 / 3)
