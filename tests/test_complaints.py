@@ -1,14 +1,9 @@
 """What hurt the users of other libraries, each a test that fails where this one has the same fault.
 
 Elsewhere: packed tokens equal padded ones in every case (test_loss.py, Liger#1281), more than 2^31 logits in memory
-(test_token_logprob.py, slow), the same bits from the same inputs in every case (test_loss.py, RL-Kernel#96).
-
-Of parts that are not built yet:
-    wrong values under sequence parallelism (verl#3723): sequence shards
-    an empty lm_head shard under ZeRO-3 (TRL#3368, #5891, #6372): fused-linear doors
-    LoRA on lm_head silently ignored (TRL#4612): integrations
-    FSDP2 with PEFT mixing Tensor and DTensor (TRL#6064): fused-linear doors, integrations
-    bf16 accumulation of dW (cce#14): fused-linear doors
+(test_token_logprob.py, slow), the same bits from the same inputs in every case (test_loss.py, RL-Kernel#96), right
+values under sequence parallelism (test_ranks.py, verl#3723), a sharded or empty weight, and a DTensor beside plain
+tensors, raise and say how to gather it (test_check.py, TRL#3368, #5891, #6372, #6064).
 """
 
 from __future__ import annotations
@@ -24,7 +19,7 @@ import torch
 from tolerance import max_error
 from torch import Tensor
 
-from conspo_kernels import conspo_loss, token_logprobs
+from conspo_kernels import conspo_loss, linear_token_logprobs, token_logprobs
 from conspo_kernels.kernels import group_infonce_triton, native, sequence_score_triton, token_logprob_triton
 from conspo_kernels.ops import implementation as choice
 from conspo_kernels.ops.token_logprob import token_logprob, token_logprob_backward_
@@ -265,3 +260,40 @@ def test_an_empty_vocabulary_raises(implementation: str, device: torch.device) -
     labels = torch.zeros(2, 3, dtype=torch.long, device=device)
     with pytest.raises(ValueError, match=r"logits must have a vocabulary of at least one entry, got \[2, 3, 0\]"):
         conspo_loss(logits, labels, REWARDS[:2], 2, implementation=implementation)
+
+
+def test_lora_on_the_head_is_not_ignored(implementation: str, device: torch.device) -> None:  # TRL#4612
+    """The weight is whatever the caller says, an expression too: its parts get their gradients."""
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(6, 5, dtype=torch.float64, device=device), torch.arange(6, device=device)
+    base = torch.randn(11, 5, dtype=torch.float64, device=device)
+    a = torch.randn(2, 5, dtype=torch.float64, device=device, requires_grad=True)
+    b = torch.randn(11, 2, dtype=torch.float64, device=device, requires_grad=True)
+    found = linear_token_logprobs(hidden, base + b @ a, labels, implementation=implementation)
+    logits = hidden @ (base + b @ a).T
+    expected = logits.log_softmax(-1)[torch.arange(6), labels]
+    assert max_error(found.detach(), expected.detach()) <= 1e-12  # type: ignore[union-attr]
+    for ours, exact in zip(*(torch.autograd.grad(x.sum(), (a, b)) for x in (found, expected)), strict=True):  # type: ignore[union-attr]
+        assert max_error(ours, exact) <= 1e-12
+
+
+def test_the_gradient_of_the_head_is_summed_in_fp32(implementation: str, device: torch.device) -> None:  # cce#14
+    """64 tiles of tokens, each adding 1/64 of dW: summed in bf16 the later ones would be rounded away."""
+    if implementation == "triton" and device.type == "cpu":
+        pytest.skip("the interpreter's bf16 is not a GPU's")
+    torch.manual_seed(0)
+    num_tokens, hidden_size, vocab_size = 1024, 32, 64
+    hidden = (torch.randn(num_tokens, hidden_size, device=device) + 1).bfloat16()
+    weight = (torch.randn(vocab_size, hidden_size, device=device) / 8).bfloat16().requires_grad_()
+    labels = torch.zeros(num_tokens, dtype=torch.long, device=device)
+
+    def error(mib: float) -> float:
+        logprobs = linear_token_logprobs(hidden, weight, labels, workspace_mib=mib, implementation=implementation)
+        (grad,) = torch.autograd.grad(logprobs.sum(), weight)  # type: ignore[union-attr]
+        exact = weight.detach().double().requires_grad_()
+        truth = (hidden.double() @ exact.T).log_softmax(-1)[:, 0].sum()
+        (expected,) = torch.autograd.grad(truth, exact)
+        return ((grad.double() - expected).norm() / expected.norm()).item()
+
+    tile = 16 * vocab_size * 2 / 2**20
+    assert error(tile) <= 1.2 * error(512)
