@@ -85,18 +85,7 @@ def wrapped(model: nn.Module, parallel: str) -> nn.Module:
     return fully_shard(model) if parallel == "fsdp2" else DistributedDataParallel(model)  # type: ignore[return-value]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="under torchrun")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--group-size", type=int, default=16, help="rollouts per prompt, over all ranks")
-    parser.add_argument("--micro-batch", type=int, default=40, help="rollouts; no multiple of a group is needed")
-    args = parser.parse_args()
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if args.group_size % ranks:
-        parser.error(f"--group-size must be a multiple of the {ranks} ranks, got {args.group_size}")
+def train(args: argparse.Namespace, rank: int, ranks: int) -> None:
     torch.manual_seed(0)  # the same parameters and prompts on every rank
     model = wrapped(Policy(), args.parallel)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
@@ -118,8 +107,24 @@ def main() -> None:
         if rank == 0 and (step % 25 == 0 or step == args.steps - 1):
             gap = metrics["conspo/score_gap"].item()
             print(f"step {step:3}  solved {rewards.mean().item():.2f}  loss {loss.item():.3f}  score gap {gap:.2f}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--parallel", choices=("ddp", "fsdp2"), default="ddp", help="under torchrun")
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--group-size", type=int, default=16, help="rollouts per prompt, over all ranks")
+    parser.add_argument("--micro-batch", type=int, default=40, help="rollouts; no multiple of a group is needed")
+    args = parser.parse_args()
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.group_size % ranks:
+        parser.error(f"--group-size must be a multiple of the {ranks} ranks, got {args.group_size}")
+    if "RANK" not in os.environ:
+        train(args, 0, 1)
+        return
+    dist.init_process_group("gloo")
+    train(args, dist.get_rank(), ranks)  # returns, and with it the model goes, before the group that it uses does
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import ranks
@@ -56,10 +57,15 @@ def test_gradients_of_ranks_are_those_of_one_process(parallel: str) -> None:
 
 @pytest.mark.parametrize("command", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
 def test_it_runs(command: list[str]) -> None:
-    result: Any = subprocess.run(
-        [sys.executable, *command, "examples/custom_loop.py", "--steps", "2"],
-        capture_output=True, text=True, cwd=REPOSITORY, check=False, timeout=ranks.LIMIT,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        [sys.executable, *command, "examples/custom_loop.py", "--steps", "2"], stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment, start_new_session=True,
     )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    assert "step   1  solved" in result.stdout
+    try:
+        out, err = process.communicate(timeout=ranks.LIMIT)
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # the launcher's children too, if any are left
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, err
+    assert "step   1  solved" in out
