@@ -327,6 +327,8 @@ def test_second_backward(share: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_invariance(dtype: torch.dtype, implementation: str, device: torch.device) -> None:
     """Bit for bit, whatever stands beside a token; also where the workspace holds fewer than 256 rows."""
+    if implementation == "triton" and device.type == "cpu":
+        pytest.skip("the interpreter is slow, and the GEMMs are the same")
     torch.manual_seed(0)
     hidden = torch.randn(300, 64, device=device).to(dtype)
     weight = (torch.randn(1000, 64, device=device) / 4).to(dtype)
