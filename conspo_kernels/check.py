@@ -151,6 +151,13 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any, weight_grad:
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         _dtype("weight_grad", weight_grad, (wide,), f"{wide} for weight in {weight.dtype}")
         _same_device("weight_grad", weight_grad, "weight", weight)
+        if any(stride == 0 and n > 1 for stride, n in zip(weight_grad.stride(), weight_grad.shape, strict=True)):
+            raise ValueError(f"weight_grad must have an element for each of weight, got strides {weight_grad.stride()}")
+        if (
+            not torch.compiler.is_compiling()
+            and weight_grad.untyped_storage()._cdata == weight.untyped_storage()._cdata
+        ):
+            raise ValueError("weight_grad must not be the memory of weight, which it would be added to")
         if weight_grad.requires_grad:
             raise ValueError("weight_grad is added to in backward: it must not require a gradient itself")
         if not weight.requires_grad:

@@ -12,7 +12,7 @@ from . import check
 from .contrast import Contrast
 from .distributed.vocab import VocabParallel
 from .layout import over_tokens
-from .ops.ranks import gradient_factor
+from .ops.ranks import gradient_factor, name_of, sum_over_ranks
 from .tokens import LinearHead, TokenOptions, label_logprobs, layout_scores, token_counts, token_layout
 
 
@@ -84,7 +84,7 @@ def conspo_loss(
         softcap: bound of the capped logits, > 0, or None.
         ignore_index: the label that means "not a response token"; it wins over an entry of the vocabulary.
         reduction: "mean" over the valid groups, "sum", or "none": [S / G] for an int G, [S] for ids with a group's loss
-            at its first rollout and 0 elsewhere.
+            at its first rollout and 0 elsewhere (with `process_group` of the rollouts of all ranks).
         num_groups: float, int or 0-d tensor > 0 that replaces the denominator of "mean" (gradient accumulation).
         process_group: the ranks over which the rollouts of groups are spread: scores, rewards and ids are gathered, S
             numbers each, and the loss and the metrics are of all of them, the same on every rank. Ids are global; an
@@ -109,7 +109,8 @@ def conspo_loss(
             came.
 
     Cost: forward reads the logits once and allocates O(N); backward reads and writes them once. Tokens without gradient
-        (ignored, or in a group that is not valid) are not read in backward. No synchronisation.
+        (ignored, or in a group that is not valid) are not read in backward. No synchronisation but that of
+        `process_group`.
 
     Source: arXiv:2605.12969, v3.
     """
@@ -212,6 +213,8 @@ def linear_conspo_loss(
     if found.metrics is None:
         return found.loss
     missing = torch.zeros_like(counts[:0].sum()) if live is None else ((counts > 0) & ~here).sum()
+    if process_group is not None:
+        missing = sum_over_ranks(missing, name_of(process_group))
     metrics = {**found.metrics, "conspo/uncomputed_rollouts": missing.to(scores.dtype)}
     return ConSPOOutput(found.loss, metrics, scores.detach(), logprobs.detach().view(labels.shape))
 

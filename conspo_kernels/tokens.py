@@ -140,11 +140,11 @@ def label_logprobs(
     needed_for: str | None = None,
 ) -> tuple[Tensor, Tensor, TokenLayout]:
     """Log-probabilities and entropies [B, T] (empty unless asked for) of arguments it checks, and their layout."""
-    logits, options = local_logits(logits, options)
     check.logits(logits)
     check.flags(inplace_backward=inplace_backward, return_entropy=with_entropy)
     if inplace_backward:
         check.inplace_backward(logits)
+    logits, options = local_logits(logits, options)
     layout = token_layout("logits", logits, tuple(logits.shape[:-1]), labels, options, needed_for)
     logprobs, entropy, _row_max, _log_sum = token_logprob(
         rows(logits), layout.labels, options.ignore_index, options.temperature, options.logit_scale, options.softcap,

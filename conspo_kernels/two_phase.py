@@ -136,8 +136,8 @@ def conspo_weights(
         With `process_group` each rank gives its own rollouts of the step, in as many micro-batches as it likes.
 
     Returns:
-        Weights [S] of this rank's rollouts, summing to zero in every group and zero for what takes no part, with
-        `grad_reduction` "mean" times the number of ranks; the loss; metrics.
+        Weights [S] of this rank's rollouts, which sum to zero over a whole group (of all ranks) and are zero for what
+        takes no part, with `grad_reduction` "mean" times the number of ranks; the loss; metrics.
 
     Raises:
         TypeError, ValueError: as `conspo_loss_from_scores`.
@@ -192,7 +192,8 @@ def weighted_score_loss(
 
     Returns:
         0-d, fp32 (fp64 for fp64 logits). The gradient is there already: backward multiplies it by the scalar that comes
-        in, which costs nothing where that is 1; a second backward raises.
+        in, which costs nothing where that is 1; a second one raises. It is rounded before that: in fp16 a loss scale
+        belongs into `weights`.
 
     Raises:
         TypeError, ValueError: as `conspo_loss`.
@@ -207,15 +208,15 @@ def weighted_score_loss(
         mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
         context_group, gradient_factor(context_group, grad_reduction),
     )  # fmt: skip
-    logits, options = local_logits(logits, options)
     check.logits(logits)
     check.flags(inplace=inplace, return_metrics=return_metrics)
     if inplace:
         check.inplace_backward(logits, "inplace")
+    _local, placed = local_logits(logits, options)
     layout = token_layout("logits", logits, tuple(logits.shape[:-1]), labels, options, "the loss")
     weighted = WeightedScores.of(weights, scores, layout, options, logits.dtype)
     wanted = torch.is_grad_enabled() and logits.requires_grad
-    if not wanted or options.vocab_parallel is not None:  # a gradient needs the statistics of all ranks first
+    if not wanted or placed.vocab_parallel is not None:  # a gradient needs the statistics of all ranks first
         logprobs, _entropy, _layout = label_logprobs(logits, labels, options, inplace_backward=inplace and wanted)
         value, metrics, found = weighted.sum(logprobs)
     else:

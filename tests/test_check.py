@@ -123,6 +123,7 @@ def from_scores(arguments: dict[str, Any]) -> Any:
 
 
 META = torch.device("meta")
+WEIGHT = torch.randn(9, 5, requires_grad=True)
 COMPANIONS = {  # what may lie on the CPU whatever the device of the logits
     "rewards": torch.tensor([1.0, 0.0, 0.0, 1.0]),
     "groups": torch.tensor([1, 1, 2, 2]),
@@ -237,6 +238,9 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
      "weight_grad must be on the device of weight"),
     (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True),
                          weight_grad=torch.zeros(9, 5, requires_grad=True)), "weight_grad .* must not require a grad"),
+    (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=torch.zeros(1, 5).expand(9, 5)),
+     r"weight_grad must have an element for each of weight, got strides \(0, 1\)"),
+    (linear_loss, linear(weight=WEIGHT, weight_grad=WEIGHT.data), "weight_grad must not be the memory of weight"),
     (linear_loss, linear(weight_grad=torch.zeros(9, 5)), "weight_grad takes the gradient of weight, which does not"),
     (linear_phase_two, linear(weight=torch.randn(9, 5, requires_grad=True), labels=torch.full((4, 3), 9)),
      r"labels must lie in \[0, 9\)"),
@@ -294,7 +298,7 @@ def test_type_errors(door: Callable[..., Any], arguments: dict[str, Any], messag
         door(arguments)
 
 
-OTHERS = ("inplace_backward", "choose", "_reverse_mode", "_no_second_derivative", "statistics_of_all")
+OTHERS = ("inplace_backward", "choose", "_reverse_mode", "no_second_derivative", "statistics_of_all", "_backward")
 
 
 def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, int]:

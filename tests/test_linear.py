@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -26,8 +26,9 @@ from conspo_kernels import (
     token_logprobs,
     weighted_score_loss,
 )
-from conspo_kernels.kernels import gemm
+from conspo_kernels.kernels import gemm, linear_tiles, token_logprob_torch
 from conspo_kernels.kernels.tiling import ALIGNMENT, Problem, Tile, accumulator_bytes, backward_tile, row_tile
+from conspo_kernels.kernels.transform import LogitTransform
 from conspo_kernels.ops.linear_logprob import linear_logprob
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -299,13 +300,79 @@ def test_the_gradient_of_weight_into_a_buffer(dtype: torch.dtype, workspace: str
         assert max_error(x.grad, expected) <= tolerance
 
 
-def test_no_second_derivative() -> None:
+def doors_of_hidden(labels: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    return {
+        "store": lambda x, w: linear_token_logprobs(x, w, labels).sum(),  # type: ignore[union-attr]
+        "recompute": lambda x, w: linear_token_logprobs(x, w, labels, workspace_mib=2.0**-12).sum(),  # type: ignore[union-attr]
+        "frozen": lambda x, w: linear_token_logprobs(x, w.detach(), labels).sum(),  # type: ignore[union-attr]
+        "known": lambda x, w: linear_weighted_score_loss(x, w, labels, torch.ones(2)),  # type: ignore[return-value]
+        "known, logits": lambda x, w: weighted_score_loss(x @ w.T, labels, torch.ones(2)),  # type: ignore[return-value]
+        "known, in place": lambda x, w: weighted_score_loss(x @ w.T, labels, torch.ones(2), inplace=True),  # type: ignore[return-value]
+    }
+
+
+DOORS_OF_HIDDEN = pytest.mark.parametrize("door", doors_of_hidden(torch.empty(0)))
+
+
+@DOORS_OF_HIDDEN
+def test_no_second_derivative(door: str) -> None:
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    labels = torch.zeros(2, 3, dtype=torch.long)
-    for door in (linear_token_logprobs, lambda *a: linear_weighted_score_loss(*a, torch.ones(2))):
-        (grad,) = torch.autograd.grad(door(hidden, weight, labels).sum(), hidden, create_graph=True)
-        with pytest.raises(RuntimeError, match=r"second derivative|no autograd formula|does not require grad"):
-            torch.autograd.grad(grad.sum(), hidden)
+    loss = doors_of_hidden(torch.zeros(2, 3, dtype=torch.long))[door](hidden, weight)
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        (hidden.sum() + grad.pow(2).sum()).backward()
+
+
+@DOORS_OF_HIDDEN
+def test_saved_tensor_hooks(door: str) -> None:
+    """A second backward is right or raises, and never changes what the first has given."""
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss_of = doors_of_hidden(torch.zeros(2, 3, dtype=torch.long))[door]
+    leaves = [hidden] if door == "frozen" else [hidden, weight]
+    expected = torch.autograd.grad(3 * loss_of(hidden, weight), leaves)
+    hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    if door == "known, in place":
+        with hooks, pytest.raises(ValueError, match="saved-tensor hooks"):
+            loss_of(hidden, weight)
+        return
+    with hooks:
+        loss = loss_of(hidden, weight)
+    first = second = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
+    if door.startswith("known"):
+        with pytest.raises(RuntimeError, match="second backward"):
+            torch.autograd.grad(3 * loss, leaves)
+    else:
+        second = torch.autograd.grad(3 * loss, leaves)
+    for a, b, exact in zip(first, second, expected, strict=True):
+        torch.testing.assert_close(a, exact)
+        torch.testing.assert_close(b, exact)
+
+
+def test_no_label_is_taken_for_an_ignored_one() -> None:
+    """On a GPU, where labels are not looked at: each outside of the vocabulary gives NaN, and -2 is no exception."""
+    hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
+    labels = torch.tensor([-2, -1, 5, -100])
+    tokens = linear_tiles.Tokens.of(hidden, labels, -100, None)
+    tokens = tokens._replace(places=None)
+    found = linear_tiles.forward(
+        token_logprob_torch, tokens, linear_tiles.Head(weight, None), LogitTransform(), False, "none", 2**20
+    )
+    assert found.logprobs.isnan().tolist() == [True, True, True, False]
+
+
+def test_loss_scaling_of_fp16_goes_into_the_weights() -> None:
+    """The known gradient is rounded when it is computed: scaled before that, it is as good as eager's."""
+    torch.manual_seed(0)
+    length, vocab_size, scale = 512, 4000, 2.0**16
+    hidden = torch.randn(2, length, 32).half().requires_grad_()
+    weight = (torch.randn(vocab_size, 32) / 8).half()
+    labels, weights = torch.randint(vocab_size, (2, length)), torch.tensor([0.05, -0.05])
+    loss = linear_weighted_score_loss(hidden, weight, labels, weights * scale)
+    (grad,) = torch.autograd.grad(loss, hidden)  # type: ignore[arg-type]
+    exact = hidden.detach().double().requires_grad_()
+    scores = token_logprobs(exact @ weight.double().T, labels).mean(1)  # type: ignore[union-attr]
+    (expected,) = torch.autograd.grad((scores * weights).sum(), exact)
+    assert (grad.double() / scale - expected).norm() <= 1e-3 * expected.norm()
 
 
 @pytest.mark.parametrize("share", [0.3, 2.0], ids=["recompute", "store"])

@@ -95,7 +95,7 @@ def data_parallel(rank: int, size: int) -> dict[Any, Output]:
         grads = torch.autograd.grad(output.loss, leaves)
         dist.all_reduce(grads[1])  # what a trainer does
         found[kind, layout, reduction, dtype] = (
-            output.loss.detach(), grads[1] / (size if reduction == "mean" else 1), output.metrics["conspo/score_gap"]
+            output.loss.detach(), grads[1] / (size if reduction == "mean" else 1), *output.metrics.values()
         )  # fmt: skip
     return found
 
@@ -119,8 +119,6 @@ def micro_batches(rank: int, size: int) -> dict[Any, Output]:
         for place, w in zip(places.split(2), weights.weights.split(2), strict=True):
             part = batch.part(place, layout)
             first, leaves = differentiated(kind, part, batch.weight)
-            if len(place) == 0:
-                continue
             door = linear_weighted_score_loss if kind == "linear" else weighted_score_loss
             total += torch.autograd.grad(door(*first, part.pop("labels"), w, **part), leaves)[1]
         dist.all_reduce(total)
@@ -139,6 +137,7 @@ def test_groups_over_ranks(function: Any, size: int) -> None:
             ours = found[kind, layout, reduction, dtype]
             assert (ours[0] - loss).abs() <= tolerance * loss.abs()
             assert (ours[1] - weight).abs().max() <= tolerance * weight.abs().max()
+            assert all(a == b for a, b in zip(ours[2:], everyone[0][kind, layout, reduction, dtype][2:], strict=True))
         assert len({f[kind, layout, reduction, dtype][0].item() for f in everyone}) == 1  # bitwise on every rank
 
 
@@ -184,10 +183,14 @@ def vocabulary(rank: int, size: int) -> dict[str, Any]:
         token_logprobs(logits.detach(), torch.full_like(batch.labels, VOCAB), vocab_parallel=shard)
     except ValueError as error:
         found["error"] = str(error)
+    if size > 1:
+        with pytest.raises(ValueError, match=f"must not overlap: {size} ranks have the label 0"):
+            token_logprobs(logits.detach(), torch.zeros_like(batch.labels), vocab_parallel=shard._replace(start=0))
     return found
 
 
 def close(actual: Tensor, exact: Tensor, tolerance: float = 1e-12) -> bool:
+    assert actual.shape == exact.shape
     return bool((actual - exact).abs().max() <= tolerance * max(1.0, exact.abs().max().item()))
 
 
@@ -293,6 +296,21 @@ def distributed_tensor(rank: int, size: int) -> tuple[Tensor, Tensor]:
     logits = distribute_tensor(batch.hidden, mesh, [Replicate()]) @ weight.T
     loss = conspo_loss(logits, batch.labels, batch.rewards, batch.ids, **OPTIONS)  # type: ignore[arg-type]
     (grad,) = torch.autograd.grad(loss, weight)  # type: ignore[arg-type]
+    leaf = distribute_tensor(batch.hidden @ batch.weight.T, mesh, [Shard(2)]).requires_grad_()
+    plain = (batch.hidden @ batch.weight.T).requires_grad_()
+    per_rollout = torch.linspace(-1, 1, 13, dtype=torch.float64)
+    for door in (
+        lambda z: conspo_loss(z, batch.labels, batch.rewards, batch.ids, inplace_backward=True, **OPTIONS),  # type: ignore[arg-type]
+        lambda z: weighted_score_loss(z, batch.labels, per_rollout, inplace=True),
+    ):
+        ours, exact = (torch.autograd.grad(door(x * 1), x)[0] for x in (leaf, plain))  # type: ignore[arg-type]
+        assert close(ours.full_tensor(), exact)  # type: ignore[attr-defined]
+        with pytest.raises(ValueError, match="overwrites logits, which here is a leaf"):
+            door(leaf)
+    with pytest.raises(ValueError, match="leaves ranks without any"):
+        conspo_loss(
+            distribute_tensor(torch.randn(2, 3, 1), mesh, [Shard(2)]), batch.labels[:2, :3], batch.rewards[:2], 2
+        )
     with pytest.raises(ValueError, match="must be sharded along dimension 2"):
         conspo_loss(distribute_tensor(batch.hidden, mesh, [Shard(0)]), batch.labels, batch.rewards, 1)
     with pytest.raises(ValueError, match="weight must be a whole tensor, got a DTensor"):
@@ -339,6 +357,9 @@ def equal_groups(rank: int, size: int) -> tuple[Tensor, Tensor]:
     assert per_group.shape == (2,)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="groups=3 rollouts per prompt must divide the number of rollouts, got 8"):
         conspo_loss_from_scores(scores[mine], rewards[mine], 3, process_group=dist.group.WORLD)
+    groups = 4 if rank == 0 else torch.zeros(5, dtype=torch.long)
+    with pytest.raises(ValueError, match="an int on all, got both"):
+        conspo_loss_from_scores(scores[mine], rewards[mine], groups, process_group=dist.group.WORLD)
     (ours,), (all_of_them,) = (torch.autograd.grad(x, scores) for x in (loss, whole))  # type: ignore[arg-type]
     expected = torch.zeros_like(ours)
     expected[mine] = all_of_them[mine] * size

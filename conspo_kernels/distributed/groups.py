@@ -29,10 +29,12 @@ def gather(
     Two collectives. The host waits for the first, the ranks' numbers of rollouts, which may differ.
     """
     device = scores.device
-    number = torch.tensor([scores.shape[0]], device=device)
+    number = torch.tensor([scores.shape[0], counts is not None, groups is not None], device=device)
     numbers = [torch.empty_like(number) for _ in range(group.size())]
     dist.all_gather(numbers, number, group=group)
-    sizes = torch.cat(numbers).tolist()
+    sizes, with_counts, with_ids = torch.stack(numbers).T.tolist()
+    if len(set(with_ids)) > 1 or len(set(with_counts)) > 1:
+        raise ValueError("groups must be prompt ids on all ranks of process_group or an int on all, got both")
     most, rank = max(sizes), group.rank()
 
     # One buffer of 64 bits a number: floating point goes as its bits in fp64, which has those of every narrower type.

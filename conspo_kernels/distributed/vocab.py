@@ -29,6 +29,9 @@ class VocabParallel(NamedTuple):
                 f"a DTensor must be sharded along dimension {dim % x.dim()} over one mesh dimension and replicated "
                 f"over the others, got placements {x.placements}"
             )
+        size, total = x.device_mesh.size(sharded[0]), x.shape[dim]
+        if -(-total // size) * (size - 1) >= total:  # the same on every rank, or the others would wait for the last
+            raise ValueError(f"a vocabulary of {total} entries leaves ranks without any when it is sharded over {size}")
         _shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
         return x.to_local(), cls(x.device_mesh.get_group(sharded[0]), offset[dim])
 
@@ -49,7 +52,7 @@ def whole_statistics(
 
     scale: what a max is multiplied by to be a logit, as in `LogitTransform`.  mine: [..] bool, the label is
     in this part (else `part.logprobs` is of no meaning).  ignored: [..] bool, no token.
-    Also returns how many ranks have the label: 0 means that it is outside of the vocabulary.
+    Also returns how many ranks have the label: 0 if it is outside of the vocabulary, 2 if their parts overlap.
     """
     row_max = part.row_max.clone()
     dist.all_reduce(row_max, dist.ReduceOp.MAX, group=group)
@@ -66,5 +69,5 @@ def whole_statistics(
     log_sum = total.log()
     nothing = torch.zeros_like(label)
     entropy = torch.where(ignored, nothing, log_sum - moments[0] / total) if moments else None
-    logprobs = torch.where(owners > 0, label - log_sum, torch.nan)
+    logprobs = torch.where(owners == 1, label - log_sum, torch.nan)
     return Statistics(torch.where(ignored, nothing, logprobs), entropy, row_max, log_sum), owners

@@ -39,7 +39,8 @@ class Tokens(NamedTuple):
     def of(cls, hidden: Tensor, labels: Tensor, ignore_index: int, keep: Tensor | None) -> Tokens:
         """Those with a label, where that costs no synchronisation: labels, or else `keep` [N] bool, on the CPU."""
         active = labels != ignore_index
-        labels = torch.where(active, labels, IGNORED)
+        # A label outside of the vocabulary, looked at on a CPU only, is not to be taken for IGNORED.
+        labels = torch.where(active, labels.clamp(min=ELSEWHERE), IGNORED)
         chosen = active if labels.device.type == "cpu" else keep
         if chosen is None or chosen.all():
             return cls(hidden, labels, None)

@@ -13,6 +13,7 @@ from ..kernels import linear_tiles
 from ..kernels.known_coefficients import forward_backward
 from ..kernels.linear_tiles import Head, Needs, Tokens
 from ..kernels.transform import LogitTransform
+from .derivative import without_derivative
 from .implementation import twin
 from .linear_logprob import fake_gradients, or_empty
 from .token_logprob import check_labels
@@ -174,13 +175,19 @@ def _(value: Tensor, x: Tensor, gradient: Tensor) -> Tensor:
 
 def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.save_for_backward(inputs[2])
+    ctx.used = False
 
 
 def _backward(ctx, grad_value):  # type: ignore[no-untyped-def]
-    (gradient,) = ctx.saved_tensors
+    (gradient,) = (
+        ctx.saved_tensors
+    )  # which the first backward modified: a second is told by autograd, but inside of hooks
+    if ctx.used:
+        raise RuntimeError("a second backward through a loss of known weights, whose gradient the first has scaled")
+    ctx.used = True
     gradient = gradient.detach()
     scale_(gradient, grad_value)
-    return grad_value, gradient, None
+    return grad_value, without_derivative(gradient), None
 
 
 attach_gradient.register_autograd(_backward, setup_context=_setup_context)

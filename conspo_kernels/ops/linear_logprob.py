@@ -19,6 +19,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 from ..kernels import linear_tiles
 from ..kernels.linear_tiles import IGNORED, Forward, Head, Needs, Tokens
 from ..kernels.transform import LogitTransform
+from .derivative import without_derivative
 from .implementation import twin
 from .ranks import labels_here, statistics_of_all, sum_over_ranks
 from .token_logprob import check_labels
@@ -161,6 +162,9 @@ def linear_logprob_backward(
     that the gradient of weight is added to; then none is returned.
     """
     transform = LogitTransform(temperature, logit_scale, softcap)
+    if stored is None and labels.device.type == "cpu":  # what has no gradient needs no logits: of another rank's groups
+        wanted = grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
+        labels = torch.where(wanted, labels, ignore_index)
     with torch.cuda.device_of(hidden):
         grads = linear_tiles.backward(
             twin("token_logprob", implementation, hidden.device), Tokens.of(hidden, labels, ignore_index, keep),
@@ -219,7 +223,7 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
         return None, None, None, *nothing
     if ctx.mode == "frozen":
         (stored,) = ctx.saved_tensors
-        return scaled_rows(stored, grad_logprobs), None, None, *nothing
+        return without_derivative(scaled_rows(stored, grad_logprobs)), None, None, *nothing
     hidden, weight, bias, labels, keep, row_max, log_sum, entropy = ctx.saved_tensors
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(row_max)
@@ -233,7 +237,8 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
     if ctx.vocab_group and needs[0]:
         grads = (sum_over_ranks(grads[0], ctx.vocab_group), *grads[1:])
     returned = (needs[0], needs[1] and ctx.weight_grad is None, needs[2])
-    return *(grad if wanted else None for grad, wanted in zip(grads, returned, strict=True)), *nothing
+    given = (without_derivative(grad) if wanted else None for grad, wanted in zip(grads, returned, strict=True))
+    return *given, *nothing
 
 
 linear_logprob.register_autograd(_backward, setup_context=_setup_context)

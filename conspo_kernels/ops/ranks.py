@@ -46,8 +46,13 @@ def statistics_of_all(
     part = Statistics(*forward(torch.where(here == ELSEWHERE, 0, here), IGNORED))
     ignored = here == IGNORED
     whole, owners = vocab.whole_statistics(part, here >= 0, ignored, scale, resolved(group))
-    if labels.device.type == "cpu" and (bad := ~ignored & (owners == 0)).any():
+    if labels.device.type == "cpu" and (bad := ~ignored & (owners != 1)).any():
         position = tuple(bad.nonzero()[0].tolist())
+        if owners[position] > 1:
+            raise ValueError(
+                f"the parts of vocab_parallel must not overlap: {owners[position].item():.0f} ranks have the label "
+                f"{labels[position].item()}, this one's entries from {start} to {start + size - 1}"
+            )
         raise ValueError(
             f"labels must lie in the vocabulary of all ranks or equal ignore_index ({ignore_index}); "
             f"found {labels[position].item()} at token {position}"

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..kernels.linear_tiles import IGNORED
 from ..kernels.transform import LogitTransform
+from .derivative import no_second_derivative
 from .implementation import twin
 from .ranks import labels_here, statistics_of_all
 
@@ -205,8 +206,4 @@ def _backward(ctx, grad_logprobs, grad_entropy, *_):  # type: ignore[no-untyped-
 token_logprob.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
-    raise NotImplementedError("conspo_kernels has no second derivative: the gradient has no gradient of its own")
-
-
-token_logprob_backward.register_autograd(_no_second_derivative)
+token_logprob_backward.register_autograd(no_second_derivative)

@@ -1,0 +1,27 @@
+"""Gradients have no derivative of their own here: asked for one, they raise rather than be constants in silence."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+
+
+def no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("conspo_kernels has no second derivative: the gradient has no gradient of its own")
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return gradient.view_as(gradient)
+
+    backward = staticmethod(no_second_derivative)
+
+
+def without_derivative(gradient: Tensor) -> Tensor:
+    """The gradient; under `create_graph=True`, when grad mode is on in backward, one whose own backward raises."""
+    if not torch.is_grad_enabled() or isinstance(gradient, FakeTensor | FunctionalTensor):
+        return gradient
+    return _WithoutDerivative.apply(gradient.detach().requires_grad_())
