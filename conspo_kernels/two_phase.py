@@ -201,7 +201,6 @@ def weighted_score_loss(
     Cost: one read and one write of the logits where the caches hold a row; rollouts of weight zero are not written to
         (in a new buffer: zero-filled). With `vocab_parallel` the gradient is left to backward: one read more.
 
-    Source: DESIGN section 6.
     """
     check.ranks(grad_reduction, context_group=context_group)
     options = TokenOptions(
