@@ -84,7 +84,7 @@ def test_the_gate_of_the_fused_linear_path(op: fused_linear.Op) -> None:
     right = fused_linear.eager(inputs)
 
     def ok(compute: fused_linear.Compute) -> bool:
-        return fused_linear.errors(op, compute, inputs, exact).ok
+        return fused_linear.errors(op, fused_linear.Candidate(compute), inputs, exact).ok
 
     assert ok(right)
     assert not ok(lambda hidden, weight: right(hidden, weight) * 1.001)
@@ -103,7 +103,7 @@ def test_eager_objective() -> None:
 
 
 def test_timing() -> None:
-    assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.0, 3.0, 3)
+    assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.5, 2.5, 3)
     assert Timing.of([3.0]) == Timing(3.0, 3.0, 3.0, 1)
 
 
