@@ -145,8 +145,8 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
         found["F.linear_cross_entropy"] = Candidate(linear_cross_entropy(inputs))
     labels = inputs.labels.flatten()
     for peer in linear_peers(inputs.hidden.device, COEFFICIENT, (inputs.shape.rollouts, inputs.shape.length)):
-        if peer.summed and op.mode != "known":
-            continue  # its coefficients are known beforehand, ours here are not
+        if op.mode == "store" or (peer.summed and op.mode != "known"):
+            continue  # what it does under "recompute"; its coefficients are known beforehand, ours there are not
         compute = lambda hidden, weight, peer=peer: peer.compute(hidden.flatten(0, 1), weight, labels)  # noqa: E731
         found[peer.name] = Candidate(compute, peer.same_value, peer.package)
     return found

@@ -26,6 +26,7 @@ class Choice(NamedTuple):
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     repeats: int = 11
+    warmups: int = 2
 
     def __contains__(self, provider: object) -> bool:
         return (not self.only or provider in self.only) and provider not in self.skip
@@ -71,6 +72,7 @@ def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choic
         "rollouts": shape.rollouts, "tokens": shape.tokens, "vocab_size": shape.vocab_size,
         "plain": not (shape.peaked or shape.skewed or shape.half), "operations": op.operations(shape),
     }  # fmt: skip
+    torch._dynamo.reset()  # past eight shapes of one function it would fall back to eager, and not say so
     calls: dict[str, Call] = {}
     rows: dict[str, Row] = {}
     for name, candidate in logits_path.candidates(op, inputs, choice.implementation).items():
@@ -89,7 +91,7 @@ def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choic
         if gated(row, candidate.package, gate):
             calls[name] = timed
     target = torch.empty_like(inputs.logits)
-    timings = interleaved({**calls, **limits(op, inputs.logits, target)}, choice.device, choice.repeats)
+    timings = interleaved({**calls, **limits(op, inputs.logits, target)}, choice.device, choice.repeats, choice.warmups)
     copy_bandwidth = 2 * shape.logits_bytes / timings[COPY].median
     for name, timing in timings.items():
         row = rows.setdefault(name, {**about, "provider": name, "ok": True, "status": "timed"})
@@ -101,10 +103,10 @@ def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choic
     yield from rows.values()
 
 
-def measure_linear(op: fused_linear.Op, shape: LinearShape, choice: Choice) -> Iterator[Row]:
+def measure_linear(
+    op: fused_linear.Op, shape: LinearShape, inputs: fused_linear.Inputs, exact: fused_linear.Exact, choice: Choice
+) -> Iterator[Row]:
     """One row per provider of an op of the fused-linear path, and one for its bare GEMMs."""
-    inputs = fused_linear.Inputs.of(shape, choice.device)
-    exact = fused_linear.Exact.of(inputs)
     about = {
         "op": op.name, "shape": str(shape), "target": shape.target, "dtype": str(shape.dtype).removeprefix("torch."),
         "gemms": op.gemms, "tokens": shape.tokens, "hidden_size": shape.hidden_size, "vocab_size": shape.vocab_size,
@@ -131,7 +133,7 @@ def measure_linear(op: fused_linear.Op, shape: LinearShape, choice: Choice) -> I
         if gated(row, candidate.package, gate):
             calls[name] = timed
     calls[gemms] = fused_linear.bare_gemms(op, inputs)
-    for name, timing in interleaved(calls, choice.device, choice.repeats).items():
+    for name, timing in interleaved(calls, choice.device, choice.repeats, choice.warmups).items():
         row = rows.setdefault(name, {**about, "provider": name, "ok": True, "status": "timed"})
         row |= {"seconds": asdict(timing), "operations_per_second": row["operations"] / timing.median}
     for row in rows.values():
@@ -149,7 +151,7 @@ def measure_scores(choice: Choice) -> Iterator[Row]:
     calls = {name: call for name, call in calls.items() if name in choice}
     values = {name: call.run(call.prepare())[0].double() for name, call in calls.items()}  # type: ignore[index]
     exact = logits_path.exact_weights(device)
-    timings = interleaved(calls, device, choice.repeats)
+    timings = interleaved(calls, device, choice.repeats, choice.warmups)
     for name, call in calls.items():
         row: Row = {
             "op": "scores + backward", "shape": "{} groups x {}".format(*SCORES), "target": "L5", "dtype": "float32",

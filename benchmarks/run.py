@@ -7,7 +7,7 @@ python -m benchmarks.run --suite gpu --out DIR    # all of it: correctness, ceil
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tabulate import tabulate
 
 from . import fused_linear, wheels
+from .interpreter import hasten
 from .logits_path import OPS, OURS, Exact, Inputs
 from .measure import environment
 from .rows import Choice, Row, measure_linear, measure_op, measure_scores
 from .shapes import LINEAR_SUITES, SUITES
+from .tables import markdown, write
 
 SCORES_OP = "scores + backward"
 
@@ -50,7 +51,7 @@ def table(rows: list[Row]) -> str:
             ]
         )
     headers = ["op", "shape", "provider", "ms", "quartiles", "x ours", "G/s", "of limit", "peak MiB"]
-    return tabulate(lines, headers, disable_numparse=True, colalign=("left",) * 3 + ("right",) * 6)
+    return markdown(headers, lines, text_columns=3)
 
 
 def measure(suite: str, ops: Sequence[str], choice: Choice) -> Iterator[Row]:
@@ -61,10 +62,13 @@ def measure(suite: str, ops: Sequence[str], choice: Choice) -> Iterator[Row]:
             if name in OPS:
                 yield from measure_op(OPS[name], shape, inputs, exact, choice)
         del inputs, exact
-    for linear_shape in LINEAR_SUITES[suite]:
+    for linear_shape in LINEAR_SUITES[suite] if any(name in fused_linear.OPS for name in ops) else ():
+        hidden = fused_linear.Inputs.of(linear_shape, choice.device)
+        exact_linear = fused_linear.Exact.of(hidden)
         for name in ops:
             if name in fused_linear.OPS:
-                yield from measure_linear(fused_linear.OPS[name], linear_shape, choice)
+                yield from measure_linear(fused_linear.OPS[name], linear_shape, hidden, exact_linear, choice)
+        del hidden, exact_linear
     if SCORES_OP in ops:
         yield from measure_scores(choice)
 
@@ -82,7 +86,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--implementation", default="auto", help="of ours")
     parser.add_argument("--device", type=torch.device, help="default: cuda for the gpu suite, else cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
-    parser.add_argument("--repeats", type=int, default=11, help="of which the median is taken, after two warm-ups")
+    parser.add_argument("--repeats", type=int, default=11, help="of which the median is taken, after the warm-ups")
+    parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of rivals, unpacked for this run")
     parser.add_argument("--name", help="of the JSON file in place of the suite's")
     parsed = parser.parse_args(arguments)
@@ -102,12 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return suite.run(parsed.suite, parsed.out, parsed.wheels)
     if parsed.threads is not None:
         torch.set_num_threads(parsed.threads)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        hasten()
     started = time.perf_counter()
     report: dict[str, Any] = {"suite": parsed.suite, "environment": environment(parsed.device), "rows": []}
     report["environment"]["wheels"] = wheels.use(parsed.wheels) if parsed.wheels else []
     choice = Choice(
-        parsed.device, parsed.implementation, tuple(parsed.provider), tuple(parsed.skip), parsed.repeats
-    )  # fmt: skip
+        parsed.device, parsed.implementation, tuple(parsed.provider), tuple(parsed.skip), parsed.repeats, parsed.warmups
+    )
     for row in measure(parsed.suite, parsed.op, choice):
         report["rows"].append(row)
         report["seconds"] = time.perf_counter() - started
@@ -120,14 +127,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "copy reaches; or GFLOP/s, and of what the bare GEMMs reach"
     )
     return 0 if all(row["ok"] for row in report["rows"] if row["provider"] == OURS) else 1
-
-
-def write(path: Path, report: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".partial")
-    temporary.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -135,10 +135,10 @@ SUITES = {
     "gpu": (
         Shape(8, 1024, QWEN, BF16, target="L1 L2"),
         Shape(8, 4096, QWEN, BF16, target="L3"),
-        Shape(8, 1024, LLAMA, BF16, target="L4 Llama"),
-        Shape(8, 1024, GEMMA, BF16, target="L4 Gemma"),
-        Shape(8, 1024, GPT2, BF16, target="L4 GPT-2"),
-        Shape(8, 64, QWEN, BF16, target="L4 rows"),
+        Shape(8, 1024, LLAMA, BF16, target="L4-Llama"),
+        Shape(8, 1024, GEMMA, BF16, target="L4-Gemma"),
+        Shape(8, 1024, GPT2, BF16, target="L4-GPT-2"),
+        Shape(8, 64, QWEN, BF16, target="L4-rows"),
         Shape(8, 1024, QWEN, BF16, peaked=True),
         Shape(8, 1024, QWEN, BF16, skewed=True),
         Shape(16, 512, QWEN, BF16, half=True),
@@ -146,12 +146,8 @@ SUITES = {
     ),
     # The same for Triton's interpreter.
     "gpu-tiny": (
-        Shape(4, 2, 1000, BF16, 4, target="L1 L2"),
-        Shape(4, 4, 300, BF16, 4, target="L3"),
-        Shape(4, 2, 200, BF16, 4, target="L4 Llama"),
-        Shape(4, 2, 600, BF16, 4, target="L4 Gemma"),
-        Shape(4, 2, 257, BF16, 4, target="L4 GPT-2"),
-        Shape(4, 1, 300, BF16, 4, target="L4 rows"),
+        Shape(2, 2, 60, BF16, 2, target="L1 L2 L3 L4-Llama L4-Gemma L4-rows"),
+        Shape(2, 1, 37, BF16, 2, target="L4-GPT-2"),
     ),
 }
 
@@ -166,15 +162,12 @@ LINEAR_SUITES = {
     # F1 to F4; the shape at which Liger states its rate; the smallest and the widest head.
     "gpu": (
         _linear("Qwen3-8B", 32, 256, BF16, target="F1 F2 F3 F4"),
-        LinearShape(32, 256, 4096, 131_072, BF16, target="F1 Liger"),
+        LinearShape(32, 256, 4096, 131_072, BF16, target="F1-Liger"),
         _linear("Qwen2.5-1.5B", 32, 256, BF16),
         _linear("Gemma-3-4B", 32, 256, BF16),
     ),
-    "gpu-tiny": (
-        LinearShape(4, 4, 16, 600, BF16, 2, target="F1 F2 F3 F4"),
-        LinearShape(4, 4, 16, 512, BF16, 2, target="F1 Liger"),
-    ),
+    "gpu-tiny": (LinearShape(4, 1, 16, 40, BF16, 2, target="F1 F2 F3 F4 F1-Liger"),),
 }
 # Tokens, at which the fused-linear path may hold the same memory beyond its gradients (M1); hidden size, vocabulary.
-MEMORY = {"gpu": ((2048, 8192, 32_768), 2048, QWEN, 512), "gpu-tiny": ((64, 128, 256), 32, 2000, 1)}
+MEMORY = {"gpu": ((2048, 8192, 32_768), 2048, QWEN, 512), "gpu-tiny": ((8, 16), 16, 40, 1)}
 SCORES = (64, 16)  # groups, and rollouts in each, of the objective alone (L5)
