@@ -133,7 +133,7 @@ def main() -> None:
     steps = Steps(device, "triton", *((10_000, 8) if on_gpu else (20, 2)))
     rows: list[Row] = []
     checks = (
-        lambda: [recompilations(steps, "inductor" if on_gpu else "eager", 20 if on_gpu else 3)],
+        lambda: [recompilations(steps, "inductor" if on_gpu else "eager", 20 if on_gpu else 1)],
         lambda: [synchronisation(steps)],
         lambda: memory(arguments.suite, device, "triton"),
     )

@@ -169,5 +169,5 @@ LINEAR_SUITES = {
     "gpu-tiny": (LinearShape(4, 1, 16, 40, BF16, 2, target="F1 F2 F3 F4 F1-Liger"),),
 }
 # Tokens, at which the fused-linear path may hold the same memory beyond its gradients (M1); hidden size, vocabulary.
-MEMORY = {"gpu": ((2048, 8192, 32_768), 2048, QWEN, 512), "gpu-tiny": ((8, 16), 16, 40, 1)}
+MEMORY = {"gpu": ((2048, 8192, 32_768), 2048, QWEN, 512), "gpu-tiny": ((8,), 16, 40, 1)}
 SCORES = (64, 16)  # groups, and rollouts in each, of the objective alone (L5)
