@@ -287,3 +287,21 @@ def test_peak_memory() -> None:
 
     call = Call(lambda: torch.zeros(1 << 20), run)
     assert 2 << 22 <= peak_bytes(call, CPU) < (2 << 22) + 4096
+
+
+def test_training_step() -> None:
+    """The losses agree on the step they share, and the shares are shares; the computed context is what bytes allow."""
+    pytest.importorskip("transformers")
+    from benchmarks.training_step import Bytes, Step, llama, measure
+
+    model = llama(64, 101, 1, torch.float32, CPU)
+    labels, rewards = torch.randint(101, (4, 5)), (torch.arange(4) % 2).float()
+    rows = measure(Step(model, labels, rewards, 2), CPU, 1)
+    assert [row["value"] for row in rows] == pytest.approx([rows[0]["value"]] * 3, rel=1e-4)
+    assert all(row["share"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    count = Bytes(hidden_size=64, vocab_size=1000, layers=2)
+    tokens = count.tokens("eager", 2**30)
+    assert (
+        tokens * count.per_token("eager") + count.fixed <= 2**30 < (tokens + 1) * count.per_token("eager") + count.fixed
+    )
+    assert count.tokens("eager", 2**30) < count.tokens("conspo_loss", 2**30)
