@@ -25,6 +25,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from .occupancy import Occupancy, occupancy
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -45,6 +47,8 @@ class Compiled:
     shared_bytes: int
     loads: dict[int, int]
     stores: dict[int, int]
+    num_warps: int
+    occupancy: Occupancy  # expected, from the three before
 
 
 class OfflineDriver:
@@ -194,9 +198,13 @@ def compiled(target: str) -> list[Compiled]:
             call()
         for kernel in kernels:
             registers, spills, loads, stores = (_amd if "amdgcn" in kernel.asm else _nvidia)(kernel)
+            shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
             table.append(
-                Compiled(case, kernel.metadata.name, target, registers, spills, kernel.metadata.shared, loads, stores)
-            )
+                Compiled(
+                    case, kernel.metadata.name, target, registers, spills, shared, loads, stores, warps,
+                    occupancy(target, registers, shared, warps),
+                )
+            )  # fmt: skip
     return table
 
 
@@ -209,11 +217,14 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(row) for row in rows]))
         return
-    print(f"{'target':8}{'kernel':22}{'case':38}{'regs':>5}{'spills':>7}{'shared':>7}  loads, stores {{bits: count}}")
+    print(
+        f"{'target':8}{'kernel':22}{'case':38}{'regs':>5}{'spills':>7}{'shared':>7}  {'occupancy':24}"
+        "loads, stores {bits: count}"
+    )
     for row in rows:
         print(
             f"{row.target:8}{row.kernel:22}{row.case:38}{row.registers:5}{row.spills:7}{row.shared_bytes:7}  "
-            f"{row.loads} {row.stores}"
+            f"{'{}/{} ({})'.format(*row.occupancy):24}{row.loads} {row.stores}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The fused-linear path as things to time: each mode beside bare GEMMs, eager PyTorch and F.linear_cross_entropy."""
+"""The fused-linear path as things to time: each mode beside bare GEMMs, eager PyTorch and its rivals."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from conspo_kernels import linear_conspo_loss, linear_weighted_score_loss
 from conspo_kernels.ops.linear_logprob import linear_logprob
 
+from .linear_peers import linear_peers
 from .measure import Call
 from .shapes import LinearShape
 
@@ -77,6 +78,14 @@ class Inputs(NamedTuple):
 Compute = Callable[..., Tensor]  # hidden, weight -> log-probabilities [N], or their sum times COEFFICIENT
 
 
+class Candidate(NamedTuple):
+    """same_value: its value is compared in the gate, not only its gradients.  package: what has to be installed."""
+
+    compute: Compute
+    same_value: bool = True
+    package: str | None = None
+
+
 def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
     """Log-probabilities [N]; for known weights and the loss a scalar."""
     labels, shape = inputs.labels, inputs.shape
@@ -127,13 +136,19 @@ def linear_cross_entropy(inputs: Inputs) -> Compute:
     return summed
 
 
-def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Compute]:
-    found = {OURS: ours(op, inputs, implementation)}
+def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candidate]:
+    found = {OURS: Candidate(ours(op, inputs, implementation))}
     if op.mode == "loss":
-        return {**found, OURS_HALF: ours(op, inputs.half_valid(), implementation)}
-    found["eager"] = eager(inputs)
+        return {**found, OURS_HALF: Candidate(ours(op, inputs.half_valid(), implementation))}
+    found["eager"] = Candidate(eager(inputs))
     if op.mode == "known" and hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
-        found["F.linear_cross_entropy"] = linear_cross_entropy(inputs)
+        found["F.linear_cross_entropy"] = Candidate(linear_cross_entropy(inputs))
+    labels = inputs.labels.flatten()
+    for peer in linear_peers(inputs.hidden.device, COEFFICIENT, (inputs.shape.rollouts, inputs.shape.length)):
+        if op.mode == "store" or (peer.summed and op.mode != "known"):
+            continue  # what it does under "recompute"; its coefficients are known beforehand, ours there are not
+        compute = lambda hidden, weight, peer=peer: peer.compute(hidden.flatten(0, 1), weight, labels)  # noqa: E731
+        found[peer.name] = Candidate(compute, peer.same_value, peer.package)
     return found
 
 
@@ -207,9 +222,9 @@ class Errors(NamedTuple):
         return self.value <= self.allowed and self.gradient <= self.allowed
 
 
-def errors(op: Op, compute: Compute, inputs: Inputs, exact: Exact) -> Errors:
+def errors(op: Op, candidate: Candidate, inputs: Inputs, exact: Exact) -> Errors:
     """The correctness gate: against what is wrong, not what is imprecise. The loss itself is gated by the tests."""
-    out, grads = call(op, compute, inputs).run(None)  # type: ignore[misc]
+    out, grads = call(op, candidate.compute, inputs).run(None)  # type: ignore[misc]
     logprobs = exact.logprobs
     if out.dim() == 0:
         logprobs = COEFFICIENT * logprobs.sum()
@@ -217,7 +232,7 @@ def errors(op: Op, compute: Compute, inputs: Inputs, exact: Exact) -> Errors:
     def relative(actual: Tensor, truth: Tensor) -> float:
         return ((actual.double() - truth).norm() / truth.norm()).item()
 
-    value = relative(out, logprobs)
+    value = relative(out, logprobs) if candidate.same_value else 0.0
     expected = (exact.hidden, exact.weight)
     found = [relative(g.flatten(0, -2)[:GATE_ROWS], e) for g, e in zip(grads, expected, strict=False)]
     return Errors(value, max(found, default=0.0), 4 * torch.finfo(inputs.shape.dtype).eps + 1e-5)

@@ -12,8 +12,9 @@ from conspo_kernels import conspo_loss, conspo_loss_from_scores, token_logprobs
 from conspo_kernels.kernels.transform import LogitTransform
 from conspo_kernels.ops.implementation import twin
 
-from .baselines import conspo_loss_of, infonce, rivals
+from .baselines import IGNORE, conspo_loss_of, infonce, masked, rivals, scores_of
 from .measure import Call
+from .peers import advantages_of, group_losses, peers
 from .shapes import SCORES, Shape
 
 OURS = "conspo_kernels"
@@ -24,34 +25,57 @@ EXACT_ROWS = 64  # rows of logits that are in fp64 at a time
 
 
 class Op(NamedTuple):
-    """passes: what has to be read and written, in units of the logits' bytes."""
+    """What is timed.
+
+    alone: only the backward, after a forward that is not timed.  known: the coefficients are, so that forward computes
+    the gradient too.
+    """
 
     name: str
-    passes: int
     backward: bool = False
     inplace: bool = False
     loss: bool = False
-    known: bool = False  # the coefficients, so that forward computes the gradient too
+    known: bool = False
+    alone: bool = False
+
+    def bytes(self, shape: Shape) -> int:
+        """What has to be read and written: ignored rows and those without a gradient are written only."""
+        forward = shape.response_tokens
+        used = shape.contrasted_tokens if self.loss else shape.response_tokens
+        rows = used + shape.tokens if self.backward else 0
+        if not self.known and not self.alone:  # known: R W, if the caches hold a row
+            rows += forward
+        return rows * shape.row_bytes
+
+    def operations(self, shape: Shape) -> int:
+        """Four per logit in forward (maximum, difference, exponential, sum), and in backward."""
+        forward = 0 if self.alone else shape.response_tokens
+        used = shape.contrasted_tokens if self.loss else shape.response_tokens
+        return 4 * (forward + (used if self.backward else 0)) * shape.vocab_size
 
 
 OPS = {
     op.name: op
     for op in (
-        Op("forward", 1),
-        Op("forward + backward", 3, backward=True),
-        Op("forward + in-place backward", 3, backward=True, inplace=True),
-        Op("known coefficients, in place", 2, backward=True, inplace=True, known=True),  # R W, if the caches hold a row
-        Op("loss + backward", 3, backward=True, inplace=True, loss=True),
+        Op("forward"),
+        Op("forward + backward", backward=True),
+        Op("forward + in-place backward", backward=True, inplace=True),
+        Op("in-place backward", backward=True, inplace=True, alone=True),
+        Op("known coefficients, in place", backward=True, inplace=True, known=True),
+        Op("loss + backward", backward=True, inplace=True, loss=True),
     )
 }
 
 
 class Inputs(NamedTuple):
+    """labels: IGNORE where no response token is.  mask: where they are, None if everywhere."""
+
     logits: Tensor
     labels: Tensor
     rewards: Tensor
     grad: Tensor  # of the log-probabilities
     group_size: int
+    mask: Tensor | None
 
     @staticmethod
     def of(shape: Shape, device: torch.device) -> Inputs:
@@ -59,23 +83,38 @@ class Inputs(NamedTuple):
         size = (shape.rollouts, shape.length)
         logits = torch.randn(*size, shape.vocab_size, dtype=shape.dtype, device=device).mul_(3)
         labels = torch.randint(shape.vocab_size, size, device=device)
-        rewards = (torch.arange(shape.rollouts, device=device) % shape.group_size < shape.group_size // 2).float()
-        return Inputs(logits, labels, rewards, torch.rand(size, device=device) + 0.5, shape.group_size)
+        if shape.peaked:  # at the label, but for every eighth position: policies mostly sample their own mode
+            position = torch.arange(shape.length, device=device)
+            peak = torch.where(position % 8 == 7, (labels + 1) % shape.vocab_size, labels)
+            logits.scatter_(-1, peak[..., None], 30.0)
+        grad = torch.rand(size, device=device) + 0.5
+        mask = None
+        if shape.skewed:
+            mask = torch.arange(shape.length, device=device) < torch.tensor(shape.lengths, device=device)[:, None]
+            labels, grad = labels.masked_fill(~mask, IGNORE), grad * mask
+        rewards = torch.tensor(shape.rights, device=device).float()
+        return Inputs(logits, labels, rewards, grad, shape.group_size, mask)
 
 
 class Candidate(NamedTuple):
     """compute: logits to log-probabilities or to the loss; with known coefficients, to the gradient as well.
 
     rounds_to: the precision that its softmax is kept in.
+    objective: of log-probabilities [B, T], what its loss is where it is not ConSPO's.
+    package: what has to be installed.
     """
 
     compute: Callable[[Tensor], Tensor | tuple[Tensor, Tensor]]
     rounds_to: torch.dtype
+    objective: Callable[[Tensor], Tensor] | None = None
+    package: str | None = None
 
 
 def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candidate]:
     """Who computes an op: the library, then its rivals."""
-    logits, labels, rewards, _grad, group_size = inputs
+    if op.known:  # which no rival has
+        return _known(inputs, implementation)
+    logits, labels, rewards, _grad, group_size, mask = inputs
 
     def ours(logits: Tensor) -> Tensor:
         if op.loss:
@@ -85,22 +124,32 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
             )  # type: ignore[return-value]  # fmt: skip
         return token_logprobs(logits, labels, inplace_backward=op.inplace, implementation=implementation)  # type: ignore[return-value]
 
-    if op.known:  # which no rival has
-        kernels = twin("token_logprob", implementation, logits.device)
-        coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
-
-        def known(logits: Tensor) -> tuple[Tensor, Tensor]:
-            return kernels.forward_backward(logits, logits, labels, coefficients, -100, LogitTransform()), logits
-
-        return {OURS: Candidate(known, torch.float32)} if hasattr(kernels, "forward_backward") else {}
     found = {OURS: Candidate(ours, torch.float32)}
-    for rival in rivals(inputs.logits.dtype):
-        function = conspo_loss_of(rival.token_logprobs) if op.loss else rival.token_logprobs
+    readable = labels.clamp(min=0)
+    for rival in (*rivals(logits.dtype), *peers(logits.device, op.inplace)):
+        function = (conspo_loss_of if op.loss else masked)(rival.token_logprobs)
         function = torch.compile(function) if rival.compiled else function
-        others = (labels, rewards, group_size, TAU, MARGIN) if op.loss else (labels,)
-        compute = lambda logits, function=function, others=others: function(logits, *others)  # noqa: E731
-        found[rival.name] = Candidate(compute, rival.rounds_to or inputs.logits.dtype)
+        arguments = (labels if rival.ignores else readable, mask)
+        arguments += (rewards, group_size, TAU, MARGIN) if op.loss else ()
+        compute = lambda logits, function=function, arguments=arguments: function(logits, *arguments)  # noqa: E731
+        found[rival.name] = Candidate(compute, rival.rounds_to or logits.dtype, package=rival.package)
+    advantages = advantages_of(rewards, group_size)
+    for peer in group_losses(logits.device) if op.loss else ():
+        compute = lambda logits, peer=peer: peer.loss(logits, readable, advantages, mask)  # noqa: E731
+        objective = lambda logprobs, peer=peer: peer.of_logprobs(logprobs, advantages, mask)  # noqa: E731
+        found[peer.name] = Candidate(compute, torch.float32, objective, peer.package)
     return found
+
+
+def _known(inputs: Inputs, implementation: str) -> dict[str, Candidate]:
+    logits, labels = inputs.logits, inputs.labels
+    kernels = twin("token_logprob", implementation, logits.device)
+    coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+
+    def known(logits: Tensor) -> tuple[Tensor, Tensor]:
+        return kernels.forward_backward(logits, logits, labels, coefficients, IGNORE, LogitTransform()), logits
+
+    return {OURS: Candidate(known, torch.float32)} if hasattr(kernels, "forward_backward") else {}
 
 
 def call(op: Op, candidate: Candidate, inputs: Inputs) -> Call:
@@ -111,41 +160,49 @@ def call(op: Op, candidate: Candidate, inputs: Inputs) -> Call:
     if op.known:
         return Call(lambda: base * 1, candidate.compute)
 
-    def run(logits: Tensor) -> tuple[Tensor, Tensor]:
-        out = candidate.compute(logits)
+    def forward() -> tuple[Tensor, Tensor]:
+        logits = base * 1
+        return logits, candidate.compute(logits)  # type: ignore[return-value]
+
+    def backward(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        logits, out = state
         (grad,) = torch.autograd.grad(out, logits, None if op.loss else inputs.grad.to(out.dtype))
         return out.detach(), grad
 
-    return Call(lambda: base * 1, run)
+    if op.alone:
+        return Call(forward, backward)
+    return Call(lambda: base * 1, lambda logits: backward((logits, candidate.compute(logits))))  # type: ignore[arg-type]
 
 
 class Exact(NamedTuple):
-    """In fp64: all log-probabilities, the loss, and the gradients of the first rows for either op."""
+    """In fp64: all log-probabilities, and the slopes d logprob / d logits of the first rows."""
 
     logprobs: Tensor
-    loss: Tensor
-    grad_logprobs: Tensor
-    grad_loss: Tensor
-    coefficients: Tensor  # of the loss, per token
+    slopes: Tensor
+    inputs: Inputs
 
     @staticmethod
     def of(inputs: Inputs) -> Exact:
         rows = inputs.logits.flatten(0, 1)
-        labels = inputs.labels.flatten()
+        labels = inputs.labels.flatten().clamp(min=0)
         parts = [
             part.double().log_softmax(-1).gather(1, label[:, None])[:, 0]
             for part, label in zip(rows.split(EXACT_ROWS), labels.split(EXACT_ROWS), strict=True)
         ]
-        logprobs = torch.cat(parts).view(inputs.labels.shape).requires_grad_()
-        loss = infonce(logprobs.mean(1), inputs.rewards, inputs.group_size, TAU, MARGIN)
-        (coefficients,) = torch.autograd.grad(loss, logprobs)
-        slope = -rows[:GATE_ROWS].double().softmax(-1)
-        slope[torch.arange(len(slope)), labels[:GATE_ROWS]] += 1
+        logprobs = torch.cat(parts).view(inputs.labels.shape)
+        slopes = -rows[:GATE_ROWS].double().softmax(-1)
+        slopes[torch.arange(len(slopes)), labels[:GATE_ROWS]] += 1
+        return Exact(logprobs if inputs.mask is None else logprobs * inputs.mask, slopes, inputs)
 
-        def scaled(c: Tensor) -> Tensor:
-            return slope * c.flatten()[:GATE_ROWS, None]
-
-        return Exact(logprobs.detach(), loss.detach(), scaled(inputs.grad), scaled(coefficients), coefficients)
+    def loss(self, objective: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """An objective, None for ConSPO's, and its derivatives by the log-probabilities."""
+        logprobs = self.logprobs.clone().requires_grad_()
+        if objective is None:
+            scores = scores_of(logprobs, self.inputs.mask)
+            loss = infonce(scores, self.inputs.rewards, self.inputs.group_size, TAU, MARGIN)
+        else:
+            loss = objective(logprobs)
+        return loss.detach(), torch.autograd.grad(loss, logprobs)[0]
 
 
 class Errors(NamedTuple):
@@ -171,15 +228,13 @@ def errors(op: Op, candidate: Candidate, inputs: Inputs, exact: Exact) -> Errors
     timed = call(op, candidate, inputs)
     found = timed.run(timed.prepare())
     value, grad = found if op.backward else (found, None)  # type: ignore[misc]
-    expected = exact.loss if op.loss else exact.logprobs
+    expected, coefficients = exact.loss(candidate.objective) if op.loss else (exact.logprobs, inputs.grad)
     allowed = GATE + torch.finfo(candidate.rounds_to).eps * exact.logprobs.abs().max().item()
     value_error = (value.double() - expected).abs().max().item()
     if grad is None:
         return Errors(value_error, allowed, None, None)
     rows = grad.flatten(0, 1)[:GATE_ROWS].double()
-    expected_rows, coefficients = (
-        (exact.grad_loss, exact.coefficients) if op.loss else (exact.grad_logprobs, inputs.grad)
-    )
+    expected_rows = exact.slopes * coefficients.flatten()[:GATE_ROWS, None]
     allowed_gradient = (torch.finfo(inputs.logits.dtype).eps + allowed) * coefficients.abs().max().item()
     return Errors(value_error, allowed, (rows - expected_rows).abs().max().item(), allowed_gradient)
 

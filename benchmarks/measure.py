@@ -37,7 +37,7 @@ class Timing:
 
     @staticmethod
     def of(seconds: list[float]) -> Timing:
-        low, _, high = statistics.quantiles(seconds, n=4) if len(seconds) > 1 else seconds * 3
+        low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
         return Timing(statistics.median(seconds), low, high, len(seconds))
 
 

@@ -22,24 +22,61 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """Logits [rollouts, length, vocab_size] of rollouts in groups of `group_size`."""
+    """Logits [rollouts, length, vocab_size] of rollouts in groups of `group_size`.
+
+    peaked: one logit of a row is far above the rest, as a trained policy's are; else they are normal, and too flat.
+    skewed: one rollout in four is whole, and the others stop after 1/4, 1/2 and 1/8 of the length.
+    half: the rollouts of every second group are all right, so that its tokens get no gradient.
+    target: of the targets that the shape is there for, none if empty.
+    """
 
     rollouts: int
     length: int
     vocab_size: int
     dtype: torch.dtype
     group_size: int = 8
+    peaked: bool = False
+    skewed: bool = False
+    half: bool = False
+    target: str = ""
 
     @property
     def tokens(self) -> int:
         return self.rollouts * self.length
 
     @property
+    def lengths(self) -> list[int]:
+        """Response tokens of each rollout."""
+        cuts = (1, 4, 2, 8) if self.skewed else (1,)
+        return [max(self.length // cuts[i % len(cuts)], 1) for i in range(self.rollouts)]
+
+    @property
+    def rights(self) -> list[bool]:
+        """Which rollouts are right: the first half of each group, or with `half` all of every second group."""
+        groups = [divmod(i, self.group_size) for i in range(self.rollouts)]
+        return [place < self.group_size // 2 or (self.half and group % 2 == 1) for group, place in groups]
+
+    @property
+    def response_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @property
+    def contrasted_tokens(self) -> int:
+        """Those of groups with right and wrong rollouts."""
+        groups = [i // self.group_size for i in range(self.rollouts)]
+        return sum(n for n, group in zip(self.lengths, groups, strict=True) if not (self.half and group % 2 == 1))
+
+    @property
+    def row_bytes(self) -> int:
+        return self.vocab_size * self.dtype.itemsize
+
+    @property
     def logits_bytes(self) -> int:
-        return self.tokens * self.vocab_size * self.dtype.itemsize
+        return self.tokens * self.row_bytes
 
     def __str__(self) -> str:
-        return f"{self.tokens:,} x {self.vocab_size:,} {str(self.dtype).removeprefix('torch.')}"
+        kinds = [name for name in ("peaked", "skewed", "half") if getattr(self, name)]
+        return ", ".join([f"{self.tokens:,} x {self.vocab_size:,} {str(self.dtype).removeprefix('torch.')}", *kinds])
 
 
 @dataclass(frozen=True)
@@ -53,6 +90,7 @@ class LinearShape:
     dtype: torch.dtype
     group_size: int = 8
     workspace_mib: int = 512
+    target: str = ""
 
     @property
     def tokens(self) -> int:
@@ -62,6 +100,12 @@ class LinearShape:
     def gemm_operations(self) -> int:
         return 2 * self.tokens * self.hidden_size * self.vocab_size
 
+    @property
+    def gemm_bytes(self) -> int:
+        """Operands and result of one GEMM, each once."""
+        n, h, v = self.tokens, self.hidden_size, self.vocab_size
+        return (n * h + v * h + n * v) * self.dtype.itemsize
+
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
         return f"{self.tokens:,} x {self.hidden_size:,} x {self.vocab_size:,} {dtype}"
@@ -69,31 +113,61 @@ class LinearShape:
 
 QWEN, LLAMA, GEMMA, GPT2 = (MODELS[name][1] for name in ("Qwen3-8B", "Llama-3-8B", "Gemma-3-4B", "GPT-2"))
 
+BF16, FP32 = torch.bfloat16, torch.float32
+
 SUITES = {
     # Seconds even under Triton's interpreter: that every line of the benchmarks runs, not what it would show.
-    "quick": (Shape(4, 3, 1000, torch.float32, 4), Shape(4, 3, 1003, torch.bfloat16, 4)),
+    "quick": (
+        Shape(4, 3, 1000, FP32, 4),
+        Shape(4, 3, 1003, BF16, 4),
+        Shape(8, 8, 300, FP32, 4, peaked=True, skewed=True, half=True),
+    ),
     # Larger than the caches of most CPUs; few enough rows for minutes.
     "cpu": (
-        Shape(16, 16, QWEN, torch.float32),
-        Shape(16, 16, QWEN, torch.bfloat16),
-        Shape(16, 16, GPT2, torch.float32),
-        Shape(16, 16, GPT2, torch.bfloat16),
+        Shape(16, 16, QWEN, FP32),
+        Shape(16, 16, QWEN, BF16),
+        Shape(16, 16, GPT2, FP32),
+        Shape(16, 16, GPT2, BF16),
+        Shape(16, 4, QWEN, BF16),
+        Shape(16, 16, QWEN, BF16, peaked=True, skewed=True, half=True),
     ),
-    # L1 to L4 of the targets: a micro-batch, a batch of rollouts, other vocabularies (one odd), few rows.
+    # What settles the targets, and beside it each thing that random logits of whole rollouts do not show.
     "gpu": (
-        Shape(8, 1024, QWEN, torch.bfloat16),
-        Shape(8, 4096, QWEN, torch.bfloat16),
-        Shape(8, 1024, LLAMA, torch.bfloat16),
-        Shape(8, 1024, GEMMA, torch.bfloat16),
-        Shape(8, 1024, GPT2, torch.bfloat16),
-        Shape(8, 64, QWEN, torch.bfloat16),
-        Shape(8, 1024, QWEN, torch.float32),
+        Shape(8, 1024, QWEN, BF16, target="L1 L2"),
+        Shape(8, 4096, QWEN, BF16, target="L3"),
+        Shape(8, 1024, LLAMA, BF16, target="L4-Llama"),
+        Shape(8, 1024, GEMMA, BF16, target="L4-Gemma"),
+        Shape(8, 1024, GPT2, BF16, target="L4-GPT-2"),
+        Shape(8, 64, QWEN, BF16, target="L4-rows"),
+        Shape(8, 1024, QWEN, BF16, peaked=True),
+        Shape(8, 1024, QWEN, BF16, skewed=True),
+        Shape(16, 512, QWEN, BF16, half=True),
+        Shape(8, 1024, QWEN, FP32),
+    ),
+    # The same for Triton's interpreter.
+    "gpu-tiny": (
+        Shape(2, 2, 60, BF16, 2, target="L1 L2 L3 L4-Llama L4-Gemma L4-rows"),
+        Shape(2, 1, 37, BF16, 2, target="L4-GPT-2"),
     ),
 }
+
+
+def _linear(model: str, rollouts: int, length: int, dtype: torch.dtype, target: str = "") -> LinearShape:
+    return LinearShape(rollouts, length, *MODELS[model], dtype, target=target)
+
+
 LINEAR_SUITES = {
-    "quick": (LinearShape(4, 3, 16, 1000, torch.float32, 2), LinearShape(4, 3, 16, 1003, torch.bfloat16, 2)),
-    "cpu": (LinearShape(32, 16, 896, QWEN, torch.float32), LinearShape(32, 16, 896, QWEN, torch.bfloat16)),
-    # F1 to F4 of the targets.
-    "gpu": (LinearShape(32, 256, 4096, QWEN, torch.bfloat16), LinearShape(32, 256, 2560, QWEN, torch.bfloat16)),
+    "quick": (LinearShape(4, 3, 16, 1000, FP32, 2), LinearShape(4, 3, 16, 1003, BF16, 2)),
+    "cpu": (LinearShape(32, 16, 896, QWEN, FP32), LinearShape(32, 16, 896, QWEN, BF16)),
+    # F1 to F4; the shape at which Liger states its rate; the smallest and the widest head.
+    "gpu": (
+        _linear("Qwen3-8B", 32, 256, BF16, target="F1 F2 F3 F4"),
+        LinearShape(32, 256, 4096, 131_072, BF16, target="F1-Liger"),
+        _linear("Qwen2.5-1.5B", 32, 256, BF16),
+        _linear("Gemma-3-4B", 32, 256, BF16),
+    ),
+    "gpu-tiny": (LinearShape(4, 1, 16, 40, BF16, 2, target="F1 F2 F3 F4 F1-Liger"),),
 }
+# Tokens, at which the fused-linear path may hold the same memory beyond its gradients (M1); hidden size, vocabulary.
+MEMORY = {"gpu": ((2048, 8192, 32_768), 2048, QWEN, 512), "gpu-tiny": ((8,), 16, 40, 1)}
 SCORES = (64, 16)  # groups, and rollouts in each, of the objective alone (L5)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from types import FunctionType
 
 import pytest
 import torch
 from hypothesis import settings
+
+from benchmarks.interpreter import hasten
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton defines the kernels, so before their import
@@ -21,27 +22,8 @@ settings.register_profile("long", max_examples=1000, deadline=None)
 settings.load_profile("repeatable")
 
 
-def _hasten_interpreter() -> None:
-    """Triton's interpreter looks through triton.language at every call of a device function: 3/4 of its time.
-
-    Where what it would patch is patched already, there is nothing to look for.
-    """
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang
-
-    def patch_once(fn: FunctionType) -> object:
-        modules = [module for module in (tl, tl.core) if any(value is module for value in fn.__globals__.values())]
-        if modules and not any(tl.core.is_builtin(module.arange) for module in modules):
-            return interpreter._LangPatchScope()
-        return patch(fn)
-
-    interpreter._patch_lang = patch_once
-
-
 if os.environ.get("TRITON_INTERPRET") == "1":
-    _hasten_interpreter()
+    hasten()
 
 
 def pytest_sessionstart() -> None:

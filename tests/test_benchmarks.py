@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,34 +14,182 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks import fused_linear, logits_path
+from benchmarks import fused_linear, linear_peers, logits_path, peers, report, suite, wheels
 from benchmarks.baselines import eager_fp32, infonce
-from benchmarks.logits_path import OPS, Candidate, Exact, Inputs
+from benchmarks.logits_path import OPS, OURS, Candidate, Exact, Inputs
 from benchmarks.measure import Call, Timing, interleaved, peak_bytes
+from benchmarks.rows import Choice, gated, measure_op
 from benchmarks.shapes import LinearShape, Shape
+from benchmarks.targets import Rows, verdicts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 SHAPE = Shape(4, 3, 50, torch.float32, group_size=4)
 
 
-def test_quick_suite(tmp_path: Path) -> None:
-    """Every op from end to end; torch.compile, which takes a minute, is left out."""
-    providers = ["conspo_kernels", "eager", "eager, fp32", "F.cross_entropy", "F.linear_cross_entropy"]
-    command = ["-m", "benchmarks.run", "--suite", "quick", "--repeats", "2", "--out", str(tmp_path), "--provider"]
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of every op from end to end; torch.compile, which takes a minute, is left out."""
+    out = tmp_path_factory.mktemp("quick")
+    providers = [OURS, "eager", "eager, fp32", "F.cross_entropy", "F.linear_cross_entropy"]
+    command = ["-m", "benchmarks.run", "--suite", "quick", "--repeats", "2", "--out", str(out), "--provider"]
     result = subprocess.run(
         [sys.executable, *command, *providers], capture_output=True, text=True, cwd=REPOSITORY, check=False
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    report = json.loads((tmp_path / "quick.json").read_text())
-    assert {row["op"] for row in report["rows"]} == {*OPS, *fused_linear.OPS, "scores + backward"}
-    assert all(row["ok"] for row in report["rows"]), result.stdout
-    assert {*providers, "limit: copy", "limit: read", "limit: 4 GEMMs"} <= {row["provider"] for row in report["rows"]}
-    assert report["environment"]["torch"] == torch.__version__
-    for row in report["rows"]:
-        if "bytes" in row and row["op"] == "forward + backward" and row["provider"] == "conspo_kernels":
+    rows = json.loads((out / "quick.json").read_text())["rows"]
+    assert {*providers, "limit: copy", "limit: read", "limit: 4 GEMMs"} <= {row["provider"] for row in rows}
+    assert all(row["ok"] for row in rows), result.stdout
+    return out / "quick.json"
+
+
+def test_quick_suite(quick: Path) -> None:
+    found = json.loads(quick.read_text())
+    assert {row["op"] for row in found["rows"]} == {*OPS, *fused_linear.OPS, "scores + backward"}
+    assert found["environment"]["torch"] == torch.__version__
+    for row in found["rows"]:
+        if row["op"] == "forward + backward" and row["provider"] == OURS and row["plain"]:
             assert row["bytes"] == 3 * row["tokens"] * row["vocab_size"] * (4 if row["dtype"] == "float32" else 2)
             assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"]["median"])
+
+
+def test_report(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A table for each op and shape; a plot for each op, and over N and V where they vary."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["report", str(quick), "--out", str(tmp_path)])
+    report.main()
+    rows = json.loads(quick.read_text())["rows"]
+    text = (tmp_path / "report.md").read_text()
+    for op, shape in {(row["op"], row["shape"]) for row in rows}:
+        assert f"## {op}, {shape}" in text
+    pictures = {path.name for path in tmp_path.glob("*.png")}
+    assert len(pictures) >= len({row["op"] for row in rows})
+    assert all(f"({name})" in text for name in pictures)
+
+
+def test_bytes_of_rows_that_are_read() -> None:
+    """Ignored tokens and groups without contrast cost their write only."""
+    shape = Shape(8, 8, 10, torch.bfloat16, 4, skewed=True, half=True)
+    assert shape.lengths == [8, 2, 4, 1] * 2
+    assert (shape.response_tokens, shape.contrasted_tokens, shape.tokens) == (30, 15, 64)
+    assert OPS["forward"].bytes(shape) == 30 * 20
+    assert OPS["in-place backward"].bytes(shape) == (30 + 64) * 20
+    assert OPS["loss + backward"].bytes(shape) == (30 + 15 + 64) * 20
+    inputs = Inputs.of(shape, CPU)
+    assert inputs.rewards.tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
+    assert (inputs.labels >= 0).sum() == 30
+
+
+def test_the_gpu_suite(tmp_path: Path) -> None:
+    """All of it, with Triton's interpreter in the place of a GPU: every part ends well, every target has a verdict."""
+    assert suite.run("gpu-tiny", tmp_path, None) == 0, (tmp_path / "summary.md").read_text()
+    outcomes = json.loads((tmp_path / "parts.json").read_text())
+    assert {outcome["part"] for outcome in outcomes} >= {"gradient check", "tests", "logits", "linear", "behaviour"}
+    found = json.loads((tmp_path / "targets.json").read_text())
+    names = ["L1", "L2", "L3", "L4", "L5", "F1", "F2", "F3", "F4", "M1", "C1"]
+    assert list(dict.fromkeys(v["target"] for v in found)) == names
+    unmeasured = {v["target"] for v in found if v["met"] is None}
+    assert unmeasured <= {"L1", "L3", "L5", "F1"}  # other packages, the host's time, waiting for a device
+    assert "figures mean nothing" in (tmp_path / "summary.md").read_text()
+
+
+def test_a_part_that_is_cut_short_or_breaks(tmp_path: Path) -> None:
+    def outcome(code: str, seconds: float, needs: str | None = None) -> dict[str, object]:
+        return suite.run_part(suite.Part("x", ["-c", code], seconds, needs), tmp_path / "log", seconds, {})
+
+    assert outcome("print('fine')", 20) | {"seconds": 0} == {
+        "part": "x",
+        "status": "done",
+        "note": "fine",
+        "seconds": 0,
+    }
+    assert outcome("raise SystemExit(3)", 20)["status"] == "failed with exit code 3"
+    assert outcome("import time; print('so far', flush=True); time.sleep(60)", 1)["status"] == "stopped after 1 s"
+    assert outcome("", 20, "no_such_module")["status"] == "not run"
+
+
+def test_verdicts() -> None:
+    """Met, missed, and not measured with the reason."""
+    row = {"op": "forward", "target": "L1 L2", "provider": OURS, "copy_fraction": 0.93}
+    trl = {"op": "forward", "target": "L1 L2", "provider": "TRL kernel", "note": "not installed: trl"}
+    scores = {"op": "scores + backward", "target": "L5", "provider": OURS}
+    scores |= {"seconds": {"median": 41e-6}, "wall_seconds": {"median": 90e-6}}
+    found = {(v.target, v.what): v for v in verdicts(Rows([row, trl, scores], []))}
+    assert found["L1", "forward, of the copy bandwidth"].word == "met"
+    assert found["L1", "TRL's kernel, time over ours"][3:] == ("not installed: trl", None)
+    assert found["L5", "scores + InfoNCE, forward and backward on the device"].word == "missed"
+    assert sum(v.met is None for v in found.values()) == len(found) - 2
+
+
+def test_rivals_that_are_absent_or_break() -> None:
+    """Each is a row that says so, whatever the others do."""
+
+    def absent() -> dict[str, object]:
+        raise ModuleNotFoundError("No module named 'ray'", name="ray")
+
+    def broken() -> dict[str, object]:
+        raise RuntimeError("no kernel\nfor this device")
+
+    row: dict[str, object] = {}
+    assert not gated(row, "verl", absent)
+    assert (row["status"], row["note"]) == ("not installed", "not installed: verl (verl needs ray)")
+    assert not gated(row, "verl", broken)
+    assert str(row["note"]).startswith("failed: RuntimeError: no kernel (test_benchmarks.py:")
+    assert gated(row, None, lambda: {"ok": True})
+    assert row["status"] == "timed"
+
+
+def test_absent_packages_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None in sys.modules makes an import fail, installed or not."""
+    for name in ("trl", "flash_attn", "quack", "liger_kernel", "cut_cross_entropy", "verl"):
+        monkeypatch.setitem(sys.modules, name, None)
+    gpu = torch.device("cuda")
+    for_gpu, group_losses = list(peers.peers(gpu, True)), list(peers.group_losses(gpu))
+    monkeypatch.setattr(logits_path, "peers", lambda device, inplace: for_gpu)
+    monkeypatch.setattr(logits_path, "group_losses", lambda device: group_losses)
+    inputs = Inputs.of(SHAPE, CPU)
+    choice = Choice(CPU, skip=("torch.compile",), repeats=1)
+    rows = {r["provider"]: r for r in measure_op(OPS["loss + backward"], SHAPE, inputs, Exact.of(inputs), choice)}
+    assert {name for name, r in rows.items() if r["status"] == "not installed"} == {
+        "TRL kernel", "flash-attn cross-entropy", "quack cross_entropy", "Liger GRPO, sequence", "Liger GRPO, token",
+    }  # fmt: skip
+    assert all("seconds" in rows[name] for name in (OURS, "eager", "limit: copy"))
+    for peer in linear_peers.linear_peers(gpu, 0.75, (4, 3)):
+        with pytest.raises(ImportError):
+            peer.compute(torch.zeros(12, 16), torch.zeros(50, 16), torch.zeros(12, dtype=torch.int64))
+
+
+def test_another_loss_is_gated_by_its_own_equation() -> None:
+    """GRPO on policy, written out: the gate takes it, and not if its gradient is off."""
+    inputs = Inputs.of(Shape(8, 4, 50, torch.float32, 4, skewed=True), CPU)
+    advantages = peers.advantages_of(inputs.rewards, 4)
+
+    def objective(logprobs: Tensor) -> Tensor:
+        return peers.grpo_of_logprobs(logprobs, advantages, inputs.mask)
+
+    def ok(factor: float) -> bool:
+        def compute(logits: Tensor) -> Tensor:
+            logprobs = eager_fp32(logits, inputs.labels.clamp(min=0))
+            return objective(logprobs if factor == 1 else logprobs * factor)
+
+        candidate = Candidate(compute, torch.float32, objective)
+        return logits_path.errors(OPS["loss + backward"], candidate, inputs, Exact.of(inputs)).ok
+
+    assert ok(1.0)
+    assert not ok(1.01)
+
+
+def test_wheels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies in a folder is imported from there, its .pth files too."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with zipfile.ZipFile(tmp_path / "rival-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("rival_of_the_tests/__init__.py", "from deeper_rival import NAME")
+        wheel.writestr("elsewhere/deeper_rival.py", "NAME = 'rival'")
+        wheel.writestr("rival.pth", "elsewhere")
+    assert wheels.use(tmp_path) == ["rival-1.0-py3-none-any.whl"]
+    assert importlib.import_module("rival_of_the_tests").NAME == "rival"
+    with pytest.raises(FileNotFoundError, match="no wheels"):
+        wheels.use(tmp_path / "elsewhere")
 
 
 def wrong_value(logits: Tensor, labels: Tensor) -> Tensor:
@@ -84,7 +234,7 @@ def test_the_gate_of_the_fused_linear_path(op: fused_linear.Op) -> None:
     right = fused_linear.eager(inputs)
 
     def ok(compute: fused_linear.Compute) -> bool:
-        return fused_linear.errors(op, compute, inputs, exact).ok
+        return fused_linear.errors(op, fused_linear.Candidate(compute), inputs, exact).ok
 
     assert ok(right)
     assert not ok(lambda hidden, weight: right(hidden, weight) * 1.001)
@@ -93,17 +243,23 @@ def test_the_gate_of_the_fused_linear_path(op: fused_linear.Op) -> None:
 
 
 def test_eager_objective() -> None:
-    """The rivals' objective is the library's."""
+    """The rivals' objective is the library's, groups without contrast left out."""
     from conspo_kernels import conspo_loss_from_scores
 
-    scores = torch.randn(24, dtype=torch.float64)
+    scores = torch.randn(24, dtype=torch.float64, requires_grad=True)
     rewards = (torch.arange(24) % 3 == 0).double()
-    ours = conspo_loss_from_scores(scores, rewards, 6, tau=0.5, margin=0.2)
-    torch.testing.assert_close(infonce(scores, rewards, 6, 0.5, 0.2), ours)
+    rewards[6:12] = 1
+    rewards[18:] = 0
+    losses = [
+        infonce(scores, rewards, 6, 0.5, 0.2),
+        conspo_loss_from_scores(scores, rewards, 6, tau=0.5, margin=0.2),
+    ]
+    torch.testing.assert_close(*losses)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, scores)[0] for loss in losses))
 
 
 def test_timing() -> None:
-    assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.0, 3.0, 3)
+    assert Timing.of([3.0, 1.0, 2.0]) == Timing(2.0, 1.5, 2.5, 3)
     assert Timing.of([3.0]) == Timing(3.0, 3.0, 3.0, 1)
 
 
@@ -131,3 +287,21 @@ def test_peak_memory() -> None:
 
     call = Call(lambda: torch.zeros(1 << 20), run)
     assert 2 << 22 <= peak_bytes(call, CPU) < (2 << 22) + 4096
+
+
+def test_training_step() -> None:
+    """The losses agree on the step they share, and the shares are shares; the computed context is what bytes allow."""
+    pytest.importorskip("transformers")
+    from benchmarks.training_step import Bytes, Step, llama, measure
+
+    model = llama(64, 101, 1, torch.float32, CPU)
+    labels, rewards = torch.randint(101, (4, 5)), (torch.arange(4) % 2).float()
+    rows = measure(Step(model, labels, rewards, 2), CPU, 1)
+    assert [row["value"] for row in rows] == pytest.approx([rows[0]["value"]] * 3, rel=1e-4)
+    assert all(row["share"] > 0 and row["peak_bytes"] > 0 for row in rows)
+    count = Bytes(hidden_size=64, vocab_size=1000, layers=2)
+    tokens = count.tokens("eager", 2**30)
+    assert (
+        tokens * count.per_token("eager") + count.fixed <= 2**30 < (tokens + 1) * count.per_token("eager") + count.fixed
+    )
+    assert count.tokens("eager", 2**30) < count.tokens("conspo_loss", 2**30)

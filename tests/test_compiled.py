@@ -32,6 +32,8 @@ def test_compiled_kernels(target: str) -> None:
         what = f"{row['kernel']}, {row['case']}"
         assert row["spills"] == 0, what
         assert row["registers"] <= 128, what
+        warps, most, _limit = row["occupancy"]
+        assert warps >= most // 4, what  # enough 16-byte loads in flight: 512 threads of 4 are 32 KB per multiprocessor
     for (case, kernel), row in walks.items():
         if kernel in ("_statistics_kernel", "_backward_kernel") and case[:2] in ("bf", "fp"):
             # The tiles: four 16-byte loads for whole ones, four for the masked one, two each where the tile is halved.
@@ -45,6 +47,17 @@ def test_compiled_kernels(target: str) -> None:
         if kernel == "_backward_kernel" and case[:2] in ("bf", "fp") and "elsewhere" not in case:
             assert max(row["stores"], key=lambda bits: row["stores"][bits]) == "128", (case, row["stores"])
             assert sum(count for bits, count in row["stores"].items() if bits != "128") <= 2, (case, row["stores"])
+
+
+def test_occupancy() -> None:
+    """By hand: 63 registers are 64 by 32, 2,048 a warp, 8,192 a block of 4: eight blocks in 65,536."""
+    from benchmarks.occupancy import occupancy
+
+    assert occupancy("sm_90", 63, 0, 4) == (32, 64, "registers")
+    assert occupancy("sm_90", 32, 0, 4) == (64, 64, "warps")
+    assert occupancy("sm_90", 32, 100 * 1024, 4) == (8, 64, "shared memory")
+    assert occupancy("sm_80", 32, 0, 1) == (32, 64, "blocks")
+    assert occupancy("gfx942", 128, 0, 4) == (16, 32, "registers")
 
 
 LENGTHS_AND_MARGINS = """

@@ -1,0 +1,164 @@
+"""Measurements as rows: one per op, shape and provider, with the correctness gate, memory and times."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+
+from . import fused_linear, logits_path
+from .logits_path import OURS, Exact, Inputs, Op
+from .measure import Call, interleaved, peak_bytes, wall
+from .shapes import SCORES, LinearShape, Shape
+
+COPY, READ = "limit: copy", "limit: read"
+Row = dict[str, Any]
+
+
+class Choice(NamedTuple):
+    """implementation: of ours.  only: these providers, all if empty.  skip: not these."""
+
+    device: torch.device
+    implementation: str = "auto"
+    only: tuple[str, ...] = ()
+    skip: tuple[str, ...] = ()
+    repeats: int = 11
+    warmups: int = 2
+
+    def __contains__(self, provider: object) -> bool:
+        return (not self.only or provider in self.only) and provider not in self.skip
+
+
+def gated(row: Row, package: str | None, gate: Callable[[], Row]) -> bool:
+    """Whether a provider is to be timed; else the row says why not: absent, wrong, failed or out of memory.
+
+    gate: what adds to the row, `ok` at least.
+    """
+    try:
+        row |= gate()
+    except torch.cuda.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        row |= {"ok": False, "status": "out of memory", "note": "out of memory"}
+    except ImportError as error:
+        missing = (error.name or str(error)).partition(".")[0]
+        needs = "" if missing == package else f" ({package} needs {missing})"
+        row |= {"ok": False, "status": "not installed", "note": f"not installed: {package or missing}{needs}"}
+    except Exception as error:  # a rival that breaks is a result, and ends nobody's run
+        what = (str(error).strip().splitlines() or [""])[0][:200]
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        note = f"failed: {type(error).__name__}: {what} ({where.filename.rpartition('/')[2]}:{where.lineno})"
+        row |= {"ok": False, "status": "failed", "note": note}
+    else:
+        row["status"] = "timed" if row["ok"] else "wrong"
+    return bool(row["ok"])
+
+
+def limits(op: Op, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Call]:
+    """What the memory allows: a copy of the logits, and (for forward) the largest of their bits taken as integers."""
+    calls = {COPY: Call(lambda: None, lambda _: target.copy_(logits))}
+    if not op.backward:
+        integers = logits.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[logits.element_size()])
+        calls[READ] = Call(lambda: None, lambda _: integers.max())
+    return calls
+
+
+def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choice) -> Iterator[Row]:
+    """One row per provider; those that are wrong, absent or do not fit are not timed, and their row says so."""
+    about = {
+        "op": op.name, "shape": str(shape), "target": shape.target, "dtype": str(shape.dtype).removeprefix("torch."),
+        "rollouts": shape.rollouts, "tokens": shape.tokens, "vocab_size": shape.vocab_size,
+        "plain": not (shape.peaked or shape.skewed or shape.half), "operations": op.operations(shape),
+    }  # fmt: skip
+    torch._dynamo.reset()  # past eight shapes of one function it would fall back to eager, and not say so
+    calls: dict[str, Call] = {}
+    rows: dict[str, Row] = {}
+    for name, candidate in logits_path.candidates(op, inputs, choice.implementation).items():
+        if name not in choice:
+            continue
+        rows[name] = row = {**about, "provider": name}
+        timed = logits_path.call(op, candidate, inputs)
+
+        def gate(candidate: logits_path.Candidate = candidate, timed: Call = timed) -> Row:
+            errors = logits_path.errors(op, candidate, inputs, exact)
+            if not errors.ok:
+                note = f"wrong, not timed: errors {errors.value:.1e}, {errors.gradient}"
+                return {**errors._asdict(), "ok": False, "note": note}
+            return {**errors._asdict(), "ok": True, "peak_bytes": peak_bytes(timed, choice.device)}
+
+        if gated(row, candidate.package, gate):
+            calls[name] = timed
+    target = torch.empty_like(inputs.logits)
+    timings = interleaved({**calls, **limits(op, inputs.logits, target)}, choice.device, choice.repeats, choice.warmups)
+    copy_bandwidth = 2 * shape.logits_bytes / timings[COPY].median
+    for name, timing in timings.items():
+        row = rows.setdefault(name, {**about, "provider": name, "ok": True, "status": "timed"})
+        moved = shape.logits_bytes * {COPY: 2, READ: 1}[name] if name in (COPY, READ) else op.bytes(shape)
+        row |= {"seconds": asdict(timing), "bytes": moved, "bytes_per_second": moved / timing.median}
+        row["copy_fraction"] = row["bytes_per_second"] / copy_bandwidth
+        if OURS in timings:
+            row["times_ours"] = timing.median / timings[OURS].median
+    yield from rows.values()
+
+
+def measure_linear(
+    op: fused_linear.Op, shape: LinearShape, inputs: fused_linear.Inputs, exact: fused_linear.Exact, choice: Choice
+) -> Iterator[Row]:
+    """One row per provider of an op of the fused-linear path, and one for its bare GEMMs."""
+    about = {
+        "op": op.name, "shape": str(shape), "target": shape.target, "dtype": str(shape.dtype).removeprefix("torch."),
+        "gemms": op.gemms, "tokens": shape.tokens, "hidden_size": shape.hidden_size, "vocab_size": shape.vocab_size,
+        "plain": True, "operations": op.gemms * shape.gemm_operations, "bytes": op.gemms * shape.gemm_bytes,
+    }  # fmt: skip
+    gemms = f"limit: {op.gemms} GEMM{'s' * (op.gemms > 1)}"
+    calls: dict[str, Call] = {}
+    rows: dict[str, Row] = {}
+    for name, candidate in fused_linear.candidates(op, inputs, choice.implementation).items():
+        if name not in choice:
+            continue
+        rows[name] = row = {**about, "provider": name}
+        timed = fused_linear.call(op, candidate.compute, inputs)
+
+        def gate(candidate: fused_linear.Candidate = candidate, timed: Call = timed) -> Row:
+            if op.mode == "loss":  # gated by the tests
+                return {"ok": True, "peak_bytes": peak_bytes(timed, choice.device)}
+            errors = fused_linear.errors(op, candidate, inputs, exact)
+            if not errors.ok:
+                note = f"wrong, not timed: errors {errors.value:.1e}, {errors.gradient:.1e}"
+                return {**errors._asdict(), "ok": False, "note": note}
+            return {**errors._asdict(), "ok": True, "peak_bytes": peak_bytes(timed, choice.device)}
+
+        if gated(row, candidate.package, gate):
+            calls[name] = timed
+    calls[gemms] = fused_linear.bare_gemms(op, inputs)
+    for name, timing in interleaved(calls, choice.device, choice.repeats, choice.warmups).items():
+        row = rows.setdefault(name, {**about, "provider": name, "ok": True, "status": "timed"})
+        row |= {"seconds": asdict(timing), "operations_per_second": row["operations"] / timing.median}
+    for row in rows.values():
+        if "seconds" in row:
+            row["gemm_fraction"] = rows[gemms]["seconds"]["median"] / row["seconds"]["median"]
+            if "seconds" in rows.get(OURS, {}):
+                row["times_ours"] = row["seconds"]["median"] / rows[OURS]["seconds"]["median"]
+    yield from rows.values()
+
+
+def measure_scores(choice: Choice) -> Iterator[Row]:
+    """The objective alone: launches and dispatch, no memory to speak of."""
+    device = choice.device
+    calls = logits_path.score_calls(device, choice.implementation)
+    calls = {name: call for name, call in calls.items() if name in choice}
+    values = {name: call.run(call.prepare())[0].double() for name, call in calls.items()}  # type: ignore[index]
+    exact = logits_path.exact_weights(device)
+    timings = interleaved(calls, device, choice.repeats, choice.warmups)
+    for name, call in calls.items():
+        row: Row = {
+            "op": "scores + backward", "shape": "{} groups x {}".format(*SCORES), "target": "L5", "dtype": "float32",
+            "provider": name, "plain": True, "status": "timed",
+            "ok": torch.allclose(values[name], exact, rtol=1e-5, atol=1e-8),
+            "seconds": asdict(timings[name]), "wall_seconds": asdict(wall(call, device, choice.repeats)),
+        }  # fmt: skip
+        if OURS in timings:
+            row["times_ours"] = timings[name].median / timings[OURS].median
+        yield row
