@@ -68,6 +68,10 @@ class OfflineDriver:
         return 0
 
 
+def target_name(target: GPUTarget) -> str:
+    return next(name for name, it in TARGETS.items() if it == target)
+
+
 @contextlib.contextmanager
 def offline(target: GPUTarget) -> Iterator[list[Any]]:
     """Within, calling a Triton kernel compiles it for `target` and appends it to the list that is yielded."""
@@ -80,6 +84,10 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
         kernels.append(kernel)
         return kernel
 
+    from conspo_kernels.kernels import launch_triton
+
+    table_row = launch_triton.architecture
+    launch_triton.architecture = lambda _: target_name(target)  # type: ignore[assignment]
     active = triton.runtime.driver._active  # reset_active() would look for a GPU
     triton.runtime.driver.set_active(OfflineDriver(target))  # type: ignore[arg-type]
     JITFunction.run = compile_only  # type: ignore[method-assign]
@@ -87,6 +95,7 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
         yield kernels
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
+        launch_triton.architecture = table_row
         triton.runtime.driver._active = active
 
 

@@ -68,7 +68,7 @@ def sections(report: dict[str, Any]) -> Iterator[str]:
     """Markdown: what the machine was, then a table for each op and shape."""
     environment = report["environment"]
     yield f"# {report['suite']}: {Path(report['path']).name}"
-    facts = [f"- {name}: {environment[name]}" for name in ENVIRONMENT if environment.get(name) not in (None, "")]
+    facts = [f"- {name}: {environment[name]}" for name in ENVIRONMENT if environment.get(name) not in (None, "", {})]
     yield "\n".join(facts)
     headers = ["provider", "ms", "quartiles", "x ours", "peak MiB", "rate", "of limit", "wall"]
     for (op, shape), rows in groupby(sorted(report["rows"], key=key), key):

@@ -42,7 +42,7 @@ def gated(row: Row, package: str | None, gate: Callable[[], Row]) -> bool:
     except torch.cuda.OutOfMemoryError:
         torch.cuda.empty_cache()
         row |= {"ok": False, "status": "out of memory", "note": "out of memory"}
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         missing = (error.name or str(error)).partition(".")[0]
         needs = "" if missing == package else f" ({package} needs {missing})"
         row |= {"ok": False, "status": "not installed", "note": f"not installed: {package or missing}{needs}"}
@@ -72,6 +72,7 @@ def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choic
         "rollouts": shape.rollouts, "tokens": shape.tokens, "vocab_size": shape.vocab_size,
         "plain": not (shape.peaked or shape.skewed or shape.half), "operations": op.operations(shape),
     }  # fmt: skip
+    target = torch.empty_like(inputs.logits)  # there from the first, so that what passes the gate fits beside it
     torch._dynamo.reset()  # past eight shapes of one function it would fall back to eager, and not say so
     calls: dict[str, Call] = {}
     rows: dict[str, Row] = {}
@@ -90,7 +91,6 @@ def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choic
 
         if gated(row, candidate.package, gate):
             calls[name] = timed
-    target = torch.empty_like(inputs.logits)
     timings = interleaved({**calls, **limits(op, inputs.logits, target)}, choice.device, choice.repeats, choice.warmups)
     copy_bandwidth = 2 * shape.logits_bytes / timings[COPY].median
     for name, timing in timings.items():

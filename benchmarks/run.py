@@ -112,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     started = time.perf_counter()
     report: dict[str, Any] = {"suite": parsed.suite, "environment": environment(parsed.device), "rows": []}
     report["environment"]["wheels"] = wheels.use(parsed.wheels) if parsed.wheels else []
+    report["environment"]["rivals"] = wheels.versions()
     choice = Choice(
         parsed.device, parsed.implementation, tuple(parsed.provider), tuple(parsed.skip), parsed.repeats, parsed.warmups
     )

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import atexit
+import shutil
 import site
 import tempfile
 import zipfile
+from importlib import metadata
 from pathlib import Path
+
+# Of the rivals, by the names of their distributions.
+DISTRIBUTIONS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "flash-attn", "quack-kernels")
+
+
+def versions() -> dict[str, str]:
+    """Of the rivals that are here."""
+    installed = {it.metadata["Name"]: it.version for it in metadata.distributions()}
+    return {name: installed[name] for name in DISTRIBUTIONS if name in installed}
 
 
 def use(folder: Path) -> list[str]:
@@ -14,6 +26,7 @@ def use(folder: Path) -> list[str]:
     if not wheels:
         raise FileNotFoundError(f"no wheels in {folder}")
     unpacked = Path(tempfile.mkdtemp(prefix="wheels-"))
+    atexit.register(shutil.rmtree, unpacked, ignore_errors=True)
     for wheel in wheels:
         with zipfile.ZipFile(wheel) as archive:
             archive.extractall(unpacked)

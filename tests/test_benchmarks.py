@@ -133,6 +133,8 @@ def test_rivals_that_are_absent_or_break() -> None:
     row: dict[str, object] = {}
     assert not gated(row, "verl", absent)
     assert (row["status"], row["note"]) == ("not installed", "not installed: verl (verl needs ray)")
+    assert not gated(row, "trl", lambda: __import__("json", fromlist=["x"]).no_such_kernel)
+    assert row["status"] == "failed"  # there, and not as it was: no reason to say that it is absent
     assert not gated(row, "verl", broken)
     assert str(row["note"]).startswith("failed: RuntimeError: no kernel (test_benchmarks.py:")
     assert gated(row, None, lambda: {"ok": True})

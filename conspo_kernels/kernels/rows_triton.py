@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch_triton import launch_of
+
 VECTOR_BYTES = 16  # the widest load of one thread
 CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,936 logits
-NUM_LANES = 512  # vectors per tile: 4 independent 16-byte loads per thread of 4 warps
-NUM_WARPS = 4
 
 # Sizes that change from step to step: Triton would compile anew where one becomes 1 or divisible by 16.
 UNSPECIALIZED = (
@@ -60,10 +60,11 @@ def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
     return offsets, offsets < stop
 
 
-def tiles(logits: Tensor, lanes: int = NUM_LANES) -> dict[str, int]:
-    """How the kernels that walk rows cut them."""
+def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
+    """How the kernels that walk rows cut them. kernel: of `launch_triton.TABLE`."""
     size = logits.element_size()
-    return {"VECTOR": VECTOR_BYTES // size, "LANES": lanes, "CHUNK": CHUNK_BYTES // size, "num_warps": NUM_WARPS}
+    lanes, num_warps = launch_of(kernel, logits)
+    return {"VECTOR": VECTOR_BYTES // size, "LANES": lanes, "CHUNK": CHUNK_BYTES // size, "num_warps": num_warps}
 
 
 def num_chunks_of(logits: Tensor) -> int:

@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .rows_triton import (
-    NUM_LANES,
     UNALIGNED,
     UNSPECIALIZED,
+    VECTOR_BYTES,
     aligned_base,
     edges,
     interior,
@@ -224,7 +224,7 @@ def forward(
     constants = _constants(logits, transform) | {"HAS_ENTROPY": with_entropy}
     _statistics_kernel[(num_tokens * num_chunks,)](
         base, labels, partial, *row, labels.shape[1], ignore_index,
-        **constants, **tiles(logits),
+        **constants, **tiles(logits, "forward"),
     )  # fmt: skip
     _combine_kernel[(triton.cdiv(num_tokens, COMBINE_ROWS),)](
         base, labels, partial, logprobs, entropy, row_max, log_sum, *row, num_tokens, labels.shape[1], ignore_index,
@@ -253,14 +253,14 @@ def backward(
     grad_base, grad_early = aligned_base(grad_logits)
     row = (early, logits.stride(0), logits.stride(1))
     grad_row = (grad_early, grad_logits.stride(0), grad_logits.stride(1))
-    vector = tiles(logits)["VECTOR"]
+    vector = VECTOR_BYTES // logits.element_size()
     same_alignment = all((a - b) % vector == 0 for a, b in zip(row, grad_row, strict=True))
-    # The slope of a softcap and the addresses of narrow stores double the registers per logit: halve the tile.
+    # The slope of a softcap and the addresses of narrow stores double the registers per logit: a smaller tile.
     light = transform.softcap is None and same_alignment
     _backward_kernel[(num_tokens * num_chunks,)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
         labels.shape[1], ignore_index,
-        **_constants(logits, transform), **tiles(logits, NUM_LANES if light else NUM_LANES // 2),
+        **_constants(logits, transform), **tiles(logits, "backward" if light else "heavy"),
         HAS_ENTROPY=grad_entropy is not None, SAME_ALIGNMENT=same_alignment,
     )  # fmt: skip
 
