@@ -16,7 +16,7 @@ DISTRIBUTIONS = ("trl", "liger-kernel", "cut-cross-entropy", "verl", "flash-attn
 
 def versions() -> dict[str, str]:
     """Of the rivals that are here."""
-    installed = {it.metadata["Name"]: it.version for it in metadata.distributions()}
+    installed = {str(it.metadata["Name"]).lower().replace("_", "-"): it.version for it in metadata.distributions()}
     return {name: installed[name] for name in DISTRIBUTIONS if name in installed}
 
 
