@@ -136,6 +136,12 @@ def call_group_infonce(
     )  # fmt: skip
 
 
+def call_scale() -> None:
+    from conspo_kernels.kernels import scale_triton
+
+    scale_triton.scale_(torch.zeros(16_384, dtype=torch.bfloat16), torch.ones(()))
+
+
 def _logits(vocab_size: int, dtype: torch.dtype) -> Tensor:
     return torch.zeros(1, 2, vocab_size, dtype=dtype)
 
@@ -152,6 +158,7 @@ CASES: dict[str, Callable[[], None]] = {
     "packed": lambda: call_sequence_score(packed=True),
     "equal groups": lambda: call_group_infonce(ragged=False),
     "ragged groups": lambda: call_group_infonce(ragged=True),
+    "bf16, by a scalar": call_scale,
 }
 
 

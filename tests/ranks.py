@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-LIMIT = 120  # seconds, after which a collective that waits for a rank raises
+LIMIT = 300  # seconds, after which a collective that waits for a rank raises
 
 
 def _rank(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -31,6 +33,19 @@ CASES = list(
     itertools.product(("logits", "linear"), ("padded", "packed"), ("mean", "sum"), (torch.float64, torch.float32))
 )
 Output = tuple[Tensor, Tensor, Tensor]  # loss, gradient of hidden, gradient of weight
+
+
+@functools.cache
+def on_ranks(size: int) -> dict[str, list[Any]]:
+    """What each function gives on each of `size` ranks; the processes are started once for all of them."""
+    functions = [data_parallel, micro_batches, vocabulary, sequences]
+    functions += {1: [], 2: [distributed_tensor, no_contrast, equal_groups, compiled], 4: [both, mixed]}[size]
+    per_rank = ranks.run(size, several, [vocabulary] if size == 1 else functions)
+    return {name: [found[name] for found in per_rank] for name in per_rank[0]}
+
+
+def several(rank: int, size: int, functions: list[Callable[[int, int], Any]]) -> dict[str, Any]:
+    return {function.__name__: function(rank, size) for function in functions}
 
 
 class Batch:
@@ -127,9 +142,9 @@ def micro_batches(rank: int, size: int) -> dict[Any, Output]:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("function", [data_parallel, micro_batches], ids=["one step", "two phases"])
-def test_groups_over_ranks(function: Any, size: int) -> None:
-    everyone = ranks.run(size, function)
+@pytest.mark.parametrize("function", ["data_parallel", "micro_batches"])
+def test_groups_over_ranks(function: str, size: int) -> None:
+    everyone = on_ranks(size)[function]
     for kind, layout, reduction, dtype in CASES:
         loss, _hidden, weight = alone(kind, dtype)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
@@ -196,8 +211,8 @@ def close(actual: Tensor, exact: Tensor, tolerance: float = 1e-12) -> bool:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_vocabulary_over_ranks(size: int) -> None:
-    everyone = ranks.run(size, vocabulary)
-    whole = ranks.run(1, vocabulary)[0]  # itself: a group of one rank
+    everyone = on_ranks(size)["vocabulary"]
+    whole = on_ranks(1)["vocabulary"][0]  # itself: a group of one rank
     loss, hidden, weight = alone("linear", torch.float64)
     for a, b in zip(whole["loss"], (loss, hidden, weight), strict=True):
         assert close(a, b)
@@ -250,7 +265,7 @@ def sequences(rank: int, size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sequences_over_ranks(size: int) -> None:
-    everyone = ranks.run(size, sequences)
+    everyone = on_ranks(size)["sequences"]
     for kind, layout, reduction, dtype in CASES:
         loss, _hidden, weight = alone(kind, dtype)
         tolerance = 1e-12 if dtype == torch.float64 else 2e-6
@@ -280,7 +295,7 @@ def both(rank: int, size: int) -> tuple[Tensor, Tensor]:
 
 def test_groups_and_vocabulary_over_ranks() -> None:
     loss, _hidden, weight = alone("linear", torch.float64)
-    for rank, (value, grad) in enumerate(ranks.run(4, both)):
+    for rank, (value, grad) in enumerate(on_ranks(4)["both"]):
         start, stop = shards(2)[rank % 2]
         assert close(value, loss)
         assert close(grad, weight[start:stop])
@@ -320,7 +335,7 @@ def distributed_tensor(rank: int, size: int) -> tuple[Tensor, Tensor]:
 
 def test_logits_that_are_a_distributed_tensor() -> None:
     loss, _hidden, weight = alone("linear", torch.float64)
-    for value, grad in ranks.run(2, distributed_tensor):
+    for value, grad in on_ranks(2)["distributed_tensor"]:
         assert close(value, loss)
         assert close(grad, weight)
 
@@ -338,7 +353,7 @@ def no_contrast(rank: int, size: int) -> tuple[Tensor, Tensor, float]:
 
 
 def test_no_valid_group_on_any_rank() -> None:
-    for loss, grad, fraction in ranks.run(2, no_contrast):
+    for loss, grad, fraction in on_ranks(2)["no_contrast"]:
         assert loss == 0
         assert (grad == 0).all()
         assert fraction == 0
@@ -367,7 +382,7 @@ def equal_groups(rank: int, size: int) -> tuple[Tensor, Tensor]:
 
 
 def test_equal_groups_over_ranks() -> None:
-    for difference, grad_difference in ranks.run(2, equal_groups):
+    for difference, grad_difference in on_ranks(2)["equal_groups"]:
         assert difference.abs() <= 1e-14
         assert grad_difference.abs().max() <= 1e-14
 
@@ -385,7 +400,7 @@ def test_types_that_differ_between_ranks() -> None:
     scores = torch.tensor([-1.0, -2, -1, -3, -1, -4, -1, -5])
     rewards, ids = torch.tensor([0.0, 1, 1, 0, 1, 0, 0, 1]), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
     expected = conspo_loss_from_scores(scores, rewards, ids)
-    for loss in ranks.run(4, mixed):
+    for loss in on_ranks(4)["mixed"]:
         assert torch.equal(loss, expected)  # type: ignore[arg-type]
 
 
@@ -442,7 +457,7 @@ def compiled(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
 
 
 def test_collectives_under_torch_compile() -> None:
-    for found in ranks.run(2, compiled):
+    for found in on_ranks(2)["compiled"]:
         for eager, traced in zip(found[::2], found[1::2], strict=True):
             for a, b in zip(eager, traced, strict=True):
                 assert close(a, b)
