@@ -6,7 +6,8 @@ PYTHON  ?= python3
 VENV    ?= .venv
 WORKERS ?= auto
 SUITE   ?= cpu
-REPEATS ?= 5
+REPEATS ?= 9
+LINEAR_REPEATS ?= 3
 BIN     := $(VENV)/bin
 
 # The native CPU path is part of what is tested and demonstrated: without a compiler this fails rather than be slow.
@@ -26,7 +27,8 @@ help:  ## this list
 	@echo
 	@echo '  Variables: PYTHON (python3) and VENV (.venv) for the set-up; WORKERS (auto) for the tests, 0 for one process;'
 	@echo '  STEPS, SEED, OUT, LOSS (conspo or grpo), MODEL (char or smollm2) and FUSED_LINEAR (1) for'
-	@echo '  the demo; SUITE (cpu or quick), REPEATS (5) and WHEELS (a folder of them) for the benchmarks.'
+	@echo '  the demo; SUITE (cpu or quick), REPEATS (9), LINEAR_REPEATS (3) and WHEELS (a folder)'
+	@echo '  for the benchmarks.'
 	@echo '  Example: make demo STEPS=100 SEED=1 LOSS=grpo'
 
 test: lint typecheck unit  ## lint, type check and tests: what a change has to pass
@@ -67,7 +69,8 @@ sweep: $(VENV)/.installed-train  ## the demo over tau, target margin and warm-up
 
 # With the rivals that run on a CPU; those that are not installed are rows that say so.
 bench: $(VENV)/.installed-bench  ## time the CPU suite against its rivals, with tables and plots in runs/bench
-	$(BIN)/python -m benchmarks.run --suite $(SUITE) --repeats $(REPEATS) --out runs/bench $(if $(WHEELS),--wheels '$(WHEELS)')
+	$(BIN)/python -m benchmarks.run --suite $(SUITE) --repeats $(REPEATS) --linear-repeats $(LINEAR_REPEATS) --warmups 1 \
+	  --out runs/bench $(if $(WHEELS),--wheels '$(WHEELS)')
 	$(BIN)/python -m benchmarks.report runs/bench/$(SUITE).json --out runs/bench
 
 format: $(VENV)/.installed-dev  ## rewrite the sources: ruff's safe fixes and its format

@@ -26,6 +26,7 @@ class Choice(NamedTuple):
     only: tuple[str, ...] = ()
     skip: tuple[str, ...] = ()
     repeats: int = 11
+    linear_repeats: int = 11
     warmups: int = 2
 
     def __contains__(self, provider: object) -> bool:
@@ -133,7 +134,7 @@ def measure_linear(
         if gated(row, candidate.package, gate):
             calls[name] = timed
     calls[gemms] = fused_linear.bare_gemms(op, inputs)
-    for name, timing in interleaved(calls, choice.device, choice.repeats, choice.warmups).items():
+    for name, timing in interleaved(calls, choice.device, choice.linear_repeats, choice.warmups).items():
         row = rows.setdefault(name, {**about, "provider": name, "ok": True, "status": "timed"})
         row |= {"seconds": asdict(timing), "operations_per_second": row["operations"] / timing.median}
     for row in rows.values():

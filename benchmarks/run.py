@@ -87,6 +87,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, help="default: cuda for the gpu suite, else cpu")
     parser.add_argument("--threads", type=int, help="CPU threads; default: torch's own")
     parser.add_argument("--repeats", type=int, default=11, help="of which the median is taken, after the warm-ups")
+    parser.add_argument("--linear-repeats", type=int, help="of the fused-linear ops: on a CPU they take seconds")
     parser.add_argument("--warmups", type=int, default=2)
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of rivals, unpacked for this run")
     parser.add_argument("--name", help="of the JSON file in place of the suite's")
@@ -94,6 +95,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parsed.device = parsed.device or torch.device("cuda" if parsed.suite == "gpu" else "cpu")
     parsed.whole = parsed.suite.startswith("gpu") and parsed.op is None
     parsed.op = parsed.op or ops
+    parsed.linear_repeats = parsed.linear_repeats or parsed.repeats
     if parsed.whole and parsed.out is None:
         parser.error("--suite gpu needs --out, a folder for its results")
     return parsed
@@ -114,8 +116,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report["environment"]["wheels"] = wheels.use(parsed.wheels) if parsed.wheels else []
     report["environment"]["rivals"] = wheels.versions()
     choice = Choice(
-        parsed.device, parsed.implementation, tuple(parsed.provider), tuple(parsed.skip), parsed.repeats, parsed.warmups
-    )
+        parsed.device, parsed.implementation, tuple(parsed.provider), tuple(parsed.skip), parsed.repeats,
+        parsed.linear_repeats, parsed.warmups,
+    )  # fmt: skip
     for row in measure(parsed.suite, parsed.op, choice):
         report["rows"].append(row)
         report["seconds"] = time.perf_counter() - started
@@ -124,8 +127,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(f"{name}: {value}" for name, value in report["environment"].items()), end="\n\n")
     print(table(report["rows"]))
     print(
-        f"\nms: medians of {parsed.repeats}, interleaved. G/s: GB/s of the bytes that have to move, and of what a "
-        "copy reaches; or GFLOP/s, and of what the bare GEMMs reach"
+        f"\nms: medians of {parsed.repeats} (linear: {parsed.linear_repeats}), interleaved. G/s: GB/s of the bytes "
+        "that have to move, and of what a copy reaches; or GFLOP/s, and of what the bare GEMMs reach"
     )
     return 0 if all(row["ok"] for row in report["rows"] if row["provider"] == OURS) else 1
 
