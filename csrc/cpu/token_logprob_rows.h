@@ -7,9 +7,14 @@ namespace CONSPO_ISA {
 
 // Elements whose maximum is taken before their exponentials are: they come from memory for the one and from the L1 cache
 // for the other, while the next block is fetched. A lane of the sum adds at most 4096 / 16 terms in fp32, the blocks' sums
-// are added in fp64.
+// are added in fp64. A block is PIECES<E> runs of elements, far apart: from so many places at once the memory gives more.
 constexpr int64_t BLOCK = 4096;
 constexpr int UNROLLED = 4;
+template <typename E>
+constexpr int PIECES = UNROLLED / Pack<E>::VECTORS;
+// Backward's runs of elements: with two bytes each it is the arithmetic that takes longest, and more runs cost time.
+template <typename E>
+constexpr int RUNS = sizeof(E) == 2 ? 1 : 4;
 constexpr int64_t AHEAD = 2048;  // elements that backward fetches ahead: what the CPU does by itself ends with a page
 
 // u and du/dz; -inf, a masked entry of the vocabulary, stays -inf.
@@ -60,31 +65,31 @@ inline void raise(Statistics& part, double block_max, double scale) {
   part.sum = factor == 0 ? 0 : factor * part.sum;
 }
 
-// Maximum and, with it known, sums of a block of at most BLOCK elements.
+// Pieces of a block: `length` elements, whole packs, each `apart` from the one before; the next block's are `ahead`.
+struct Pieces {
+  int64_t length, apart, ahead;
+};
+
+// Maximum and, with it known, sums of a block.
 template <typename E, bool CAPPED, bool ENTROPY>
-inline void fold_block(const E* z, int64_t count, const Transform& transform, Statistics& part) {
+inline void fold_block(const E* z, const Pieces& pieces, const Transform& transform, Statistics& part) {
   using T = typename Accumulate<E>::Type;
-  constexpr int SIZE = Pack<E>::SIZE, VECTORS = Pack<E>::VECTORS, PACKS = UNROLLED / VECTORS;
-  const int64_t full = count / SIZE * SIZE;
+  constexpr int SIZE = Pack<E>::SIZE, VECTORS = Pack<E>::VECTORS;
   const Capped<T, CAPPED> capped{T(transform.inner)};
   Float<T> kept[CAPPED ? BLOCK / LANES<T> : 1];  // a tanh is worth keeping, a conversion is not
 
   Float<T> largest[UNROLLED];
   for (auto& v : largest) v = broadcast<T>(-INFINITE<T>);
-  const auto take = [&](int64_t at, int first) {
-    const Pack<E> pack = load(z + at);
-    for (int k = 0; k < VECTORS; ++k) {
-      const Float<T> u = capped.value(pack.v[k]);
-      if constexpr (CAPPED) kept[at / LANES<T> + k] = u;
-      largest[first + k] = max<T>(u, largest[first + k]);
+  for (int64_t i = 0; i < pieces.length; i += SIZE) {
+    for (int j = 0; j < PIECES<E>; ++j) {
+      const Pack<E> pack = load(z + j * pieces.apart + i);
+      for (int k = 0; k < VECTORS; ++k) {
+        const Float<T> u = capped.value(pack.v[k]);
+        if constexpr (CAPPED) kept[i / LANES<T> * PIECES<E> + j * VECTORS + k] = u;
+        largest[j * VECTORS + k] = max<T>(u, largest[j * VECTORS + k]);
+      }
     }
-  };
-  int64_t i = 0;
-  for (; i + PACKS * SIZE <= full; i += PACKS * SIZE)
-    for (int j = 0; j < PACKS; ++j) take(i + j * SIZE, j * VECTORS);
-  for (; i < full; i += SIZE) take(i, 0);
-  Pack<E> tail = load_tail(z + full, int(count - full), MINUS_INFINITY<E>);
-  for (auto& v : tail.v) largest[0] = max<T>(v = capped.value(v), largest[0]);
+  }
   raise(part, double(max_lane<T>(max<T>(max<T>(largest[0], largest[1]), max<T>(largest[2], largest[3])))),
         transform.scale);
 
@@ -93,24 +98,20 @@ inline void fold_block(const E* z, int64_t count, const Transform& transform, St
   const Exponential<T> exponential(transform.scale);
   Float<T> sum[UNROLLED], moment[UNROLLED];
   for (int j = 0; j < UNROLLED; ++j) sum[j] = moment[j] = broadcast<T>(0);
-  const auto add = [&](Float<T> u, int j) {
-    const Float<T> d = u - m, e = exponential.of_negative(d);
-    sum[j] += e;
-    if constexpr (ENTROPY) moment[j] += e > 0 ? e * (d * scale) : broadcast<T>(0);
-  };
-  const auto add_pack = [&](int64_t at, int first) {
-    __builtin_prefetch(z + at + BLOCK);
-    if constexpr (CAPPED) {
-      for (int k = 0; k < VECTORS; ++k) add(kept[at / LANES<T> + k], first + k);
-    } else {
-      const Pack<E> pack = load(z + at);
-      for (int k = 0; k < VECTORS; ++k) add(pack.v[k], first + k);
+  for (int64_t i = 0; i < pieces.length; i += SIZE) {
+    for (int j = 0; j < PIECES<E>; ++j) {
+      const E* at = z + j * pieces.apart + i;
+      __builtin_prefetch(at + pieces.ahead);
+      Pack<E> u;
+      if constexpr (!CAPPED) u = load(at);
+      for (int k = 0; k < VECTORS; ++k) {
+        if constexpr (CAPPED) u.v[k] = kept[i / LANES<T> * PIECES<E> + j * VECTORS + k];
+        const Float<T> d = u.v[k] - m, e = exponential.of_negative(d);
+        sum[j * VECTORS + k] += e;
+        if constexpr (ENTROPY) moment[j * VECTORS + k] += e > 0 ? e * (d * scale) : broadcast<T>(0);
+      }
     }
-  };
-  for (i = 0; i + PACKS * SIZE <= full; i += PACKS * SIZE)
-    for (int j = 0; j < PACKS; ++j) add_pack(i + j * SIZE, j * VECTORS);
-  for (; i < full; i += SIZE) add_pack(i, 0);
-  for (int k = 0; k < VECTORS; ++k) add(tail.v[k], k);
+  }
   for (const auto& v : sum) part.sum += sum_lanes<T>(v);
   if constexpr (ENTROPY)
     for (const auto& v : moment) part.moment += sum_lanes<T>(v);
@@ -118,9 +119,20 @@ inline void fold_block(const E* z, int64_t count, const Transform& transform, St
 
 template <typename E, bool CAPPED, bool ENTROPY>
 void statistics_of(const E* row, int64_t begin, int64_t end, const Transform& transform, Statistics* out) {
+  constexpr int64_t SIZE = Pack<E>::SIZE, SHORTEST = SIZE * PIECES<E>, LENGTH = BLOCK / PIECES<E>;
   Statistics part{-__builtin_inf(), 0, 0};
-  for (int64_t at = begin; at < end; at += BLOCK)
-    fold_block<E, CAPPED, ENTROPY>(row + at, end - at < BLOCK ? end - at : BLOCK, transform, part);
+  const int64_t apart = (end - begin) / SHORTEST * SIZE;
+  for (int64_t at = 0; at < apart; at += LENGTH) {
+    const bool last = apart - at <= LENGTH;  // what follows is the part behind this one
+    const Pieces pieces{last ? apart - at : LENGTH, apart, last ? end - begin - at : LENGTH};
+    fold_block<E, CAPPED, ENTROPY>(row + begin + at, pieces, transform, part);
+  }
+  const int64_t folded = begin + PIECES<E> * apart;
+  if (folded < end) {
+    E rest[SHORTEST];
+    for (int64_t i = 0; i < SHORTEST; ++i) rest[i] = i < end - folded ? row[folded + i] : MINUS_INFINITY<E>;
+    fold_block<E, CAPPED, ENTROPY>(rest, {SIZE, SIZE, 0}, transform, part);
+  }
   *out = part;
 }
 
@@ -174,11 +186,17 @@ void gradient_of(
   const bool has_label = begin <= given.label && given.label < end;
   E at_label[SIZE];
   if (has_label) store(at_label, gradients(load_tail(row + given.label, 1, row[given.label]), Label{}));
-  int64_t i = begin;
-  for (; i + SIZE <= end; i += SIZE) {
-    __builtin_prefetch(row + i + AHEAD);
-    store(to + i, gradients(load(row + i), Elsewhere{}));
+  const auto pack = [&](int64_t at) { store(to + at, gradients(load(row + at), Elsewhere{})); };
+  const int64_t apart = (end - begin) / (RUNS<E> * SIZE) * SIZE;
+  for (int64_t i = begin; i < begin + apart; i += SIZE) {
+    for (int j = 0; j < RUNS<E>; ++j) {
+      const int64_t at = i + j * apart;
+      __builtin_prefetch(row + at + AHEAD / RUNS<E>);
+      pack(at);
+    }
   }
+  int64_t i = begin + RUNS<E> * apart;
+  for (; i + SIZE <= end; i += SIZE) pack(i);
   if (i < end) store_tail(to + i, gradients(load_tail(row + i, int(end - i), row[i]), Elsewhere{}), int(end - i));
   if (has_label) to[given.label] = at_label[0];
 }
