@@ -67,9 +67,10 @@ demo: $(VENV)/.installed-train $(if $(filter smollm2,$(MODEL)),$(VENV)/.weights-
 sweep: $(VENV)/.installed-train  ## the demo over tau, target margin and warm-up ratio, GRPO beside it
 	$(BIN)/python examples/sweep.py
 
-# With the rivals that run on a CPU; those that are not installed are rows that say so.
+# With the rivals that run on a CPU; those that are not installed are rows that say so. The correctness gate and the
+# measurement of memory, which run everything twice, are the warm-ups.
 bench: $(VENV)/.installed-bench  ## time the CPU suite against its rivals, with tables and plots in runs/bench
-	$(BIN)/python -m benchmarks.run --suite $(SUITE) --repeats $(REPEATS) --linear-repeats $(LINEAR_REPEATS) --warmups 1 \
+	$(BIN)/python -m benchmarks.run --suite $(SUITE) --repeats $(REPEATS) --linear-repeats $(LINEAR_REPEATS) --warmups 0 \
 	  --out runs/bench $(if $(WHEELS),--wheels '$(WHEELS)')
 	$(BIN)/python -m benchmarks.report runs/bench/$(SUITE).json --out runs/bench
 

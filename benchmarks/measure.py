@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
+PATIENCE = 10.0  # seconds: what takes longer is timed once
 SPIN_CYCLES = 2_000_000  # about a millisecond: the host queues the whole call while the GPU waits
 
 
@@ -44,7 +45,10 @@ class Timing:
 def interleaved(
     calls: Mapping[str, Call], device: torch.device, repeats: int, warmups: int = 2, seed: int = 0
 ) -> dict[str, Timing]:
-    """Time every call once per round, each round in another order, so that drift and neighbours hit all alike."""
+    """Time every call once per round, each round in another order, so that drift and neighbours hit all alike.
+
+    A call that takes longer than `PATIENCE` is left out once it has been timed; its `Timing.repeats` says so.
+    """
     once = _once_cuda if device.type == "cuda" else _once_cpu
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     shuffle = random.Random(seed).shuffle
@@ -52,6 +56,8 @@ def interleaved(
         order = list(calls)
         shuffle(order)
         for name in order:
+            if max(seconds[name], default=0.0) > PATIENCE:
+                continue
             elapsed = once(calls[name])
             if i >= warmups:
                 seconds[name].append(elapsed)

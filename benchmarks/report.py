@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .rows import Row
-from .tables import markdown
+from .tables import markdown, quartiles
 
 ENVIRONMENT = (
     "commit",
@@ -51,7 +51,7 @@ def line(row: Row) -> list[str | None]:
     return [
         row["provider"],
         f"{seconds['median'] * 1e3:.3g}",
-        f"{seconds['low'] * 1e3:.3g} to {seconds['high'] * 1e3:.3g}",
+        quartiles(seconds),
         f"{row['times_ours']:.2f}" if "times_ours" in row else None,
         f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else None,
         f"{rate / 1e9:,.1f} {unit}" if rate else None,

@@ -22,7 +22,7 @@ from .logits_path import OPS, OURS, Exact, Inputs
 from .measure import environment
 from .rows import Choice, Row, measure_linear, measure_op, measure_scores
 from .shapes import LINEAR_SUITES, SUITES
-from .tables import markdown, write
+from .tables import markdown, quartiles, write
 
 SCORES_OP = "scores + backward"
 
@@ -36,14 +36,13 @@ def table(rows: list[Row]) -> str:
         if seconds is None:
             lines.append([*line, row["note"], *[None] * 5])
             continue
-        low, high = seconds["low"] * 1e3, seconds["high"] * 1e3
         moved, rate = row.get("bytes_per_second"), row.get("operations_per_second")
         fraction = row.get("copy_fraction", row.get("gemm_fraction"))
         lines.append(
             [
                 *line,
                 f"{seconds['median'] * 1e3:.3g}",
-                f"{low:.3g} to {high:.3g}",
+                quartiles(seconds),
                 f"{row['times_ours']:.2f}" if "times_ours" in row else None,
                 f"{(moved or rate) / 1e9:.1f}" if moved or rate else None,
                 f"{fraction:.0%}" if fraction else None,

@@ -24,6 +24,11 @@ def markdown(headers: Sequence[str], lines: Sequence[Sequence[object]], text_col
     return "\n".join([row(cells[0]), f"| {' | '.join(rule)} |", *map(row, cells[1:])])
 
 
+def quartiles(seconds: dict[str, Any]) -> str:
+    """Of a row's `seconds`, in ms."""
+    return "timed once" if seconds["repeats"] == 1 else f"{seconds['low'] * 1e3:.3g} to {seconds['high'] * 1e3:.3g}"
+
+
 def write(path: Path, report: Any) -> None:
     """Whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -274,6 +275,13 @@ def test_calls_are_interleaved_and_warmed_up() -> None:
     assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
     assert len({tuple(names) for names in rounds}) > 1
     assert {timing.repeats for timing in timings.values()} == {5}
+
+
+def test_what_takes_long_is_timed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.measure.PATIENCE", 0.01)
+    calls = {"slow": Call(lambda: None, lambda _: time.sleep(0.02)), "fast": Call(lambda: None, lambda _: None)}
+    timings = interleaved(calls, CPU, repeats=3, warmups=0)
+    assert {name: timing.repeats for name, timing in timings.items()} == {"slow": 1, "fast": 3}
 
 
 def test_peak_memory() -> None:
