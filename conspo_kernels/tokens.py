@@ -165,12 +165,13 @@ def local_logits(logits: Tensor, options: TokenOptions) -> tuple[Tensor, TokenOp
 
 def layout_scores(logprobs: Tensor, layout: TokenLayout, options: TokenOptions) -> tuple[Tensor, Tensor]:
     """Scores [S] of log-probabilities [B, T], and counts of response tokens."""
-    scores, counts = sequence_score(
-        logprobs, layout.labels, layout.offsets, options.ignore_index, options.implementation
-    )
-    if options.context_group is None:
+    split = options.context_group is not None
+    summed = logprobs.double() if split else logprobs  # a rank's part of a mean is not rounded before the whole is
+    scores, counts = sequence_score(summed, layout.labels, layout.offsets, options.ignore_index, options.implementation)
+    if not split:
         return scores, counts
-    return whole_scores(scores, counts, name_of(options.context_group), options.context_factor)
+    scores, counts = whole_scores(scores, counts, name_of(options.context_group), options.context_factor)
+    return scores.to(logprobs.dtype), counts
 
 
 def token_counts(layout: TokenLayout, options: TokenOptions) -> Tensor:
