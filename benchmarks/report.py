@@ -120,7 +120,7 @@ def bars(op: str, rows: list[Row], path: Path) -> Path:
     panels[0].set_xscale("log")  # rivals and shapes lie orders of magnitude apart
     figure.suptitle(op)
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
     plt.close(figure)
     return path
 
@@ -146,6 +146,9 @@ def lines(op: str, rows: list[Row], axis: str, path: Path) -> Path:
     for group in series(rows, axis):
         label = f"{group[0]['provider']}, {group[0]['dtype']}, {other} {group[0][other]:,}"
         panel.loglog([row[axis] for row in group], [row["seconds"]["median"] * 1e3 for row in group], "o-", label=label)
+    values = sorted({row[axis] for group in series(rows, axis) for row in group})
+    panel.set_xticks(values, [f"{value:,}" for value in values])
+    panel.minorticks_off()
     panel.set_xlabel(axis)
     panel.set_ylabel("ms")
     panel.set_title(op)
