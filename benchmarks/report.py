@@ -26,6 +26,7 @@ ENVIRONMENT = (
     "triton_interpreted",
     "cuda",
     "smi",
+    "rivals",
 )
 
 
@@ -68,8 +69,10 @@ def sections(report: dict[str, Any]) -> Iterator[str]:
     """Markdown: what the machine was, then a table for each op and shape."""
     environment = report["environment"]
     yield f"# {report['suite']}: {Path(report['path']).name}"
-    facts = [f"- {name}: {environment[name]}" for name in ENVIRONMENT if environment.get(name) not in (None, "", {})]
-    yield "\n".join(facts)
+    facts = {name: environment[name] for name in ENVIRONMENT if environment.get(name) not in (None, "", {})}
+    if rivals := facts.get("rivals"):
+        facts["rivals"] = ", ".join(f"{package} {version}" for package, version in rivals.items())
+    yield "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
     headers = ["provider", "ms", "quartiles", "x ours", "peak MiB", "rate", "of limit", "wall"]
     for (op, shape), rows in groupby(sorted(report["rows"], key=key), key):
         lines = [line(row) for row in rows]
