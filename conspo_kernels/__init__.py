@@ -1,10 +1,12 @@
 """ConSPO (arXiv:2605.12969), the group-contrastive loss for RL with verifiable rewards, as fused kernels."""
 
-from .distributed.vocab import VocabParallel
+from .contrast import ConSPOOutput
+from .inputs.parallel import Parallel
 from .logprobs import linear_token_logprobs, sequence_scores, token_logprobs
-from .loss import ConSPOOutput, conspo_loss, conspo_loss_from_scores, linear_conspo_loss
+from .loss import conspo_loss, conspo_loss_from_scores, linear_conspo_loss
 from .margin import CosineMargin
 from .modules import ConSPOLoss, LinearConSPOLoss
+from .policy_gradient import linear_weighted_logprob_loss, weighted_logprob_loss
 from .two_phase import (
     ConSPOWeights,
     conspo_scores,
@@ -22,7 +24,7 @@ __all__ = [
     "ConSPOWeights",
     "CosineMargin",
     "LinearConSPOLoss",
-    "VocabParallel",
+    "Parallel",
     "conspo_loss",
     "conspo_loss_from_scores",
     "conspo_scores",
@@ -30,8 +32,10 @@ __all__ = [
     "linear_conspo_loss",
     "linear_conspo_scores",
     "linear_token_logprobs",
+    "linear_weighted_logprob_loss",
     "linear_weighted_score_loss",
     "sequence_scores",
     "token_logprobs",
+    "weighted_logprob_loss",
     "weighted_score_loss",
 ]

@@ -1,19 +1,37 @@
-"""The objective on scores with its arguments: what the losses and `conspo_weights` have in common."""
+"""The objective on scores with its settings, and the loss of a source: what the losses and `conspo_weights` share."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from . import check
-from .layout import GroupLayout
+from .inputs import check
+from .inputs.groups import GroupLayout, live_rollouts
+from .inputs.parallel import Parallel, parallel_from
+from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
-from .objective import Segments, equal_segments
+from .objective import ScoreObjective, Segments, equal_segments
+from .ops import check_implementation
 from .ops.group_infonce import group_infonce
-from .ops.ranks import gather_rollouts, gradient_factor, name_of
+from .ops.ranks import gather_rollouts, name_of, sum_over_ranks
+from .ops.score_objective import score_objective
+from .scores import response_counts, rollout_scores
+from .sources import Source
+
+
+class ConSPOOutput(NamedTuple):
+    """What `return_metrics=True` returns; all but the loss detached.
+
+    loss: as without metrics.  metrics: 0-d tensors named `conspo/...`.  scores: [S].  logprobs: shaped like labels, or
+    None where the loss was computed from scores.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    scores: Tensor
+    logprobs: Tensor | None
 
 
 class Contrasted(NamedTuple):
@@ -28,49 +46,65 @@ class Contrasted(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """The arguments of the objective, as the losses take them."""
+    """The settings of the objective. objective: in place of ConSPO's, which takes tau and margin."""
 
     tau: float
     margin: float | Tensor
     reward_threshold: float
     reduction: str
     num_groups: float | Tensor | None
+    parallel: Parallel
     implementation: str
-    process_group: ProcessGroup | None = None
-    grad_reduction: str = "mean"
+    return_metrics: bool
+    objective: ScoreObjective | None = None
 
-    @property
-    def factor(self) -> float:
-        """What a rank's gradient is multiplied by, so that the trainer's mean over ranks is their sum."""
-        return gradient_factor(self.process_group, self.grad_reduction)
-
-    def check(self, return_metrics: bool) -> None:
-        check.ranks(self.grad_reduction, process_group=self.process_group)
+    @classmethod
+    def from_arguments(
+        cls,
+        tau: Any,
+        margin: Any,
+        reward_threshold: Any,
+        reduction: Any,
+        num_groups: Any,
+        parallel: Any,
+        implementation: Any,
+        return_metrics: Any,
+        objective: ScoreObjective | None = None,
+    ) -> Contrast:
         check.flags(return_metrics=return_metrics)
-        check.implementation(self.implementation)
-        check.objective(self.tau, self.margin, self.reward_threshold, self.reduction, self.num_groups)
+        check_implementation(implementation)
+        check.objective(tau, margin, reward_threshold, reduction, num_groups)
+        return cls(
+            tau, margin, reward_threshold, reduction, num_groups, parallel_from(parallel), implementation,
+            return_metrics, objective,
+        )  # fmt: skip
 
-    def of(
-        self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None, return_metrics: bool
+    def evaluate(
+        self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None = None
     ) -> Contrasted:
         """Of scores [S] and, where they are known, counts of response tokens."""
-        num_rollouts = scores.shape[0]
-        check.rewards(rewards, num_rollouts)
+        check.rewards(rewards, scores.shape[0])
         check.devices(scores.device, rewards=rewards, groups=groups, margin=self.margin, num_groups=self.num_groups)
         places = None
-        if self.process_group is not None:
+        if self.parallel.data is not None:
             scores, rewards, groups, counts, places = self._gathered(scores, rewards, groups, counts)
-            num_rollouts = scores.shape[0]
-        layout = GroupLayout.of(groups, num_rollouts)
+        layout = GroupLayout.from_arguments(groups, scores.shape[0])
         margin = _constant(self.margin, scores)
         denominator = None if self.num_groups is None else _constant(self.num_groups, scores)
-        loss, weights, roles = group_infonce(
-            scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin,
-            denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
-        )  # fmt: skip
+        if self.objective is None:
+            loss, weights, roles = group_infonce(
+                scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin,
+                denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
+            )  # fmt: skip
+        else:
+            segments = _segments(layout, scores.device)
+            loss, weights, roles = score_objective(
+                self.objective, scores, rewards.detach(), counts, segments, self.reward_threshold, self.reduction,
+                denominator,
+            )  # fmt: skip
         if self.reduction == "none":
             loss = layout.first_rollouts(loss)
-        if not return_metrics:
+        if not self.return_metrics:
             return Contrasted(loss, weights, None, places)
         slots = _segments(layout, scores.device).slots.to(scores.device, non_blocking=True)
         if self.reduction != "mean":
@@ -84,32 +118,13 @@ class Contrast(NamedTuple):
         """The arguments of all ranks, and the places of this one's rollouts."""
         check.groups(groups, scores.shape[0] if isinstance(groups, Tensor) else 0)  # an int divides those of all ranks
         ids = groups.detach().long() if isinstance(groups, Tensor) else None
-        # Compared here, in their own type: the ranks' may differ, and their rounding with it.
+        # Compared before they travel, in their own type: the ranks' may differ, and their rounding with it.
         sign = torch.where(rewards > float(self.reward_threshold), torch.inf, -torch.inf)
         rewards = torch.where(rewards.isnan(), torch.nan, sign)
-        found = gather_rollouts(scores, rewards, counts, ids, name_of(self.process_group), self.factor)
-        everyone, rewards, all_counts, all_ids, places = found
-        return everyone, rewards, groups if ids is None else all_ids, None if counts is None else all_counts, places
-
-    def live_rollouts(self, rewards: Tensor, groups: int | Tensor, counts: Tensor) -> Tensor | None:
-        """[S] bool on the CPU: rollouts that can have a gradient; None where rewards or ids are not on the CPU.
-
-        counts: [S] response tokens; they are looked at where they are on the CPU.
-        """
-        num_rollouts = counts.shape[0]
-        check.rewards(rewards, num_rollouts)
-        if self.process_group is not None:  # a group may be valid by what another rank has
-            return ~rewards.isnan() if rewards.device.type == "cpu" else None
-        check.groups(groups, num_rollouts)
-        if rewards.device.type != "cpu" or (isinstance(groups, Tensor) and groups.device.type != "cpu"):
-            return None
-        scorable = ~rewards.isnan()
-        if counts.device.type == "cpu":
-            scorable &= counts > 0
-        positive = scorable & (rewards > float(self.reward_threshold))  # as the op compares them
-        segments = _segments(GroupLayout.of(groups, num_rollouts), rewards.device)
-        valid = (segments.max(positive.float()) > 0) & (segments.max((scorable & ~positive).float()) > 0)
-        return scorable & valid[segments.slots]
+        all_scores, rewards, all_counts, all_ids, places = gather_rollouts(
+            scores, rewards, counts, ids, name_of(self.parallel.data), self.parallel.data_factor
+        )
+        return all_scores, rewards, groups if ids is None else all_ids, None if counts is None else all_counts, places
 
 
 def _segments(layout: GroupLayout, device: torch.device) -> Segments:
@@ -126,3 +141,66 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
         # Dynamo turns a float that is added to a tensor into an input of the graph, and one that fills it into a guard.
         return torch.zeros((), dtype=like.dtype, device=like.device) + value
     return torch.full((), value, dtype=like.dtype, device=like.device)
+
+
+class _Selected(NamedTuple):
+    """The tokens to compute, and as `Source.logprobs` takes them; counts [S] of all; how many rollouts are left out."""
+
+    tokens: TokenLayout
+    keep: Tensor | None
+    counts: Tensor | None
+    left_out: Tensor | None
+
+
+def _selected(
+    source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
+) -> _Selected:
+    """Those that can have a gradient, where that is known without waiting and leaving the others out saves something."""
+    if not source.skips_tokens:
+        return _Selected(tokens, None, None, None)
+    counts = response_counts(tokens, contrast.parallel)
+    whole = contrast.parallel.data is None
+    live = live_rollouts(rewards, counts, contrast.reward_threshold, groups, whole)
+    if live is None:
+        return _Selected(tokens, None, counts, torch.zeros((), dtype=torch.int64, device=counts.device))
+    keep, local = tokens.per_token(live), live.to(counts.device, non_blocking=True)
+    wanted = keep if keep is not None and counts.device.type == "cpu" else tokens.per_token(local)
+    assert wanted is not None
+    return _Selected(tokens.only(wanted), keep, counts, ((counts > 0) & ~local).sum())
+
+
+def contrast_loss(
+    source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
+) -> Tensor | ConSPOOutput:
+    """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
+    if getattr(source, "synchronize", False):
+        check.rewards(rewards, response_counts(tokens, contrast.parallel).shape[0])
+        rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups
+    selected = _selected(source, tokens, contrast, rewards, groups)
+    logprobs, _entropy = source.logprobs(selected.tokens, selected.keep)
+    scores, counts = rollout_scores(logprobs, selected.tokens, contrast.parallel, contrast.implementation)
+    result = contrast.evaluate(scores, rewards, groups, counts if selected.counts is None else selected.counts)
+    if result.metrics is None:
+        return result.loss
+    metrics = result.metrics
+    if selected.left_out is not None:
+        left_out = selected.left_out
+        if contrast.parallel.data is not None:
+            left_out = sum_over_ranks(left_out, name_of(contrast.parallel.data))
+        metrics = {**metrics, "conspo/uncomputed_rollouts": left_out.to(scores.dtype)}
+    return ConSPOOutput(result.loss, metrics, scores.detach(), logprobs.detach().view(tokens.shape))
+
+
+def checked_scores(scores: Tensor) -> Tensor:
+    """Scores that a user passed, in fp32 or fp64."""
+    check.scores(scores)
+    return scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+
+
+def loss_of_scores(
+    contrast: Contrast, scores: Tensor, rewards: Tensor, groups: int | Tensor
+) -> Tensor | ConSPOOutput:
+    """The loss of scores that a user passed."""
+    scores = checked_scores(scores)
+    result = contrast.evaluate(scores, rewards, groups)
+    return result.loss if result.metrics is None else ConSPOOutput(result.loss, result.metrics, scores.detach(), None)

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Literal, overload
+
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from . import check
-from .distributed.vocab import VocabParallel
-from .ops.ranks import gradient_factor
-from .tokens import LinearHead, TokenOptions, label_logprobs, layout_scores, token_layout
+from .inputs import check
+from .inputs.parallel import Parallel, parallel_from
+from .inputs.tokens import NOT_CHECKED, Predictions, TokenLayout
+from .ops import check_implementation
+from .scores import rollout_scores
+from .sources import HiddenSource, LogitSettings, LogitsSource, Source
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .options import LinearLogprobOptions, LogprobOptions
 
 
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, return_entropy: Literal[False] = False, **options: Unpack[LogprobOptions]
+) -> Tensor: ...
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, return_entropy: Literal[True], **options: Unpack[LogprobOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def token_logprobs(
+    logits: Tensor, labels: Tensor, *, return_entropy: bool, **options: Unpack[LogprobOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def token_logprobs(
     logits: Tensor,
     labels: Tensor,
     *,
-    mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    vocab_parallel: VocabParallel | None = None,
+    parallel: Parallel | None = None,
     inplace_backward: bool = False,
     return_entropy: bool = False,
     implementation: str = "auto",
@@ -37,21 +57,21 @@ def token_logprobs(
         logits: [B, T, V] padded, or packed [N, V] or [1, N, V]; fp16, bf16, fp32 or fp64; last stride 1, the others
             free: a view such as `logits[:, :-1]` is read in place.
         labels: [B, T], [N] or [1, N] integers, aligned with the logits that predict them; `ignore_index`: no token.
-        mask: shaped like labels, any real dtype, zero = no token. Labels under it are never looked at.
+        response_mask: shaped like labels, any real dtype, zero = no token. Labels under it are never looked at.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed sequences; required for [N] with `shift`. Rows past the
             last offset are ignored. Without it [1, N] is one sequence.
-        shift: labels (and mask) are the input ids: position t predicts label t + 1 within its own sequence. Outputs
+        shift: labels (and response_mask) are the input ids: position t predicts label t + 1 within its own sequence. Outputs
             stay aligned with the logits. Better than slicing the logits, whose backward allocates a full buffer.
         temperature: T > 0 that the rollouts were sampled at.
         logit_scale: factor > 0 before the softcap.
         softcap: bound of the capped logits, > 0, or None.
         ignore_index: the label that means "no token"; it wins over an entry of the vocabulary.
-        vocab_parallel: `VocabParallel(group, start)`: the logits are this rank's part of the vocabulary, which begins
-            at entry `start`; labels are of the whole one, and the same on all ranks of the group, as the results are.
-            Logits that are a DTensor, sharded along the vocabulary, say so themselves.
+        parallel: a `Parallel`; here its `vocab` and `vocab_start` matter: the logits are this rank's part of the
+            vocabulary. Logits that are a DTensor, sharded along the vocabulary, say so themselves.
         inplace_backward: backward writes the gradient over the storage of `logits`, and so of every alias of them: no
-            [.., V] buffer is allocated. Logits must not be a leaf. Who else needs their values in a later backward, a
-            second one too, gets autograd's "modified by an inplace operation" error; who reads them gets the gradient.
+            [.., V] buffer is allocated. Logits must not be a leaf. Another backward that needs their values, a second
+            one through this loss too, raises autograd's "modified by an inplace operation"; reading them afterwards
+            gives the gradient.
         return_entropy: also return the entropy of each row's distribution, in nats, differentiable too.
         implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
 
@@ -67,16 +87,27 @@ def token_logprobs(
 
     Source: arXiv:2605.12969.
     """
-    options = TokenOptions(
-        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel
+    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
+    check.flags(return_entropy=return_entropy)
+    source = LogitsSource.from_arguments(logits, settings, inplace_backward=inplace_backward)
+    tokens = TokenLayout.from_arguments(
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel
     )
-    logprobs, entropy, _layout = label_logprobs(
-        logits, labels, options, inplace_backward=inplace_backward, with_entropy=return_entropy
-    )
-    logprobs = logprobs.view(labels.shape)
-    return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
+    return _logprobs(source, tokens, return_entropy)
 
 
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_entropy: Literal[False] = False, **options: Unpack[LinearLogprobOptions]
+) -> Tensor: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_entropy: Literal[True], **options: Unpack[LinearLogprobOptions]
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def linear_token_logprobs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_entropy: bool, **options: Unpack[LinearLogprobOptions]
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def linear_token_logprobs(
     hidden: Tensor,
     weight: Tensor,
@@ -85,16 +116,17 @@ def linear_token_logprobs(
     bias: Tensor | None = None,
     workspace_mib: float = 512,
     weight_grad: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
     batch_invariant: bool = False,
     synchronize: bool = False,
-    mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     temperature: float = 1.0,
     logit_scale: float = 1.0,
     softcap: float | None = None,
     ignore_index: int = -100,
-    vocab_parallel: VocabParallel | None = None,
+    parallel: Parallel | None = None,
     return_entropy: bool = False,
     implementation: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -108,11 +140,13 @@ def linear_token_logprobs(
         workspace_mib: memory for tiles of logits, MiB.
         weight_grad: [V, H] fp32 (fp64 for fp64 weights): backward adds the gradient of weight to it, unrounded, and
             weight itself gets none (the `main_grad` of some trainers). The logits are then computed again in backward.
+        logits_dtype: of the tiles of logits: None, as hidden, or torch.float32: fp32 logits from 16-bit operands, which
+            are not rounded in between. Their gradient is rounded to the dtype of hidden, as otherwise.
         batch_invariant: a token's log-probability is the same, bit for bit, whichever batch it is computed in: every
             GEMM has one shape, up to 256 rows, and the last is padded. The logits are computed again in backward.
         synchronize: wait for the GPU once, to see which tokens have a label: the others then cost nothing, as on a CPU.
-        vocab_parallel: as `token_logprobs`, of the rows of weight and bias. hidden is the same on all ranks of the
-            group, and so is its gradient, which is summed over them.
+        parallel: as `token_logprobs`; `vocab` splits the rows of weight and bias. hidden is the same on all of its
+            ranks, and so is its gradient, which is summed over them.
         Others: as `token_logprobs`.
 
     Returns:
@@ -127,31 +161,34 @@ def linear_token_logprobs(
         entropy is not asked for). Memory: the gradients, one accumulator in fp32, and the workspace. On a CPU ignored
         tokens cost nothing.
 
-    Source: DESIGN section 5.
+    Source: arXiv:2605.12969.
     """
-    options = TokenOptions(
-        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel
-    )
-    check.linear(hidden, weight, bias, workspace_mib, weight_grad)
-    check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
+    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     check.flags(return_entropy=return_entropy)
-    layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, None)
-    head = LinearHead.of(hidden, weight, bias, workspace_mib, weight_grad, batch_invariant, synchronize)
-    logprobs, entropy = head.logprobs(layout.labels, options, return_entropy)
-    logprobs = logprobs.view(labels.shape)
-    return (logprobs, entropy.view(labels.shape)) if return_entropy else logprobs
+    source = HiddenSource.from_arguments(
+        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
+        weight_grad=weight_grad, batch_invariant=batch_invariant, synchronize=synchronize,
+    )  # fmt: skip
+    tokens = TokenLayout.from_arguments(
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel
+    )
+    return _logprobs(source, tokens, return_entropy)
+
+
+def _logprobs(source: Source, tokens: TokenLayout, return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
+    logprobs, entropy = source.logprobs(tokens, with_entropy=return_entropy)
+    return (logprobs.view(tokens.shape), entropy.view(tokens.shape)) if return_entropy else logprobs.view(tokens.shape)
 
 
 def sequence_scores(
     logprobs: Tensor,
     labels: Tensor,
     *,
-    mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     shift: bool = False,
     ignore_index: int = -100,
-    context_group: ProcessGroup | None = None,
-    grad_reduction: str = "mean",
+    parallel: Parallel | None = None,
     implementation: str = "auto",
 ) -> Tensor:
     """Length-normalised score of each rollout: the mean log-probability of its response tokens.
@@ -160,14 +197,12 @@ def sequence_scores(
 
     Args:
         logprobs: [B, T] padded (a row is a rollout), or packed [N] or [1, N]; floating point.
-        labels: integers, shaped like logprobs, and `mask`, of the same shape, `shift` and `ignore_index`: as given to
+        labels: integers, shaped like logprobs, and `response_mask`, of the same shape, `shift` and `ignore_index`: as given to
             `token_logprobs`; they say which tokens count.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed rollouts; required for [N].
-        context_group: the ranks over which the tokens of each rollout are spread: all have the same S rollouts, each
-            its own tokens of them (none, perhaps). Scores are of whole rollouts, the same on every rank; the gradients
-            of the parameters are to be added up over these ranks.
-        grad_reduction: what the trainer does with gradients across `context_group`: "mean" (DDP, FSDP: they are
-            multiplied by the number of ranks) or "sum".
+        parallel: a `Parallel`; here its `context` matters, the ranks over which the tokens of each rollout are spread:
+            all have the same S rollouts, each its own tokens of them (none, perhaps). Scores are of whole rollouts, the
+            same on every rank; gradients of parameters are to be added up over these ranks, see `grad_reduction`.
         implementation: "auto", "triton", "native" or "torch".
 
     Returns:
@@ -181,11 +216,11 @@ def sequence_scores(
     Source: arXiv:2605.12969.
     """
     check.logprobs(logprobs)
-    check.ranks(grad_reduction, context_group=context_group)
-    options = TokenOptions(
-        mask, cu_seqlens, shift, ignore_index, implementation, context_group=context_group,
-        context_factor=gradient_factor(context_group, grad_reduction),
-    )  # fmt: skip
-    layout = token_layout("logprobs", logprobs, tuple(logprobs.shape), labels, options, "scores")
+    check_implementation(implementation)
+    split = parallel_from(parallel)
+    predictions = Predictions("logprobs", logprobs, tuple(logprobs.shape), NOT_CHECKED)
+    tokens = TokenLayout.from_arguments(
+        predictions, labels, response_mask, cu_seqlens, shift, ignore_index, split, "scores"
+    )
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    return layout_scores(logprobs.to(dtype).view(layout.labels.shape), layout, options)[0]
+    return rollout_scores(logprobs.to(dtype).view(tokens.labels.shape), tokens, split, implementation)[0]

@@ -1,34 +1,35 @@
-"""The ConSPO loss, from logits and from scores."""
+"""The ConSPO loss, from logits, from hidden states and from scores."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from . import check
-from .contrast import Contrast
-from .distributed.vocab import VocabParallel
-from .layout import over_tokens
-from .ops.ranks import gradient_factor, name_of, sum_over_ranks
-from .tokens import LinearHead, TokenOptions, label_logprobs, layout_scores, token_counts, token_layout
+from .contrast import ConSPOOutput, Contrast, contrast_loss, loss_of_scores
+from .inputs.parallel import Parallel
+from .inputs.tokens import TokenLayout
+from .sources import HiddenSource, LogitSettings, LogitsSource
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-class ConSPOOutput(NamedTuple):
-    """What `return_metrics=True` returns; all but the loss detached.
-
-    loss: as without metrics.  metrics: 0-d tensors named `conspo/...`.  scores: [S].  logprobs: shaped like labels, or
-    None where the loss was computed from scores.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
-    scores: Tensor
-    logprobs: Tensor | None
+    from .options import LinearLossOptions, LossOptions, ScoreOptions
 
 
+@overload
+def conspo_loss(
+    logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[LossOptions]
+) -> Tensor: ...
+@overload
+def conspo_loss(
+    logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[True], **options: Unpack[LossOptions]
+) -> ConSPOOutput: ...
+@overload
+def conspo_loss(
+    logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: bool, **options: Unpack[LossOptions]
+) -> Tensor | ConSPOOutput: ...
 def conspo_loss(
     logits: Tensor,
     labels: Tensor,
@@ -36,7 +37,7 @@ def conspo_loss(
     groups: int | Tensor,
     *,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     shift: bool = False,
     tau: float = 1.0,
     margin: float | Tensor = 0.0,
@@ -47,10 +48,7 @@ def conspo_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_groups: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    context_group: ProcessGroup | None = None,
-    vocab_parallel: VocabParallel | None = None,
-    grad_reduction: str = "mean",
+    parallel: Parallel | None = None,
     inplace_backward: bool = False,
     implementation: str = "auto",
     return_metrics: bool = False,
@@ -72,8 +70,9 @@ def conspo_loss(
             any order, groups of any sizes. May lie on the CPU.
         cu_seqlens: [S + 1] int32 or int64, flash-attn's convention; rows past the last offset are ignored and get zero
             gradient. May lie on the CPU, where its values are checked. Without it [1, N, V] is one rollout.
-        mask: shaped like labels, any real dtype, zero = not a response token; with `shift` it belongs to the input ids
-            and moves with them. Labels under it are never looked at.
+        response_mask: shaped like labels, any real dtype, zero = not a response token (prompts are zero: an attention
+            mask would train on them); with `shift` it belongs to the input ids and moves with them. Labels under it are
+            never looked at.
         shift: labels are the input ids: position t predicts label t + 1 within its own sequence. Better than slicing
             the logits, whose backward allocates a full buffer.
         tau: temperature of the contrast, > 0, in units of the scores (nats per token).
@@ -84,16 +83,10 @@ def conspo_loss(
         softcap: bound of the capped logits, > 0, or None.
         ignore_index: the label that means "not a response token"; it wins over an entry of the vocabulary.
         reduction: "mean" over the valid groups, "sum", or "none": [S / G] for an int G, [S] for ids with a group's loss
-            at its first rollout and 0 elsewhere (with `process_group` of the rollouts of all ranks).
+            at its first rollout and 0 elsewhere (with `parallel.data` of the rollouts of all ranks).
         num_groups: float, int or 0-d tensor > 0 that replaces the denominator of "mean" (gradient accumulation).
-        process_group: the ranks over which the rollouts of groups are spread: scores, rewards and ids are gathered, S
-            numbers each, and the loss and the metrics are of all of them, the same on every rank. Ids are global; an
-            int G counts over the rollouts of all ranks in rank order; a rank may have any number of them, or none.
-            The host waits for these numbers.
-        context_group: the ranks over which the tokens of each rollout are spread; see `sequence_scores`.
-        vocab_parallel: the logits are this rank's part of the vocabulary; see `token_logprobs`.
-        grad_reduction: what the trainer does with gradients across `process_group` and `context_group`: "mean" (DDP,
-            FSDP: they are multiplied by the number of ranks) or "sum".
+        parallel: what is split over ranks, a `Parallel`: `data` the rollouts of groups (the loss and the metrics are of
+            all of them), `context` the tokens of a rollout, `vocab` the vocabulary.
         inplace_backward: backward writes the gradient over the storage of `logits`; see `token_logprobs`.
         implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
         return_metrics: return a `ConSPOOutput` with metrics, scores and log-probabilities.
@@ -110,29 +103,33 @@ def conspo_loss(
 
     Cost: forward reads the logits once and allocates O(N); backward reads and writes them once. Tokens without gradient
         (ignored, or in a group that is not valid) are not read in backward. No synchronisation but that of
-        `process_group`.
+        `parallel.data`.
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast(
-        tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
+    contrast = Contrast.from_arguments(
+        tau, margin, reward_threshold, reduction, num_groups, parallel, implementation, return_metrics
     )
-    contrast.check(return_metrics)
-    check.ranks(grad_reduction, context_group=context_group)
-    options = TokenOptions(
-        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
-        context_group, gradient_factor(context_group, grad_reduction),
-    )  # fmt: skip
-    logprobs, _entropy, layout = label_logprobs(
-        logits, labels, options, inplace_backward=inplace_backward, needed_for="the loss"
+    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
+    source = LogitsSource.from_arguments(logits, settings, inplace_backward=inplace_backward)
+    tokens = TokenLayout.from_arguments(
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel, "the loss"
     )
-    scores, counts = layout_scores(logprobs, layout, options)
-    found = contrast.of(scores, rewards, groups, counts, return_metrics)
-    if found.metrics is None:
-        return found.loss
-    return ConSPOOutput(found.loss, found.metrics, scores.detach(), logprobs.detach().view(labels.shape))
+    return contrast_loss(source, tokens, contrast, rewards, groups)
 
 
+@overload
+def linear_conspo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[LinearLossOptions]
+) -> Tensor: ...
+@overload
+def linear_conspo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[True], **options: Unpack[LinearLossOptions]
+) -> ConSPOOutput: ...
+@overload
+def linear_conspo_loss(
+    hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: bool, **options: Unpack[LinearLossOptions]
+) -> Tensor | ConSPOOutput: ...
 def linear_conspo_loss(
     hidden: Tensor,
     weight: Tensor,
@@ -143,10 +140,11 @@ def linear_conspo_loss(
     bias: Tensor | None = None,
     workspace_mib: float = 512,
     weight_grad: Tensor | None = None,
+    logits_dtype: torch.dtype | None = None,
     batch_invariant: bool = False,
     synchronize: bool = False,
     cu_seqlens: Tensor | None = None,
-    mask: Tensor | None = None,
+    response_mask: Tensor | None = None,
     shift: bool = False,
     tau: float = 1.0,
     margin: float | Tensor = 0.0,
@@ -157,17 +155,15 @@ def linear_conspo_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
     num_groups: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    context_group: ProcessGroup | None = None,
-    vocab_parallel: VocabParallel | None = None,
-    grad_reduction: str = "mean",
+    parallel: Parallel | None = None,
     implementation: str = "auto",
     return_metrics: bool = False,
 ) -> Tensor | ConSPOOutput:
     """`conspo_loss` of logits = hidden @ weight.T + bias, which are never whole in memory.
 
     Args:
-        hidden, weight, bias, workspace_mib, weight_grad, batch_invariant, synchronize: as `linear_token_logprobs`.
+        hidden, weight, bias, workspace_mib, weight_grad, logits_dtype, batch_invariant, synchronize: as
+            `linear_token_logprobs`.
         Others: as `conspo_loss`.
 
     Returns:
@@ -181,44 +177,34 @@ def linear_conspo_loss(
     Cost: as `linear_token_logprobs`. Rollouts that are not computed cost nothing: on a CPU, and on a GPU where rewards,
         ids and cu_seqlens lie on the CPU.
 
-    Source: arXiv:2605.12969, v3; DESIGN section 5.
+    Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast(
-        tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
+    contrast = Contrast.from_arguments(
+        tau, margin, reward_threshold, reduction, num_groups, parallel, implementation, return_metrics
     )
-    contrast.check(return_metrics)
-    check.ranks(grad_reduction, context_group=context_group)
-    options = TokenOptions(
-        mask, cu_seqlens, shift, ignore_index, implementation, temperature, logit_scale, softcap, vocab_parallel,
-        context_group, gradient_factor(context_group, grad_reduction),
+    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
+    source = HiddenSource.from_arguments(
+        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
+        weight_grad=weight_grad, batch_invariant=batch_invariant, synchronize=synchronize,
     )  # fmt: skip
-    check.linear(hidden, weight, bias, workspace_mib, weight_grad)
-    check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
-    layout = token_layout("hidden", hidden, tuple(hidden.shape[:-1]), labels, options, "the loss")
-    counts = token_counts(layout, options)
-    if synchronize:
-        check.rewards(rewards, counts.shape[0])
-        rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups
-    live, keep = contrast.live_rollouts(rewards, groups, counts), None
-    computed = layout
-    if live is not None:
-        here = live.to(labels.device, non_blocking=True)
-        computed = layout.only(over_tokens(here, layout.labels.shape, layout.offsets), ignore_index)
-        if cu_seqlens is None or cu_seqlens.device.type == "cpu":
-            keep = over_tokens(live, layout.labels.shape, None if cu_seqlens is None else cu_seqlens.long()).flatten()
-    head = LinearHead.of(hidden, weight, bias, workspace_mib, weight_grad, batch_invariant, synchronize)
-    logprobs, _entropy = head.logprobs(computed.labels, options, keep=keep)
-    scores, _counts = layout_scores(logprobs, computed, options)
-    found = contrast.of(scores, rewards, groups, counts, return_metrics)
-    if found.metrics is None:
-        return found.loss
-    missing = torch.zeros_like(counts[:0].sum()) if live is None else ((counts > 0) & ~here).sum()
-    if process_group is not None:
-        missing = sum_over_ranks(missing, name_of(process_group))
-    metrics = {**found.metrics, "conspo/uncomputed_rollouts": missing.to(scores.dtype)}
-    return ConSPOOutput(found.loss, metrics, scores.detach(), logprobs.detach().view(labels.shape))
+    tokens = TokenLayout.from_arguments(
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel, "the loss"
+    )
+    return contrast_loss(source, tokens, contrast, rewards, groups)
 
 
+@overload
+def conspo_loss_from_scores(
+    scores: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[ScoreOptions]
+) -> Tensor: ...
+@overload
+def conspo_loss_from_scores(
+    scores: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[True], **options: Unpack[ScoreOptions]
+) -> ConSPOOutput: ...
+@overload
+def conspo_loss_from_scores(
+    scores: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: bool, **options: Unpack[ScoreOptions]
+) -> Tensor | ConSPOOutput: ...
 def conspo_loss_from_scores(
     scores: Tensor,
     rewards: Tensor,
@@ -229,8 +215,7 @@ def conspo_loss_from_scores(
     reward_threshold: float = 0.5,
     reduction: str = "mean",
     num_groups: float | Tensor | None = None,
-    process_group: ProcessGroup | None = None,
-    grad_reduction: str = "mean",
+    parallel: Parallel | None = None,
     implementation: str = "auto",
     return_metrics: bool = False,
 ) -> Tensor | ConSPOOutput:
@@ -251,11 +236,7 @@ def conspo_loss_from_scores(
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast(
-        tau, margin, reward_threshold, reduction, num_groups, implementation, process_group, grad_reduction
+    contrast = Contrast.from_arguments(
+        tau, margin, reward_threshold, reduction, num_groups, parallel, implementation, return_metrics
     )
-    contrast.check(return_metrics)
-    check.scores(scores)
-    scores = scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
-    found = contrast.of(scores, rewards, groups, None, return_metrics)
-    return found.loss if found.metrics is None else ConSPOOutput(found.loss, found.metrics, scores.detach(), None)
+    return loss_of_scores(contrast, scores, rewards, groups)

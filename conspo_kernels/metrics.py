@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .objective import Role
+
 
 def conspo_metrics(
     loss: Tensor,
@@ -23,12 +25,12 @@ def conspo_metrics(
         margin: 0-d.
         scores: [S].
         weights: [S] dloss/dscores.
-        roles: [S] int8: positive > 0, negative < 0, unscorable 0; +-1 in a valid group, +-2 elsewhere.
+        roles: [S] int8, of `Role`.
         slots: [S] int64, the group of each rollout.
         denominator: what the weights were divided by, or None: the number of valid groups.
         counts: [S] response tokens, or None: not known.
     """
-    positive, negative = roles == 1, roles == -1
+    positive, negative = roles == Role.POSITIVE, roles == Role.NEGATIVE
     dtype = scores.dtype
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
@@ -54,7 +56,7 @@ def conspo_metrics(
         "pos_prob_mean": mean(1 - q, positive),
         "valid_group_fraction": num_valid.to(dtype) / num_groups,
         "weight_abs_max": weights.abs().max() if weights.numel() else weights.new_zeros(()),
-        "skipped_rollouts": (roles == 0).sum(),
+        "skipped_rollouts": (roles == Role.UNSCORABLE).sum(),
     }
     if counts is not None:
         metrics["response_tokens"] = counts.sum()

@@ -16,6 +16,7 @@ Source: arXiv:2605.12969.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -48,7 +49,7 @@ def equal_segments(num_rollouts: int, size: int, device: torch.device) -> Segmen
     return Segments(order, offsets, order // size)
 
 
-class GroupInfoNCE(NamedTuple):
+class GroupLosses(NamedTuple):
     """losses: [K], 0 where a group is not valid.  weights: [S], d losses[k] / d scores.  valid: [K] bool."""
 
     losses: Tensor
@@ -56,9 +57,23 @@ class GroupInfoNCE(NamedTuple):
     valid: Tensor
 
 
+# (scores [S], positive [S] bool, negative [S] bool, segments): what an objective on scores is.
+ScoreObjective = Callable[[Tensor, Tensor, Tensor, Segments], GroupLosses]
+
+
+class Role:
+    """The part that a rollout has in its group, as an int8; idle: the group is not valid."""
+
+    UNSCORABLE = 0
+    POSITIVE = 1
+    NEGATIVE = -1
+    IDLE_POSITIVE = 2
+    IDLE_NEGATIVE = -2
+
+
 def group_infonce(
     scores: Tensor, positive: Tensor, negative: Tensor, segments: Segments, tau: float, margin: Tensor
-) -> GroupInfoNCE:
+) -> GroupLosses:
     """Value and gradient of every group's loss.
 
     Args:
@@ -88,4 +103,44 @@ def group_infonce(
     q = torch.where(positive, torch.sigmoid(x), 0.0) * per_positive[slots]
     pull = segments.sum(q) / torch.where(total > 0, total, 1.0)
     weights = torch.where(negative, pull[slots] * odds, -q)
-    return GroupInfoNCE(torch.where(valid, losses, 0.0), torch.where(valid[slots], weights, 0.0), valid)
+    return GroupLosses(torch.where(valid, losses, 0.0), torch.where(valid[slots], weights, 0.0), valid)
+
+
+class Evaluated(NamedTuple):
+    """loss: 0-d, or [K] for reduction "none".  weights: [S] dloss/dscores.  roles: [S] int8, of `Role`."""
+
+    loss: Tensor
+    weights: Tensor
+    roles: Tensor
+
+
+def evaluate(
+    objective: ScoreObjective,
+    scores: Tensor,
+    rewards: Tensor,
+    counts: Tensor | None,
+    segments: Segments,
+    reward_threshold: float,
+    reduction: str,
+    num_groups: Tensor | None,
+) -> Evaluated:
+    """An objective on scores [S], with rewards [S] in place of positive and negative, and reduced over the groups.
+
+    Args:
+        rewards: [S], NaN = unscorable.
+        counts: [S] response tokens, 0 = unscorable; None: a NaN score is unscorable.
+        reduction: "mean" over the valid groups, "sum" or "none".
+        num_groups: 0-d, in place of the number of valid groups in "mean", or None.
+    """
+    scorable = ~rewards.isnan() & (scores == scores if counts is None else counts > 0)
+    positive = scorable & (rewards > reward_threshold)
+    negative = scorable & ~positive
+    losses, weights, valid = objective(scores, positive, negative, segments)
+    sign = positive.to(torch.int8) - negative.to(torch.int8)  # Role.POSITIVE and Role.NEGATIVE, twice that if idle
+    roles = torch.where(valid[segments.slots], sign, 2 * sign)
+    if reduction == "none":
+        return Evaluated(losses, weights, roles)
+    denominator = scores.new_ones(())
+    if reduction == "mean":
+        denominator = valid.sum().clamp(min=1) if num_groups is None else num_groups
+    return Evaluated(losses.sum() / denominator, weights / denominator, roles)

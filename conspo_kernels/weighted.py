@@ -1,73 +1,93 @@
-"""The sum of weighted scores of a micro-batch: what the losses of phase 2 have in common."""
+"""Sums of scores or log-probabilities with known weights: what the losses of phase 2 have in common."""
 
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import check
-from .layout import TokenLayout
+from .contrast import ConSPOOutput
+from .inputs import check
+from .inputs.tokens import TokenLayout
+from .ops.known_gradient import attach_gradient
+from .ops.ranks import name_of, sum_over_ranks
 from .ops.sequence_score import sequence_score_backward
-from .tokens import TokenOptions, layout_scores, token_counts
+from .scores import response_counts, rollout_scores
+from .sources import Source
 
 # Nats per token. The same parameters score the same tokens alike but for rounding: in bf16 a model's logits move by a
 # hundredth when its batch does, and the mean over the tokens of a rollout by less.
 DRIFT_TOLERANCE = 0.01
 
 
-class WeightedScores(NamedTuple):
-    """weights [S] beside the tokens.  phase_one: [S] the scores that they were computed from, or None."""
+def weighted_scores(
+    source: Source, tokens: TokenLayout, weights: Tensor, phase_one: Tensor | None, return_metrics: bool
+) -> Tensor | ConSPOOutput:
+    """sum_i weights[i] * s_i over rollouts [S], with its gradient.  phase_one: [S] scores that weights are from."""
+    check.flags(return_metrics=return_metrics)
+    parallel, implementation = source.settings.parallel, source.settings.implementation
+    counts = response_counts(tokens, parallel)
+    check.weights(weights, counts, phase_one)
+    on_cpu = weights if weights.device.type == "cpu" else None
+    weights = weights.detach().to(counts.device, source.dtype, non_blocking=True)
+    coefficients = sequence_score_backward(
+        weights * parallel.context_factor, counts, tokens.labels, tokens.offsets, implementation
+    )
+    keep = None
+    if source.skips_tokens:
+        tokens = tokens.only(coefficients != 0)
+        keep = None if on_cpu is None else tokens.per_token(on_cpu != 0)
+    known = source.known_gradient(tokens, coefficients, keep)
+    logprobs = source.logprobs(tokens, keep)[0] if known is None else known.logprobs
+    scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
+    used = (weights != 0) & (counts > 0)  # what has no weight or no tokens is not looked at
+    value = torch.where(used, weights * scores, 0.0).sum()
+    for x, gradient in () if known is None else known.gradients:
+        value = attach_gradient(value, x, gradient)
+    scores = scores.detach()
+    metrics = {"conspo/response_tokens": counts.sum().to(scores.dtype)}
+    if phase_one is not None:
+        metrics["conspo/score_drift"] = _drift(scores, phase_one.to(scores, non_blocking=True), used)
+    if not return_metrics:
+        return value
+    if source.skips_tokens:
+        scores = scores.masked_fill(weights == 0, torch.nan)  # not computed
+    return ConSPOOutput(value, metrics, scores, logprobs.detach().view(tokens.shape))
 
-    weights: Tensor
-    counts: Tensor
-    phase_one: Tensor | None
-    layout: TokenLayout
-    options: TokenOptions
 
-    @classmethod
-    def of(
-        cls, weights: Tensor, phase_one: Tensor | None, layout: TokenLayout, options: TokenOptions, dtype: torch.dtype
-    ) -> WeightedScores:
-        """From the doors' arguments; dtype: of logits or hidden states."""
-        counts = token_counts(layout, options)
-        check.weights(weights, counts, phase_one)
-        acc = torch.float64 if dtype == torch.float64 else torch.float32
-        weights = weights.detach().to(counts.device, acc, non_blocking=True)
-        if phase_one is not None:
-            phase_one = phase_one.detach().to(counts.device, acc, non_blocking=True)
-        return cls(weights, counts, phase_one, layout, options)
-
-    def coefficients(self) -> Tensor:
-        """[B, T], of each token's log-probability."""
-        weights, layout, options = self.weights * self.options.context_factor, self.layout, self.options
-        return sequence_score_backward(
-            weights, self.counts, layout.labels, layout.offsets, options.ignore_index, options.implementation
+def _drift(scores: Tensor, phase_one: Tensor, used: Tensor) -> Tensor:
+    """The largest change among rollouts with a weight; warns where the number is at hand: a GPU would be waited for."""
+    changes = torch.where(used, (scores - phase_one).abs(), 0.0)
+    drift = changes.max() if changes.numel() else changes.sum()
+    if drift.device.type == "cpu" and not torch.compiler.is_compiling() and not drift <= DRIFT_TOLERANCE:
+        warnings.warn(
+            f"scores drifted by {drift.item():.3g} nats per token since phase 1 (more than {DRIFT_TOLERANCE}): the "
+            "gradient is that of other parameters, of dropout left on, or of another temperature or mask",
+            RuntimeWarning,
+            stacklevel=4,
         )
+    return drift
 
-    def sum(self, logprobs: Tensor) -> tuple[Tensor, dict[str, Tensor], Tensor]:
-        """sum_i weights[i] * s_i of log-probabilities [B, T], its metrics, and the scores [S].
 
-        What has no weight or no tokens is not looked at.
-        """
-        scores, _counts = layout_scores(logprobs, self.layout, self.options)
-        used = (self.weights != 0) & (self.counts > 0)
-        value = torch.where(used, self.weights * scores, 0.0).sum()
-        metrics = {"conspo/response_tokens": self.counts.sum().to(scores.dtype)}
-        if self.phase_one is not None:
-            drift = torch.where(used, (scores.detach() - self.phase_one).abs(), 0.0)
-            metrics["conspo/score_drift"] = drift.max() if drift.numel() else drift.sum()
-            self._warn(metrics["conspo/score_drift"])
-        return value, metrics, scores.detach()
-
-    def _warn(self, drift: Tensor) -> None:
-        """Where the number is at hand: on a GPU it would have to be waited for."""
-        if drift.device.type == "cpu" and not torch.compiler.is_compiling() and not drift <= DRIFT_TOLERANCE:
-            warnings.warn(
-                f"scores drifted by {drift.item():.3g} nats per token since phase 1 (more than {DRIFT_TOLERANCE}): the "
-                "gradient is that of other parameters, of dropout left on, or of another temperature or mask",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+def weighted_logprobs(source: Source, tokens: TokenLayout, coefficients: Tensor) -> Tensor:
+    """sum_t coefficients[t] * logp[t] over response tokens, with its gradient.  coefficients: shaped like labels."""
+    check.coefficients(coefficients, tuple(tokens.shape), tokens.labels)
+    parallel, keep = source.settings.parallel, None
+    if coefficients.device.type == "cpu":
+        keep = (coefficients != 0).view(tokens.labels.shape)
+    coefficients = coefficients.detach().to(tokens.labels.device, source.dtype, non_blocking=True)
+    coefficients = torch.where(tokens.active, coefficients.view(tokens.labels.shape), 0.0)
+    if source.skips_tokens:
+        tokens = tokens.only(coefficients != 0)
+    scaled = coefficients * parallel.context_factor if parallel.context_factor != 1 else coefficients
+    known = source.known_gradient(tokens, scaled, keep)
+    logprobs = source.logprobs(tokens, keep)[0] if known is None else known.logprobs
+    # What has no coefficient is not looked at: its log-probability may be -inf.
+    value = torch.where(coefficients == 0, 0.0, scaled * logprobs).sum()
+    if parallel.context is not None:
+        local = value.detach()
+        value = value - local + sum_over_ranks(local / parallel.context_factor, name_of(parallel.context))
+    for x, gradient in () if known is None else known.gradients:
+        value = attach_gradient(value, x, gradient)
+    return value

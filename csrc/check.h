@@ -1,4 +1,4 @@
-// Invariants of the callers in kernels/native.py. Users' mistakes were found before: these say that ours is at fault.
+// Invariants of the callers in backends/native.py. Users' mistakes were found before: these say that ours is at fault.
 
 #pragma once
 

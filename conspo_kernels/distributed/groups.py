@@ -34,7 +34,7 @@ def gather(
     dist.all_gather(numbers, number, group=group)
     sizes, with_counts, with_ids = torch.stack(numbers).T.tolist()
     if len(set(with_ids)) > 1 or len(set(with_counts)) > 1:
-        raise ValueError("groups must be prompt ids on all ranks of process_group or an int on all, got both")
+        raise ValueError("groups must be prompt ids on all ranks of parallel.data or an int on all, got both")
     most, rank = max(sizes), group.rank()
 
     # One buffer of 64 bits a number: floating point goes as its bits in fp64, which has those of every narrower type.
@@ -42,11 +42,11 @@ def gather(
     packed = torch.zeros(len(columns), most, dtype=torch.int64, device=device)
     for row, column in zip(packed, columns, strict=True):
         row[: sizes[rank]] = column.to(device, non_blocking=True)
-    everyone = [torch.empty_like(packed) for _ in range(group.size())]
-    dist.all_gather(everyone, packed, group=group)
-    found = torch.cat([part[:, :size] for part, size in zip(everyone, sizes, strict=True)], dim=1)
+    of_all_ranks = [torch.empty_like(packed) for _ in range(group.size())]
+    dist.all_gather(of_all_ranks, packed, group=group)
+    joined = torch.cat([part[:, :size] for part, size in zip(of_all_ranks, sizes, strict=True)], dim=1)
     like = [scores, rewards, *(x for x in (counts, groups) if x is not None)]
-    values = iter([_from_bits(x, of.dtype) for x, of in zip(found.unbind(), like, strict=True)])
+    values = iter([_from_bits(x, of.dtype) for x, of in zip(joined.unbind(), like, strict=True)])
     start = sum(sizes[:rank])
     return Gathered(
         next(values), next(values), None if counts is None else next(values), None if groups is None else next(values),

@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import check
+from ..backends.contract import ContrastSettings, Rollouts
+from ..backends.registry import kernels_for
 from ..objective import Segments, equal_segments
-from .implementation import twin
+from ..values import check_factor, check_margin
+from ..registration import op
 
 
-@torch.library.custom_op("conspo::group_infonce", mutates_args=())
+def _fake(
+    scores: Tensor,
+    rewards: Tensor,
+    counts: Tensor | None,
+    order: Tensor | None,
+    offsets: Tensor | None,
+    slots: Tensor | None,
+    group_size: int,
+    *others: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    reduction = others[-2]
+    num_slots = scores.shape[0] // group_size if offsets is None else offsets.shape[0] - 1
+    loss = scores.new_empty((num_slots,) if reduction == "none" else ())
+    return loss, torch.empty_like(scores), torch.empty_like(scores, dtype=torch.int8)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    scores, slots, group_size, reduction = inputs[0], inputs[5], inputs[6], inputs[11]
+    _loss, weights, roles = output
+    if reduction == "none" and slots is None:
+        slots = equal_segments(scores.shape[0], group_size, scores.device).slots
+    ctx.save_for_backward(weights, slots if reduction == "none" else None)
+    ctx.mark_non_differentiable(weights, roles)
+    ctx.set_materialize_grads(False)
+
+
+def score_gradient(grad_loss: Tensor, weights: Tensor, slots: Tensor | None) -> Tensor:
+    """The gradient of scores [S]; slots: of losses that are not reduced, which group each rollout is in."""
+    if slots is not None:
+        grad_loss = grad_loss[slots.to(grad_loss.device, non_blocking=True)]
+    # A weight of zero takes no part: an infinite or NaN incoming gradient of another group must not reach it as NaN.
+    return torch.where(weights == 0, 0.0, weights * grad_loss)
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Any, ...]:
+    others = (None,) * 12
+    if grad_loss is None:
+        return None, *others
+    return score_gradient(grad_loss, *ctx.saved_tensors), *others
+
+
+@op(_fake, setup_context=_setup_context, backward=_backward)
 def group_infonce(
     scores: Tensor,
     rewards: Tensor,
@@ -39,66 +84,22 @@ def group_infonce(
     Returns:
         loss: 0-d, or the K losses of the slots for "none"; dtype of the scores.
         weights: [S] dloss/dscores (for "none" of the rollout's own group).
-        roles: [S] int8; positive rollouts > 0, negative ones < 0, unscorable ones 0; 1 in a valid group, else 2.
+        roles: [S] int8, of `objective.Role`.
     """
-    device = scores.device
-
-    def here(x: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-        return None if x is None else x.to(device, dtype or x.dtype, non_blocking=True)
-
     if margin.device.type == "cpu":
-        check.margin_in_range(margin.item())
+        check_margin(margin.item())
     if num_groups is not None and num_groups.device.type == "cpu":
-        check.in_range("num_groups", num_groups.item())
+        check_factor("num_groups", num_groups.item())
+    device, dtype = scores.device, scores.dtype
     segments = None
-    if order is not None:
-        segments = Segments(here(order), here(offsets), here(slots))  # type: ignore[arg-type]
+    if order is not None and offsets is not None and slots is not None:
+        segments = Segments(*(x.to(device, non_blocking=True) for x in (order, offsets, slots)))
+    rewards = rewards.to(device, non_blocking=True).contiguous()
+    margin = margin.to(device, dtype, non_blocking=True)
+    if num_groups is not None:
+        num_groups = num_groups.to(device, dtype, non_blocking=True)
     with torch.cuda.device_of(scores):
-        return twin("group_infonce", implementation, device).forward(
-            scores.contiguous(), here(rewards).contiguous(), counts, segments, group_size, here(margin, scores.dtype),  # type: ignore[union-attr]
-            here(num_groups, scores.dtype), tau, reward_threshold, reduction,
-        )  # fmt: skip
-
-
-@group_infonce.register_fake
-def _(
-    scores: Tensor,
-    rewards: Tensor,
-    counts: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    slots: Tensor | None,
-    group_size: int,
-    margin: Tensor,
-    num_groups: Tensor | None,
-    tau: float,
-    reward_threshold: float,
-    reduction: str,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_slots = scores.shape[0] // group_size if offsets is None else offsets.shape[0] - 1
-    loss = scores.new_empty((num_slots,) if reduction == "none" else ())
-    return loss, torch.empty_like(scores), torch.empty_like(scores, dtype=torch.int8)
-
-
-def _setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    scores, slots, group_size, reduction = inputs[0], inputs[5], inputs[6], inputs[11]
-    _loss, weights, roles = output
-    if reduction == "none" and slots is None:
-        slots = equal_segments(scores.shape[0], group_size, scores.device).slots
-    ctx.save_for_backward(weights, slots if reduction == "none" else None)
-    ctx.mark_non_differentiable(weights, roles)
-    ctx.set_materialize_grads(False)
-
-
-def _backward(ctx, grad_loss, *_):  # type: ignore[no-untyped-def]
-    if grad_loss is None:
-        return (None,) * 13
-    weights, slots = ctx.saved_tensors
-    if slots is not None:
-        grad_loss = grad_loss[slots.to(grad_loss.device, non_blocking=True)]
-    # A weight of zero takes no part: an infinite or NaN incoming gradient of another group must not reach it as NaN.
-    return torch.where(weights == 0, 0.0, weights * grad_loss), *(None,) * 12
-
-
-group_infonce.register_autograd(_backward, setup_context=_setup_context)
+        return kernels_for("group_infonce", implementation, device).forward(
+            Rollouts(scores.contiguous(), rewards, counts, segments, group_size),
+            ContrastSettings(tau, margin, reward_threshold, reduction, num_groups),
+        )

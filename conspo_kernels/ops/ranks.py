@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,10 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from ..distributed import context, groups, vocab
-from ..distributed.vocab import Statistics
-from ..kernels.linear_tiles import ELSEWHERE, IGNORED
-
-LocalForward = Callable[[Tensor, int], tuple[Tensor, Tensor | None, Tensor, Tensor]]
+from ..values import ELSEWHERE, IGNORED, Statistics
+from ..registration import op
 
 
 def name_of(group: ProcessGroup | None) -> str:
@@ -24,55 +23,66 @@ def resolved(name: str) -> ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
 
 
-def gradient_factor(group: ProcessGroup | None, grad_reduction: str) -> float:
-    """What a rank's gradient is multiplied by, so that the trainer's mean over the ranks is their sum."""
-    return float(group.size()) if group is not None and grad_reduction == "mean" else 1.0
-
-
-def labels_here(labels: Tensor, ignore_index: int, start: int, size: int) -> Tensor:
-    """Labels relative to a part of the vocabulary: IGNORED where there is no token, ELSEWHERE in another part."""
+def local_labels(labels: Tensor, start: int, size: int) -> Tensor:
+    """Labels relative to a part of the vocabulary: ELSEWHERE if in another part."""
     inside = (labels >= start) & (labels < start + size)
-    return torch.where(labels == ignore_index, IGNORED, torch.where(inside, labels - start, ELSEWHERE))
+    return torch.where(labels == IGNORED, IGNORED, torch.where(inside, labels - start, ELSEWHERE))
 
 
-def statistics_of_all(
-    forward: LocalForward, labels: Tensor, ignore_index: int, start: int, size: int, scale: float, group: str
+def statistics_over_ranks(
+    forward: Callable[[Tensor], Statistics], labels: Tensor, start: int, size: int, scale: float, group: str
 ) -> Statistics:
     """Statistics of rows whose logits are spread over the ranks of a group.
 
-    forward: those of this rank's part, from labels in it and the value that means "no token".
+    forward: those of this rank's part, from labels in it.
     """
-    here = labels_here(labels, ignore_index, start, size)
-    part = Statistics(*forward(torch.where(here == ELSEWHERE, 0, here), IGNORED))
-    ignored = here == IGNORED
-    whole, owners = vocab.whole_statistics(part, here >= 0, ignored, scale, resolved(group))
+    local = local_labels(labels, start, size)
+    part = forward(torch.where(local == ELSEWHERE, 0, local))
+    ignored = labels == IGNORED
+    whole, owners = vocab.whole_statistics(part, local >= 0, ignored, scale, resolved(group))
     if labels.device.type == "cpu" and (bad := ~ignored & (owners != 1)).any():
         position = tuple(bad.nonzero()[0].tolist())
         if owners[position] > 1:
             raise ValueError(
-                f"the parts of vocab_parallel must not overlap: {owners[position].item():.0f} ranks have the label "
+                f"the parts of parallel.vocab must not overlap: {owners[position].item():.0f} ranks have the label "
                 f"{labels[position].item()}, this one's entries from {start} to {start + size - 1}"
             )
         raise ValueError(
-            f"labels must lie in the vocabulary of all ranks or equal ignore_index ({ignore_index}); "
+            "labels must lie in the vocabulary of all ranks or equal ignore_index; "
             f"found {labels[position].item()} at token {position}"
         )
     return whole
 
 
-@torch.library.custom_op("conspo::sum_over_ranks", mutates_args=())
+def _fake_sum(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
+@op(_fake_sum)
 def sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    """The sum of what the ranks of a group have."""
     total = x.clone()
     torch.distributed.all_reduce(total, group=resolved(group))
     return total
 
 
-@sum_over_ranks.register_fake
-def _(x: Tensor, group: str) -> Tensor:
-    return torch.empty_like(x)
+def _fake_scores(scores: Tensor, counts: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scores), torch.empty_like(counts)
 
 
-@torch.library.custom_op("conspo::whole_scores", mutates_args=())
+def _setup_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _scores, counts, _group, ctx.factor = inputs
+    ctx.save_for_backward(counts, output[1])
+    ctx.mark_non_differentiable(output[1])
+
+
+def _backward_scores(ctx: Any, grad_scores: Tensor, _grad_counts: object) -> tuple[Any, ...]:
+    local, whole = ctx.saved_tensors
+    share = local.to(grad_scores.dtype) / whole.clamp(min=1)
+    return torch.where(local > 0, grad_scores * share * ctx.factor, 0.0), None, None, None
+
+
+@op(_fake_scores, setup_context=_setup_scores, backward=_backward_scores)
 def whole_scores(scores: Tensor, counts: Tensor, group: str, factor: float) -> tuple[Tensor, Tensor]:
     """Scores and counts [S] of rollouts whose tokens are spread over the ranks of a group, from those of this rank.
 
@@ -82,48 +92,9 @@ def whole_scores(scores: Tensor, counts: Tensor, group: str, factor: float) -> t
     return context.whole_scores(scores, counts, resolved(group))
 
 
-@whole_scores.register_fake
-def _(scores: Tensor, counts: Tensor, group: str, factor: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scores), torch.empty_like(counts)
-
-
-def _setup_scores(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _scores, counts, _group, ctx.factor = inputs
-    ctx.save_for_backward(counts, output[1])
-    ctx.mark_non_differentiable(output[1])
-
-
-def _backward_scores(ctx, grad_scores, _grad_counts):  # type: ignore[no-untyped-def]
-    here, whole = ctx.saved_tensors
-    share = here.to(grad_scores.dtype) / whole.clamp(min=1)
-    return torch.where(here > 0, grad_scores * share * ctx.factor, 0.0), None, None, None
-
-
-whole_scores.register_autograd(_backward_scores, setup_context=_setup_scores)
-
-
-@torch.library.custom_op("conspo::gather_rollouts", mutates_args=())
-def gather_rollouts(
-    scores: Tensor, rewards: Tensor, counts: Tensor | None, ids: Tensor | None, group: str, factor: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """scores, rewards, counts and ids of all ranks in rank order (the last two empty if None), and the places of ours.
-
-    The host waits once, for the numbers of rollouts.  factor: of the gradient, as in `whole_scores`.
-    """
-    del factor
-    found = groups.gather(scores, rewards, counts, ids, resolved(group))
-    nothing = [torch.empty(0, dtype=torch.int64, device=scores.device) for _ in range(2)]
-    places = torch.arange(found.start, found.stop, device=scores.device)
-    return (
-        found.scores, found.rewards, nothing[0] if found.counts is None else found.counts,
-        nothing[1] if found.groups is None else found.groups, places,
-    )  # fmt: skip
-
-
-@gather_rollouts.register_fake
-def _(
-    scores: Tensor, rewards: Tensor, counts: Tensor | None, ids: Tensor | None, group: str, factor: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake_gather(
+    scores: Tensor, rewards: Tensor, counts: Tensor | None, ids: Tensor | None, *_: object
+) -> tuple[Tensor, ...]:
     number = torch.library.get_ctx().new_dynamic_size()
     device = scores.device
 
@@ -136,15 +107,30 @@ def _(
     return like(scores), like(rewards), like(counts), like(ids), places
 
 
-def _setup_gather(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.factor = inputs[5]
     ctx.save_for_backward(output[4])
     ctx.mark_non_differentiable(*output[1:])
 
 
-def _backward_gather(ctx, grad_scores, *_):  # type: ignore[no-untyped-def]
+def _backward_gather(ctx: Any, grad_scores: Tensor, *_: object) -> tuple[Any, ...]:
     (places,) = ctx.saved_tensors
     return grad_scores.index_select(0, places) * ctx.factor, None, None, None, None, None
 
 
-gather_rollouts.register_autograd(_backward_gather, setup_context=_setup_gather)
+@op(_fake_gather, setup_context=_setup_gather, backward=_backward_gather)
+def gather_rollouts(
+    scores: Tensor, rewards: Tensor, counts: Tensor | None, ids: Tensor | None, group: str, factor: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """scores, rewards, counts and ids of all ranks in rank order (the last two empty if None), and the places of ours.
+
+    The host waits once, for the numbers of rollouts.  factor: of the gradient, as in `whole_scores`.
+    """
+    del factor
+    gathered = groups.gather(scores, rewards, counts, ids, resolved(group))
+    absent = [torch.empty(0, dtype=torch.int64, device=scores.device) for _ in range(2)]
+    places = torch.arange(gathered.start, gathered.stop, device=scores.device)
+    return (
+        gathered.scores, gathered.rewards, absent[0] if gathered.counts is None else gathered.counts,
+        absent[1] if gathered.groups is None else gathered.groups, places,
+    )  # fmt: skip

@@ -1,4 +1,4 @@
-// The ops on CPU tensors, bare: no schema, no autograd. Shapes as in kernels/native.py.
+// The ops on CPU tensors, bare: no schema, no autograd. Shapes as in backends/contract.py.
 
 #pragma once
 
@@ -12,28 +12,28 @@ namespace conspo {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr int64_t IGNORED = -1;  // the label of no response token, as in conspo_kernels/values.py
+
 // logprobs, entropy (undefined unless asked for), row_max, log_sum: [B, T] each.
 std::tuple<Tensor, OptionalTensor, Tensor, Tensor> token_logprob_forward(
-    const Tensor& logits, const Tensor& labels, int64_t ignore_index, double inner, double scale, bool capped,
-    bool with_entropy);
+    const Tensor& logits, const Tensor& labels, double inner, double scale, bool capped, bool with_entropy);
 
 void token_logprob_backward(
     const Tensor& grad_logits, const Tensor& logits, const Tensor& labels, const Tensor& row_max,
     const Tensor& log_sum, const OptionalTensor& entropy, const Tensor& grad_logprobs,
-    const OptionalTensor& grad_entropy, int64_t ignore_index, double inner, double scale, bool capped);
+    const OptionalTensor& grad_entropy, double inner, double scale, bool capped);
 
 // logprobs, with the gradient for coefficients [B, T] known beforehand written on the way.
 Tensor token_logprob_forward_backward(
-    const Tensor& grad_logits, const Tensor& logits, const Tensor& labels, const Tensor& coefficients,
-    int64_t ignore_index, double inner, double scale, bool capped);
+    const Tensor& grad_logits, const Tensor& logits, const Tensor& labels, const Tensor& coefficients, double inner,
+    double scale, bool capped);
 
 // scores [S], counts [S] int32.
 std::tuple<Tensor, Tensor> sequence_score_forward(
-    const Tensor& logprobs, const Tensor& labels, const OptionalTensor& offsets, int64_t ignore_index);
+    const Tensor& logprobs, const Tensor& labels, const OptionalTensor& offsets);
 
 Tensor sequence_score_backward(
-    const Tensor& grad_scores, const Tensor& counts, const Tensor& labels, const OptionalTensor& offsets,
-    int64_t ignore_index);
+    const Tensor& grad_scores, const Tensor& counts, const Tensor& labels, const OptionalTensor& offsets);
 
 enum Reduction : int64_t { MEAN, SUM, NONE };
 

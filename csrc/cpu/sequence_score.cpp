@@ -42,7 +42,7 @@ class Rollouts {
 }  // namespace
 
 std::tuple<Tensor, Tensor> sequence_score_forward(
-    const Tensor& logprobs, const Tensor& labels, const OptionalTensor& offsets, int64_t ignore_index) {
+    const Tensor& logprobs, const Tensor& labels, const OptionalTensor& offsets) {
   check_contiguous(logprobs, "logprobs", logprobs.scalar_type(), labels.numel());
   check_contiguous(labels, "labels", at::kLong, labels.numel());
   const Rollouts rollouts(labels, offsets);
@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> sequence_score_forward(
         double sum = 0;
         int64_t n = 0;
         for (int64_t i = rollouts.begin(s); i < rollouts.end(s); ++i) {
-          if (tokens[i] == ignore_index) continue;
+          if (tokens[i] == IGNORED) continue;
           sum += double(values[i]);
           ++n;
         }
@@ -71,8 +71,7 @@ std::tuple<Tensor, Tensor> sequence_score_forward(
 }
 
 Tensor sequence_score_backward(
-    const Tensor& grad_scores, const Tensor& counts, const Tensor& labels, const OptionalTensor& offsets,
-    int64_t ignore_index) {
+    const Tensor& grad_scores, const Tensor& counts, const Tensor& labels, const OptionalTensor& offsets) {
   check_contiguous(labels, "labels", at::kLong, labels.numel());
   const Rollouts rollouts(labels, offsets);
   check_contiguous(grad_scores, "grad_scores", grad_scores.scalar_type(), rollouts.count());
@@ -88,7 +87,7 @@ Tensor sequence_score_backward(
         if (count[s] <= 0) continue;
         const scalar_t per_token = grad_score[s] / scalar_t(count[s]);
         for (int64_t i = rollouts.begin(s); i < rollouts.end(s); ++i)
-          if (tokens[i] != ignore_index) out[i] = per_token;
+          if (tokens[i] != IGNORED) out[i] = per_token;
       }
     });
   });

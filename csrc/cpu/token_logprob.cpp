@@ -88,7 +88,6 @@ struct Forward {
   Rows rows;
   Transform transform;
   const int64_t* labels;
-  int64_t ignore_index;
   T *logprobs, *entropy, *row_max, *log_sum;
 
   Statistics part(int64_t row, int64_t index) const {
@@ -104,7 +103,7 @@ struct Forward {
     return found;
   }
 
-  bool ignored(int64_t row) const { return labels[row] == ignore_index; }
+  bool ignored(int64_t row) const { return labels[row] == IGNORED; }
 
   void ignore(int64_t row) const {
     logprobs[row] = row_max[row] = log_sum[row] = 0;
@@ -161,11 +160,10 @@ struct Backward {
   Rows to, rows;
   Transform transform;
   const int64_t* labels;
-  int64_t ignore_index;
   const T *row_max, *log_sum, *entropy, *grad_logprobs, *grad_entropy;
 
   void part(int64_t row, int64_t begin, int64_t end) const {
-    const bool active = labels[row] != ignore_index;
+    const bool active = labels[row] != IGNORED;
     const T c = active ? grad_logprobs[row] : T(0), h = active && grad_entropy ? grad_entropy[row] : T(0);
     if (c == 0 && h == 0) {
       to.zero(row, begin, end);
@@ -184,8 +182,7 @@ T* data(const OptionalTensor& tensor) {
 }  // namespace
 
 std::tuple<Tensor, OptionalTensor, Tensor, Tensor> token_logprob_forward(
-    const Tensor& logits, const Tensor& labels, int64_t ignore_index, double inner, double scale, bool capped,
-    bool with_entropy) {
+    const Tensor& logits, const Tensor& labels, double inner, double scale, bool capped, bool with_entropy) {
   const int64_t num_rows = labels.numel();
   check_rows(logits, "logits", {labels.size(0), labels.size(1), logits.size(2)});
   check_contiguous(labels, "labels", at::kLong, num_rows);
@@ -198,7 +195,7 @@ std::tuple<Tensor, OptionalTensor, Tensor, Tensor> token_logprob_forward(
   AT_DISPATCH_FLOATING_TYPES(logprobs.scalar_type(), "token_logprob_forward", [&] {
     run_forward<scalar_t>(
         {row_kernels(element_of(logits.scalar_type())), Rows(logits), {inner, scale, capped},
-         labels.const_data_ptr<int64_t>(), ignore_index, logprobs.data_ptr<scalar_t>(), data<scalar_t>(entropy),
+         labels.const_data_ptr<int64_t>(), logprobs.data_ptr<scalar_t>(), data<scalar_t>(entropy),
          row_max.data_ptr<scalar_t>(), log_sum.data_ptr<scalar_t>()},
         num_rows);
   });
@@ -208,7 +205,7 @@ std::tuple<Tensor, OptionalTensor, Tensor, Tensor> token_logprob_forward(
 void token_logprob_backward(
     const Tensor& grad_logits, const Tensor& logits, const Tensor& labels, const Tensor& row_max,
     const Tensor& log_sum, const OptionalTensor& entropy, const Tensor& grad_logprobs,
-    const OptionalTensor& grad_entropy, int64_t ignore_index, double inner, double scale, bool capped) {
+    const OptionalTensor& grad_entropy, double inner, double scale, bool capped) {
   const int64_t num_rows = labels.numel();
   const auto dtype = accumulated(logits.scalar_type());
   check_rows(logits, "logits", {labels.size(0), labels.size(1), logits.size(2)});
@@ -226,7 +223,7 @@ void token_logprob_backward(
   AT_DISPATCH_FLOATING_TYPES(dtype, "token_logprob_backward", [&] {
     const Backward<scalar_t> backward{
         row_kernels(element_of(logits.scalar_type())), Rows(grad_logits), Rows(logits), {inner, scale, capped},
-        labels.const_data_ptr<int64_t>(), ignore_index, row_max.const_data_ptr<scalar_t>(),
+        labels.const_data_ptr<int64_t>(), row_max.const_data_ptr<scalar_t>(),
         log_sum.const_data_ptr<scalar_t>(), data<scalar_t>(entropy), grad_logprobs.const_data_ptr<scalar_t>(),
         data<scalar_t>(grad_entropy)};
     const int64_t parts = backward.rows.parts(), vocab_size = backward.rows.vocab_size();
@@ -241,15 +238,15 @@ void token_logprob_backward(
 }
 
 Tensor token_logprob_forward_backward(
-    const Tensor& grad_logits, const Tensor& logits, const Tensor& labels, const Tensor& coefficients,
-    int64_t ignore_index, double inner, double scale, bool capped) {
+    const Tensor& grad_logits, const Tensor& logits, const Tensor& labels, const Tensor& coefficients, double inner,
+    double scale, bool capped) {
   const int64_t num_rows = labels.numel();
   const auto dtype = accumulated(logits.scalar_type());
   if (num_rows < at::get_num_threads()) {  // a row is shared between threads: its statistics come first
     const auto [logprobs, entropy, row_max, log_sum] =
-        token_logprob_forward(logits, labels, ignore_index, inner, scale, capped, false);
+        token_logprob_forward(logits, labels, inner, scale, capped, false);
     token_logprob_backward(
-        grad_logits, logits, labels, row_max, log_sum, {}, coefficients, {}, ignore_index, inner, scale, capped);
+        grad_logits, logits, labels, row_max, log_sum, {}, coefficients, {}, inner, scale, capped);
     return logprobs;
   }
   check_rows(logits, "logits", {labels.size(0), labels.size(1), logits.size(2)});
@@ -266,9 +263,9 @@ Tensor token_logprob_forward_backward(
     const int64_t* tokens = labels.const_data_ptr<int64_t>();
     scalar_t *m = row_max.data_ptr<scalar_t>(), *ls = log_sum.data_ptr<scalar_t>();
     const Forward<scalar_t> forward{
-        kernels, Rows(logits), transform, tokens, ignore_index, logprobs.data_ptr<scalar_t>(), nullptr, m, ls};
+        kernels, Rows(logits), transform, tokens, logprobs.data_ptr<scalar_t>(), nullptr, m, ls};
     const Backward<scalar_t> backward{
-        kernels, Rows(grad_logits), Rows(logits), transform, tokens, ignore_index, m, ls, nullptr,
+        kernels, Rows(grad_logits), Rows(logits), transform, tokens, m, ls, nullptr,
         coefficients.const_data_ptr<scalar_t>(), nullptr};
     const int64_t vocab_size = forward.rows.vocab_size();
     for_each(num_rows, vocab_size, [&](int64_t begin, int64_t end) {

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .transform import LogitTransform
+from ...values import LogitTransform, Statistics
 
 logger = logging.getLogger("conspo_kernels")
 
@@ -98,7 +98,7 @@ def search(kernel: str, vocab_size: int, dtype: torch.dtype, device: torch.devic
 
 def scratch(kernel: str, vocab_size: int, dtype: torch.dtype, device: torch.device) -> Callable[[], object]:
     """A launch of the kernel that disturbs nothing of the caller's."""
-    from . import token_logprob_triton as kernels
+    from . import token_logprob as kernels
 
     generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay what they were
     rows = max(SCRATCH_BYTES // (vocab_size * dtype.itemsize), 1)
@@ -106,17 +106,15 @@ def scratch(kernel: str, vocab_size: int, dtype: torch.dtype, device: torch.devi
     labels = torch.zeros(1, rows, dtype=torch.int64, device=device)
     transform = LogitTransform(softcap=30.0 if kernel == "heavy" else None)
 
-    def forward() -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        return kernels.forward(logits, labels, -100, transform, False)
+    def forward() -> Statistics:
+        return kernels.forward(logits, labels, transform, False)
 
     if kernel == "forward":
         return forward
     with forced(TABLE[architecture(device)]["forward"]):
-        logprobs, entropy, row_max, log_sum = forward()
+        found = forward()
     grad = torch.empty_like(logits)
-    return lambda: kernels.backward(
-        grad, logits, labels, row_max, log_sum, entropy, logprobs, None, -100, transform
-    )  # fmt: skip
+    return lambda: kernels.backward(grad, logits, labels, found, found.logprobs, None, transform)
 
 
 def seconds(run: Callable[[], object]) -> float:

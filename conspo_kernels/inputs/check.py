@@ -1,7 +1,7 @@
-"""Every error that a user's input can cause at the door: what was expected, and what came.
+"""The errors that a user's argument can cause: what was expected, and what came.
 
 TypeError: not a tensor, not a number. ValueError: a tensor or number of the wrong kind. Only metadata is read here;
-what needs the values of a tensor is checked inside the ops.
+what needs the values of a tensor is checked inside of ops.
 """
 
 from __future__ import annotations
@@ -11,18 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.distributed import ProcessGroup
+
+from ..values import check_factor, check_margin
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 INTEGERS = "int8, int16, int32, int64 or uint8"
-IMPLEMENTATIONS = ("auto", "triton", "native", "torch")
 REDUCTIONS = ("mean", "sum", "none")
 GRAD_REDUCTIONS = ("mean", "sum")
-
-# logit_scale / temperature / tau, and what else three numbers between these can make, is at most 1e27 and so fits fp32,
-# also times a logit of 1e10: no kernel meets an infinite or a zero factor.
-# Powers of two, which no dtype rounds to beyond them.
-SMALLEST, LARGEST = 2.0**-30, 2.0**30
 
 
 def _tensor(name: str, value: Any) -> None:
@@ -64,18 +61,7 @@ def _number(name: str, value: Any) -> None:
 
 def _positive(name: str, value: Any) -> None:
     _number(name, value)
-    in_range(name, value)
-
-
-def in_range(name: str, value: float) -> None:
-    """A number that is multiplied and divided by."""
-    if not SMALLEST <= value <= LARGEST:
-        raise ValueError(f"{name} must be positive and finite, from 2**-30 to 2**30, got {value}")
-
-
-def margin_in_range(value: float) -> None:
-    if not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"margin must be finite, from -2**30 to 2**30, got {value}")
+    check_factor(name, value)
 
 
 def _flag(name: str, value: Any) -> None:
@@ -86,10 +72,6 @@ def _flag(name: str, value: Any) -> None:
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-
-
-def implementation(value: Any) -> None:
-    _choice("implementation", value, IMPLEMENTATIONS)
 
 
 def ignore_index(value: Any) -> None:
@@ -118,7 +100,7 @@ def logits(value: Any) -> None:
         raise ValueError(f"logits must have a last stride of 1 (the others are free), got strides {value.stride()}")
 
 
-def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any, weight_grad: Any = None) -> None:
+def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
     """Hidden states and the head that makes logits of them."""
     for name, value in (("hidden", hidden), ("weight", weight), *(() if bias is None else (("bias", bias),))):
         _tensor(name, value)
@@ -145,37 +127,47 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any, weight_grad:
         if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
     _positive("workspace_mib", workspace_mib)
-    if weight_grad is not None:
-        _tensor("weight_grad", weight_grad)
-        _shape("weight_grad", weight_grad, tuple(weight.shape), "that of weight")
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        _dtype("weight_grad", weight_grad, (wide,), f"{wide} for weight in {weight.dtype}")
-        _same_device("weight_grad", weight_grad, "weight", weight)
-        if any(stride == 0 and n > 1 for stride, n in zip(weight_grad.stride(), weight_grad.shape, strict=True)):
-            raise ValueError(f"weight_grad must have an element for each of weight, got strides {weight_grad.stride()}")
-        if (
-            not torch.compiler.is_compiling()
-            and weight_grad.untyped_storage()._cdata == weight.untyped_storage()._cdata
-        ):
-            raise ValueError("weight_grad must not be the memory of weight, which it would be added to")
-        if weight_grad.requires_grad:
-            raise ValueError("weight_grad is added to in backward: it must not require a gradient itself")
-        if not weight.requires_grad:
-            raise ValueError("weight_grad takes the gradient of weight, which does not require one")
 
 
-def tokens(labels: Any, mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
-    """Labels and mask: one per row of `like`, the tensor called `tokens_name`, whose tokens have the expected shape."""
+def weight_grad(value: Any, weight: Tensor) -> None:
+    """A buffer that backward adds the gradient of weight to."""
+    _tensor("weight_grad", value)
+    _shape("weight_grad", value, tuple(weight.shape), "that of weight")
+    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    _dtype("weight_grad", value, (wide,), f"{wide} for weight in {weight.dtype}")
+    _same_device("weight_grad", value, "weight", weight)
+    if any(stride == 0 and n > 1 for stride, n in zip(value.stride(), value.shape, strict=True)):
+        raise ValueError(f"weight_grad must have an element for each of weight, got strides {value.stride()}")
+    if (
+        not torch.compiler.is_compiling()
+        and value.untyped_storage()._cdata == weight.untyped_storage()._cdata
+    ):
+        raise ValueError("weight_grad must not be the memory of weight, which it would be added to")
+    if value.requires_grad:
+        raise ValueError("weight_grad is added to in backward: it must not require a gradient itself")
+    if not weight.requires_grad:
+        raise ValueError("weight_grad takes the gradient of weight, which does not require one")
+
+
+def logits_dtype(value: Any, hidden: Tensor) -> None:
+    allowed = {None, hidden.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32}
+    if value not in allowed:
+        words = " or ".join(sorted(str(x) for x in allowed))
+        raise ValueError(f"logits_dtype must be {words} for hidden in {hidden.dtype}, got {value!r}")
+
+
+def tokens(labels: Any, response_mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
+    """One label per row of `like`, the tensor called `tokens_name`, whose tokens have the expected shape."""
     _tensor("labels", labels)
     _dtype("labels", labels, INTEGER_DTYPES, INTEGERS)
     _shape("labels", labels, expected, f"one per row of {tokens_name}")
     _same_device("labels", labels, tokens_name, like)
-    if mask is not None:
-        _tensor("mask", mask)
-        if mask.is_complex():
-            raise ValueError(f"mask must be real, got {mask.dtype}")
-        _shape("mask", mask, tuple(labels.shape), "that of labels")
-        _same_device("mask", mask, "labels", labels)
+    if response_mask is not None:
+        _tensor("response_mask", response_mask)
+        if response_mask.is_complex():
+            raise ValueError(f"response_mask must be real, got {response_mask.dtype}")
+        _shape("response_mask", response_mask, tuple(labels.shape), "that of labels")
+        _same_device("response_mask", response_mask, "labels", labels)
 
 
 def cu_seqlens(value: Any, shape: tuple[int, ...], needed_for: str | None) -> None:
@@ -219,6 +211,16 @@ def weights(value: Any, counts: Tensor, phase_one: Any) -> None:
         raise ValueError("weights are constants of the loss and get no gradient: pass weights.detach()")
 
 
+def coefficients(value: Any, shape: tuple[int, ...], labels: Tensor) -> None:
+    """One per token."""
+    _tensor("coefficients", value)
+    _dtype("coefficients", value, LOGIT_DTYPES, "floating point")
+    _shape("coefficients", value, shape, "that of labels")
+    devices(labels.device, coefficients=value)
+    if value.requires_grad:
+        raise ValueError("coefficients are constants of the loss and get no gradient: pass coefficients.detach()")
+
+
 def rewards(value: Any, num_rollouts: int) -> None:
     _tensor("rewards", value)
     if value.is_complex() or (value.is_floating_point() and value.dtype not in LOGIT_DTYPES):
@@ -245,7 +247,7 @@ def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_
     _scalar("margin", margin)
     # Under torch.compile a comparison would tie the program to one margin: there the op checks the tensor made of it.
     if not isinstance(margin, Tensor) and not torch.compiler.is_compiling():
-        margin_in_range(margin)
+        check_margin(margin)
     _number("reward_threshold", reward_threshold)
     if reward_threshold != reward_threshold:
         raise ValueError("reward_threshold must not be NaN, got nan")
@@ -257,40 +259,28 @@ def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_
         if reduction != "mean":
             raise ValueError(f"num_groups is the denominator of reduction='mean', got reduction={reduction!r}")
         if not isinstance(num_groups, Tensor):
-            in_range("num_groups", num_groups)
+            check_factor("num_groups", num_groups)
 
 
-def ranks(grad_reduction: Any, **groups: Any) -> None:
-    for name, group in groups.items():
-        _process_group(name, group)
-    _choice("grad_reduction", grad_reduction, GRAD_REDUCTIONS)
+def parallel(data: Any, context: Any, vocab: Any, vocab_start: Any, grad_reduction: Any) -> None:
+    for name, group in (("data", data), ("context", context), ("vocab", vocab)):
+        if group is not None and not isinstance(group, ProcessGroup):
+            raise TypeError(f"parallel.{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
+        raise TypeError(f"parallel.vocab_start must be an int, got {type(vocab_start).__name__}")
+    if vocab_start < 0:
+        raise ValueError(f"parallel.vocab_start must not be negative, got {vocab_start}")
+    if vocab_start > 0 and vocab is None:
+        raise ValueError(f"parallel.vocab_start says where a part begins, but parallel.vocab is None; got {vocab_start}")
+    _choice("parallel.grad_reduction", grad_reduction, GRAD_REDUCTIONS)
 
 
-def sharding(vocab_parallel: Any, context_group: Any, shift: bool) -> None:
-    """A vocabulary and rollouts that are spread over ranks."""
-    _process_group("context_group", context_group)
-    if context_group is not None and shift:
+def no_shift_over_ranks(shift: bool) -> None:
+    if shift:
         raise ValueError(
-            "shift=True cannot see the first label of the next rank of context_group: pass labels that are aligned "
+            "shift=True cannot see the first label of the next rank of parallel.context: pass labels that are aligned "
             "with the logits that predict them"
         )
-    if vocab_parallel is None:
-        return
-    group, start = getattr(vocab_parallel, "group", None), getattr(vocab_parallel, "start", None)
-    if group is None or start is None:
-        raise TypeError(f"vocab_parallel must be a VocabParallel(group, start), got {type(vocab_parallel).__name__}")
-    _process_group("vocab_parallel.group", group)
-    if isinstance(start, bool) or not isinstance(start, int):
-        raise TypeError(f"vocab_parallel.start must be an int, got {type(start).__name__}")
-    if start < 0:
-        raise ValueError(f"vocab_parallel.start must not be negative, got {start}")
-
-
-def _process_group(name: str, value: Any) -> None:
-    if value is None:
-        return
-    if not hasattr(value, "group_name"):
-        raise TypeError(f"{name} must be a torch.distributed.ProcessGroup, got {type(value).__name__}")
 
 
 def _scalar(name: str, value: Any) -> None:
@@ -318,7 +308,7 @@ def flags(**values: Any) -> None:
         _flag(name, value)
 
 
-def inplace_backward(value: Tensor, name: str = "inplace_backward") -> None:
+def overwritten(name: str, value: Tensor) -> None:
     """The gradient may be written over these logits: they are not a leaf or its view, and no two rows share storage."""
     if not (value.requires_grad and torch.is_grad_enabled()):
         return

@@ -15,16 +15,21 @@ ACCUMULATOR = 4  # bytes of an fp32 number
 
 
 class Problem(NamedTuple):
-    """itemsize: of hidden, weight and logits, bytes.  gathered: rows are copied together before each GEMM."""
+    """itemsize: of hidden and weight, bytes.  gathered: rows are copied together before each GEMM.
+
+    logit_bytes: of a logit in the workspace, with its copy in the operands' dtype where it is wider; 0: itemsize.
+    """
 
     num_tokens: int
     vocab_size: int
     hidden_size: int
     itemsize: int
     gathered: bool = False
+    logit_bytes: int = 0
 
     def tile_bytes(self, rows: int, columns: int) -> int:
-        return rows * (columns + (self.hidden_size if self.gathered else 0)) * self.itemsize
+        row = columns * (self.logit_bytes or self.itemsize)
+        return rows * (row + (self.hidden_size * self.itemsize if self.gathered else 0))
 
 
 class Tile(NamedTuple):
@@ -68,7 +73,7 @@ def backward_tile(problem: Problem, workspace: int, needs_hidden: bool, needs_we
     most = math.ceil(problem.num_tokens / best.rows)
     for row_tiles in range(1, most):
         rows = math.ceil(problem.num_tokens / row_tiles)
-        fit = (workspace - problem.tile_bytes(rows, 0)) // (rows * problem.itemsize) // ALIGNMENT * ALIGNMENT
+        fit = (workspace - problem.tile_bytes(rows, 0)) // (rows * (problem.logit_bytes or problem.itemsize)) // ALIGNMENT * ALIGNMENT
         if fit < ALIGNMENT:
             continue
         column_tiles = math.ceil(problem.vocab_size / fit)

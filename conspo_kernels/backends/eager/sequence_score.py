@@ -1,9 +1,11 @@
-"""Segmented mean of token log-probabilities, forward and backward: the PyTorch twin."""
+"""Segmented mean of token log-probabilities, forward and backward: PyTorch."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from ...values import IGNORED
 
 
 def _segments(active: Tensor, offsets: Tensor | None) -> Tensor:
@@ -22,9 +24,9 @@ def _token_segments(offsets: Tensor, num_tokens: int) -> Tensor:
     return torch.searchsorted(offsets[1:].contiguous(), torch.arange(num_tokens, device=offsets.device), right=True)
 
 
-def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """logprobs, labels [B, T], offsets [S+1] or None -> scores [S] (NaN where empty), counts [S] int32."""
-    active = labels != ignore_index
+    active = labels != IGNORED
     segments = _segments(active, offsets)
 
     def total(values: Tensor) -> Tensor:
@@ -37,9 +39,9 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, ignore_ind
     return torch.where(counts > 0, scores, torch.nan), counts.to(torch.int32)
 
 
-def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int) -> Tensor:
+def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
     """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
-    active = labels != ignore_index
+    active = labels != IGNORED
     per_token = torch.where(counts > 0, grad_scores / counts, 0.0)
     per_token = torch.cat([per_token, per_token.new_zeros(1)])
     index = _token_segments(_segments(active, offsets), labels.numel()).view(labels.shape)

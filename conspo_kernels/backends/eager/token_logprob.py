@@ -1,4 +1,4 @@
-"""Token log-probabilities over the vocabulary, forward and backward: the PyTorch twin.
+"""Token log-probabilities over the vocabulary, forward and backward: PyTorch.
 
 Rows are taken a few at a time, so that the working set stays a few copies of `CHUNK_ELEMENTS` numbers whatever N is.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .transform import LogitTransform
+from ...values import IGNORED, LogitTransform, Statistics
 
 CHUNK_ELEMENTS = 1 << 21
 
@@ -43,15 +43,13 @@ def _moment(p: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(p > 0, p * log_p, 0.0)
 
 
-def forward(
-    logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform, with_entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """logits [B, T, V], labels [B, T] contiguous -> logprobs, entropy or None, row_max, log_sum, each [B, T]."""
+def forward(logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics:
+    """logits [B, T, V], labels [B, T] contiguous -> statistics, each [B, T]."""
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     vocab_size = logits.shape[-1]
     logprobs, row_max, log_sum = (torch.zeros(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
     entropy = torch.zeros_like(logprobs) if with_entropy else None
-    active = labels != ignore_index
+    active = labels != IGNORED
     for rows in _row_chunks(active, vocab_size):
         u, _ = _transformed(logits[rows].to(acc), transform)
         m = u.amax(-1)
@@ -59,7 +57,7 @@ def forward(
         e = d.exp()
         s = e.sum(-1)
         ls = s.log()
-        label = labels[rows].long()
+        label = labels[rows]
         inside = (label >= 0) & (label < vocab_size)
         label_d = d.gather(1, label.clamp(0, vocab_size - 1)[:, None])[:, 0]
         values = [(logprobs, torch.where(inside, label_d, torch.nan) - ls), (row_max, m), (log_sum, ls)]
@@ -67,44 +65,51 @@ def forward(
             values.append((entropy, ls - _moment(e, d).sum(-1) / s))
         for out, value in values:
             out[rows] = torch.where(active[rows], value, 0.0)
-    return logprobs, entropy, row_max, log_sum
+    return Statistics(logprobs, entropy, row_max, log_sum)
 
 
 def backward(
     grad_logits: Tensor,
     logits: Tensor,
     labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor | None,
+    statistics: Statistics,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
-    ignore_index: int,
     transform: LogitTransform,
 ) -> None:
     """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `logits` itself."""
+    _logprobs, entropy, row_max, log_sum = statistics
     acc, vocab_size = row_max.dtype, logits.shape[-1]
-    active = labels != ignore_index
-    c_bt = torch.where(active, grad_logprobs, 0.0)
-    nonzero = c_bt != 0
+    active = labels != IGNORED
+    coefficient_bt = torch.where(active, grad_logprobs, 0.0)
+    nonzero = coefficient_bt != 0
     if grad_entropy is not None:
-        h_bt = torch.where(active, grad_entropy, 0.0)
-        nonzero |= h_bt != 0
+        entropy_coefficient_bt = torch.where(active, grad_entropy, 0.0)
+        nonzero |= entropy_coefficient_bt != 0
     if _can_choose(nonzero):
         for rows in _row_chunks(~nonzero, vocab_size):
             grad_logits[rows] = 0.0
     for rows in _row_chunks(nonzero, vocab_size):
         u, slope = _transformed(logits[rows].to(acc), transform)
-        c = c_bt[rows][:, None]
+        coefficient = coefficient_bt[rows][:, None]
         log_p = (u - row_max[rows][:, None]) * transform.scale - log_sum[rows][:, None]
         p = log_p.exp()
-        g = -c * p
-        label = labels[rows].long()[:, None]
+        g = -coefficient * p
+        label = labels[rows][:, None]
         inside = (label >= 0) & (label < vocab_size)
-        g.scatter_add_(1, label.clamp(0, vocab_size - 1), torch.where(inside, c, 0.0))
+        g.scatter_add_(1, label.clamp(0, vocab_size - 1), torch.where(inside, coefficient, 0.0))
         if grad_entropy is not None:
             assert entropy is not None
-            g -= h_bt[rows][:, None] * (_moment(p, log_p) + p * entropy[rows][:, None])
+            g -= entropy_coefficient_bt[rows][:, None] * (_moment(p, log_p) + p * entropy[rows][:, None])
         g *= transform.scale
         g *= slope
         grad_logits[rows] = torch.where(nonzero[rows][:, None], g, 0.0).to(logits.dtype)
+
+
+def forward_backward(
+    grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
+) -> Tensor:
+    """logprobs [B, T], and into `grad_logits`, which may be `logits`, the gradient of sum(coefficients * logprobs)."""
+    statistics = forward(logits, labels, transform, False)
+    backward(grad_logits, logits, labels, statistics, coefficients, None, transform)
+    return statistics.logprobs

@@ -26,7 +26,9 @@ def _kernel(x_ptr, factor_ptr, count: tl.int64, BLOCK: tl.constexpr):
             _scaled(x_ptr, offsets, offsets < count, factor)
 
 
-def scale_(x: Tensor, factor: Tensor) -> None:
-    """x contiguous, factor 0-d."""
-    if x.numel():
-        _kernel[(triton.cdiv(x.numel(), BLOCK),)](x, factor, x.numel(), BLOCK=BLOCK, num_warps=8)
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor (0-d); one that is not contiguous is multiplied whole."""
+    if not gradient.is_contiguous():
+        gradient.mul_(factor)
+    elif gradient.numel():
+        _kernel[(triton.cdiv(gradient.numel(), BLOCK),)](gradient, factor, gradient.numel(), BLOCK=BLOCK, num_warps=8)

@@ -1,9 +1,9 @@
-"""Token log-probabilities over the vocabulary, forward and backward: the Triton twin.
+"""Token log-probabilities over the vocabulary, forward and backward, in Triton.
 
 A row's statistics are saved as (max u, log sum exp(y - max y)), kept apart: their sum would lose the digits of
 log-probabilities at |z| = 1e4.
 
-Names: b sequences, t positions, token = b * T + t, v vocabulary; z raw logits, u and `scale` as in `softmax_triton`.
+Names: b sequences, t positions, token = b * T + t, v vocabulary; z raw logits, u and `scale` as in `softmax.py`.
 """
 
 import torch
@@ -11,7 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .rows_triton import (
+from ...values import IGNORED as IGNORED_LABEL
+from ...values import LogitTransform, Statistics
+from .rows import (
     UNALIGNED,
     UNSPECIALIZED,
     VECTOR_BYTES,
@@ -22,10 +24,10 @@ from .rows_triton import (
     row_offset,
     tiles,
 )
-from .softmax_triton import LN_2, LOG2_E, NEG_INF, capped, fold, grad_tile, merge
-from .transform import LogitTransform
+from .softmax import LN_2, LOG2_E, NEG_INF, capped, fold, grad_tile, merge
 
 COMBINE_ROWS = 16
+IGNORED = tl.constexpr(IGNORED_LABEL)
 
 
 # Reads N * V logits once; writes 2 (3 with entropy) numbers per token and chunk.
@@ -33,14 +35,14 @@ COMBINE_ROWS = 16
 def _statistics_kernel(
     logits_ptr, labels_ptr, partial_ptr,
     logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_positions: tl.int64,
-    ignore_index: tl.int64, inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
+    inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
     LANES: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     token = (program // num_chunks).to(tl.int64)
     chunk = program % num_chunks
-    if tl.load(labels_ptr + token).to(tl.int64) == ignore_index:
+    if tl.load(labels_ptr + token) == IGNORED:
         return
     inner = tl.full((), inner, ACC)
     scale2 = tl.full((), scale, ACC) * LOG2_E
@@ -88,13 +90,13 @@ def _statistics_kernel(
 def _combine_kernel(
     logits_ptr, labels_ptr, partial_ptr, logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr,
     logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_tokens: tl.int64,
-    num_positions: tl.int64, ignore_index: tl.int64, inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
+    num_positions: tl.int64, inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     in_range = tokens < num_tokens
-    labels = tl.load(labels_ptr + tokens, mask=in_range, other=0).to(tl.int64)
-    active = in_range & (labels != ignore_index)
+    labels = tl.load(labels_ptr + tokens, mask=in_range, other=0)
+    active = in_range & (labels != IGNORED)
     inner = tl.full((), inner, ACC)
     scale = tl.full((), scale, ACC)
 
@@ -140,7 +142,7 @@ def _backward_kernel(
     logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
     grad_logits_ptr,
     logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_early: tl.int64,
-    stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64, ignore_index: tl.int64,
+    stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64,
     inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr, SAME_ALIGNMENT: tl.constexpr, ACC: tl.constexpr,
     VECTOR: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr,
@@ -148,8 +150,8 @@ def _backward_kernel(
     program = tl.program_id(0)
     token = (program // num_chunks).to(tl.int64)
     chunk = program % num_chunks
-    label = tl.load(labels_ptr + token).to(tl.int64)
-    active = label != ignore_index
+    label = tl.load(labels_ptr + token)
+    active = label != IGNORED
     c = tl.load(grad_logprobs_ptr + token, mask=active, other=0.0)
     h = tl.zeros_like(c)
     entropy = tl.zeros_like(c)
@@ -207,48 +209,43 @@ def _backward_kernel(
             )  # fmt: skip
 
 
-def forward(
-    logits: Tensor, labels: Tensor, ignore_index: int, transform: LogitTransform, with_entropy: bool
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """logits [B, T, V], labels [B, T] contiguous -> logprobs, entropy or None, row_max, log_sum, each [B, T]."""
+def forward(logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics:
+    """logits [B, T, V], labels [B, T] contiguous -> statistics, each [B, T]."""
     num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprobs, row_max, log_sum = (torch.empty(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
     entropy = torch.empty_like(logprobs) if with_entropy else None
     if num_tokens == 0:
-        return logprobs, entropy, row_max, log_sum
+        return Statistics(logprobs, entropy, row_max, log_sum)
 
     partial = torch.empty(num_tokens * num_chunks * (3 if with_entropy else 2), dtype=acc, device=logits.device)
     base, early = aligned_base(logits)
     row = (early, logits.stride(0), logits.stride(1))
     constants = _constants(logits, transform) | {"HAS_ENTROPY": with_entropy}
     _statistics_kernel[(num_tokens * num_chunks,)](
-        base, labels, partial, *row, labels.shape[1], ignore_index,
-        **constants, **tiles(logits, "forward"),
-    )  # fmt: skip
+        base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, "forward")
+    )
     _combine_kernel[(triton.cdiv(num_tokens, COMBINE_ROWS),)](
-        base, labels, partial, logprobs, entropy, row_max, log_sum, *row, num_tokens, labels.shape[1], ignore_index,
+        base, labels, partial, logprobs, entropy, row_max, log_sum, *row, num_tokens, labels.shape[1],
         **constants, ROWS=COMBINE_ROWS, CHUNKS=triton.next_power_of_2(num_chunks), num_warps=1,
     )  # fmt: skip
-    return logprobs, entropy, row_max, log_sum
+    return Statistics(logprobs, entropy, row_max, log_sum)
 
 
 def backward(
     grad_logits: Tensor,
     logits: Tensor,
     labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor | None,
+    statistics: Statistics,
     grad_logprobs: Tensor,
     grad_entropy: Tensor | None,
-    ignore_index: int,
     transform: LogitTransform,
 ) -> None:
     """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `logits` itself."""
     num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
     if num_tokens == 0:
         return
+    _logprobs, entropy, row_max, log_sum = statistics
     base, early = aligned_base(logits)
     grad_base, grad_early = aligned_base(grad_logits)
     row = (early, logits.stride(0), logits.stride(1))
@@ -259,10 +256,18 @@ def backward(
     light = transform.softcap is None and same_alignment
     _backward_kernel[(num_tokens * num_chunks,)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
-        labels.shape[1], ignore_index,
-        **_constants(logits, transform), **tiles(logits, "backward" if light else "heavy"),
+        labels.shape[1], **_constants(logits, transform), **tiles(logits, "backward" if light else "heavy"),
         HAS_ENTROPY=grad_entropy is not None, SAME_ALIGNMENT=same_alignment,
     )  # fmt: skip
+
+
+def forward_backward(
+    grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
+) -> Tensor:
+    """logprobs [B, T], and into `grad_logits`, which may be `logits`, the gradient of sum(coefficients * logprobs)."""
+    statistics = forward(logits, labels, transform, False)
+    backward(grad_logits, logits, labels, statistics, coefficients, None, transform)
+    return statistics.logprobs
 
 
 def _constants(logits: Tensor, transform: LogitTransform) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Group InfoNCE on scores, loss and weights in one launch: the Triton twin.
+"""Group InfoNCE on scores, loss and weights in one launch, in Triton.
 
 One program does it all, because the mean needs the number of valid groups before the first weight is known, and a batch
 of rollouts is small (64 groups of 16 are 4 KB): it walks tiles of GROUPS groups x MEMBERS rollouts, first to count the
@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..objective import Segments
-from .softmax_triton import NEG_INF, finite_max
+from ..contract import ContrastSettings, GroupLoss, Rollouts
+from .softmax import NEG_INF, finite_max
 
 MEMBERS = 16
 GROUPS = 16
@@ -185,29 +185,20 @@ def _kernel(
         tl.store(loss_ptr, tl.sum(loss) / denominator)
 
 
-def forward(
-    scores: Tensor,
-    rewards: Tensor,
-    counts: Tensor | None,
-    segments: Segments | None,
-    group_size: int,
-    margin: Tensor,
-    num_groups: Tensor | None,
-    tau: float,
-    reward_threshold: float,
-    reduction: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores [S] -> loss ([], or [K] for "none"), weights [S] and roles [S]: see `ops/group_infonce.py`."""
+def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
+    """Loss, weights and roles of scores [S]."""
+    scores, rewards, counts, segments, group_size = rollouts
     num_rollouts = scores.numel()
     num_slots = num_rollouts // group_size if segments is None else segments.offsets.numel() - 1
     # Trailing slots of ragged groups are never visited, hence zeros.
-    loss = scores.new_zeros(num_slots) if reduction == "none" else scores.new_empty(())
+    loss = scores.new_zeros(num_slots) if settings.reduction == "none" else scores.new_empty(())
     weights = torch.empty_like(scores)
     roles = torch.empty(num_rollouts, dtype=torch.int8, device=scores.device)
     _kernel[(1,)](
-        scores, rewards, counts, segments and segments.order, segments and segments.offsets, margin, num_groups,
-        loss, weights, roles, num_rollouts, num_slots, group_size, tau, reward_threshold,
-        RAGGED=segments is not None, HAS_COUNTS=counts is not None, HAS_NUM_GROUPS=num_groups is not None,
-        REDUCTION=reduction, GROUPS=GROUPS, MEMBERS=MEMBERS, num_warps=NUM_WARPS,
+        scores, rewards, counts, segments and segments.order, segments and segments.offsets, settings.margin,
+        settings.num_groups, loss, weights, roles, num_rollouts, num_slots, group_size, settings.tau,
+        settings.reward_threshold, RAGGED=segments is not None, HAS_COUNTS=counts is not None,
+        HAS_NUM_GROUPS=settings.num_groups is not None, REDUCTION=settings.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS,
+        num_warps=NUM_WARPS,
     )  # fmt: skip
-    return loss, weights, roles
+    return GroupLoss(loss, weights, roles)

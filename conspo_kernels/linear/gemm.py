@@ -17,7 +17,19 @@ def slices(total: int, size: int) -> Iterator[slice]:
 
 
 def gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    """out = a @ b + bias. A wider `out` gets what the GEMM has summed, not rounded to the dtype of a and b."""
+    if out.dtype == a.dtype:
+        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+    if out.device.type == "cuda":
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:  # a product of two bf16 or fp16 numbers is exact in fp32
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
+    return out if bias is None else out.add_(bias)
+
+
+def operand(z: Tensor, like: Tensor) -> Tensor:
+    """A tile of gradients in the dtype that it is multiplied in."""
+    return z if z.dtype == like.dtype else z.to(like.dtype)
 
 
 def add_gemm(total: Tensor, a: Tensor, b: Tensor) -> None:
@@ -39,13 +51,15 @@ class Sum:
         narrow = out.element_size() < 4
         self.total = torch.empty_like(out, dtype=torch.float32) if terms > 1 and narrow else out
         self.begun = False
+        if terms == 0:
+            self.total.zero_()
 
     @classmethod
     def onto(cls, total: Tensor) -> Sum:
         """Added to what is there."""
-        found = cls(total, 1)
-        found.begun = True
-        return found
+        added = cls(total, 1)
+        added.begun = True
+        return added
 
     def add(self, rows: slice, first: bool, a: Tensor, b: Tensor) -> None:
         total = self.total[rows]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import launch_of
+from .launch import launch_of
 
 VECTOR_BYTES = 16  # the widest load of one thread
 CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,936 logits
@@ -23,7 +23,6 @@ CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,
 UNSPECIALIZED = (
     "num_tokens",
     "num_positions",
-    "ignore_index",
     "logits_early",
     "stride_logits_b",
     "stride_logits_t",
@@ -61,7 +60,7 @@ def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
 
 
 def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
-    """How the kernels that walk rows cut them. kernel: of `launch_triton.TABLE`."""
+    """How the kernels that walk rows cut them. kernel: of `launch.TABLE`."""
     size = logits.element_size()
     lanes, num_warps = launch_of(kernel, logits)
     return {"VECTOR": VECTOR_BYTES // size, "LANES": lanes, "CHUNK": CHUNK_BYTES // size, "num_warps": num_warps}

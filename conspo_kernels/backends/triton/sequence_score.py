@@ -1,4 +1,4 @@
-"""Segmented mean of token log-probabilities, forward and backward: the Triton twin.
+"""Segmented mean of token log-probabilities, forward and backward, in Triton.
 
 One program per rollout, which walks its own tokens: the order of the sum depends on the rollout's length alone.
 Rollouts are the rows of padded [B, T] tensors, or the segments between `offsets` of packed ones.
@@ -9,9 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...values import IGNORED as IGNORED_LABEL
+
 BLOCK = 4096
 NUM_WARPS = 8
-UNSPECIALIZED = ("num_tokens", "num_positions", "ignore_index")
+IGNORED = tl.constexpr(IGNORED_LABEL)
+UNSPECIALIZED = ("num_tokens", "num_positions")
 UNALIGNED = ("logprobs_ptr", "labels_ptr", "grad_scores_ptr")  # a user's slice begins anywhere
 
 
@@ -37,7 +40,7 @@ def _segment(s, offsets_ptr, num_positions, num_tokens, PACKED: tl.constexpr):
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _forward_kernel(
     logprobs_ptr, labels_ptr, offsets_ptr, scores_ptr, counts_ptr,
-    num_positions: tl.int64, num_tokens: tl.int64, ignore_index: tl.int64,
+    num_positions: tl.int64, num_tokens: tl.int64,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
@@ -47,7 +50,7 @@ def _forward_kernel(
     while start < stop:
         tokens = start + tl.arange(0, BLOCK)
         mask = tokens < stop
-        active = mask & (tl.load(labels_ptr + tokens, mask=mask, other=0).to(tl.int64) != ignore_index)
+        active = mask & (tl.load(labels_ptr + tokens, mask=mask, other=0) != IGNORED)
         total += tl.load(logprobs_ptr + tokens, mask=active, other=0.0)
         count += active.to(tl.int32)
         start += BLOCK
@@ -60,7 +63,7 @@ def _forward_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
     grad_scores_ptr, counts_ptr, labels_ptr, offsets_ptr, grad_logprobs_ptr,
-    num_positions: tl.int64, num_tokens: tl.int64, ignore_index: tl.int64,
+    num_positions: tl.int64, num_tokens: tl.int64,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
@@ -70,25 +73,25 @@ def _backward_kernel(
     while start < stop:
         tokens = start + tl.arange(0, BLOCK)
         mask = tokens < stop
-        active = mask & (n > 0) & (tl.load(labels_ptr + tokens, mask=mask, other=0).to(tl.int64) != ignore_index)
+        active = mask & (n > 0) & (tl.load(labels_ptr + tokens, mask=mask, other=0) != IGNORED)
         tl.store(grad_logprobs_ptr + tokens, tl.where(active, grad, tl.zeros_like(grad)), mask=mask)
         start += BLOCK
 
 
-def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
+def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
     """logprobs, labels [B, T], offsets [S+1] or None -> scores [S] (NaN where empty), counts [S] int32."""
     num_segments = labels.shape[0] if offsets is None else offsets.numel() - 1
     scores = logprobs.new_empty(num_segments)
     counts = torch.empty(num_segments, dtype=torch.int32, device=logprobs.device)
     if num_segments > 0:
         _forward_kernel[(num_segments,)](
-            logprobs, labels, offsets, scores, counts, labels.shape[1], labels.numel(), ignore_index,
+            logprobs, labels, offsets, scores, counts, labels.shape[1], labels.numel(),
             PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return scores, counts
 
 
-def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, ignore_index: int) -> Tensor:
+def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
     """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
     # Of packed tokens, those outside all segments have no program.
     allocate = torch.empty if offsets is None else torch.zeros
@@ -97,6 +100,6 @@ def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tenso
     if num_segments > 0:
         _backward_kernel[(num_segments,)](
             grad_scores, counts, labels, offsets, grad_logprobs, labels.shape[1], labels.numel(),
-            ignore_index, PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_logprobs

@@ -1,6 +1,6 @@
 """The arithmetic of a softmax over pieces of a row: running statistics, their merge, and the gradient of a piece.
 
-With u = z, or tanh(z * inner) where there is a softcap, and `scale` the constant factor behind it (`transform.py`), a
+With u = z, or tanh(z * inner) where there is a softcap, and `scale` the constant factor behind it (`LogitTransform`), a
 row's statistics are m = max u, s = sum 2^d and, for the entropy, w = sum d * 2^d, with d = (u - m) * scale2 and
 scale2 = scale * log2 e.
 """

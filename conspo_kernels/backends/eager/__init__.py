@@ -1,0 +1,18 @@
+"""The ops in PyTorch, for any device: implementation="torch"."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import contract
+from . import group_infonce, scale, sequence_score, token_logprob
+
+# That the modules keep the contract.
+_: tuple[contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale]
+_ = (token_logprob, sequence_score, group_infonce, scale)
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why PyTorch cannot run on a device: it can."""
+    del device
+    return None

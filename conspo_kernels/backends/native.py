@@ -1,0 +1,131 @@
+"""The ops in C++ (`csrc/cpu`), for CPU tensors; the only module that imports the extension.
+
+`token_logprob`, `sequence_score` and `group_infonce` have the functions that `contract.py` asks of a backend's modules.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..values import LogitTransform, Statistics
+from . import contract
+from .contract import ContrastSettings, GroupLoss, Rollouts
+from .eager import scale
+
+BUILT = importlib.util.find_spec("conspo_kernels._C") is not None
+_C: Any = None
+
+
+def _load() -> str | None:
+    """Import the extension; why it cannot be used, or None. Each release of torch has its own binary interface."""
+    global _C
+    if not BUILT:
+        return "this installation has no native extension"
+    try:
+        _C = importlib.import_module("conspo_kernels._C")
+    except ImportError as error:
+        return f"the native extension does not load ({error}); install it again, for torch {torch.__version__}"
+    if _C.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
+        return (
+            f"the native extension was built for torch {_C.torch_version}, this is {torch.__version__}: install again"
+        )
+    return None
+
+
+OBSTACLE = _load()
+
+REDUCTIONS = {"mean": 0, "sum": 1, "none": 2}
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why the extension cannot run on a device, or None."""
+    if device.type != "cpu":
+        return f"the native kernels run on CPU tensors, the tensors are on {device}"
+    return OBSTACLE
+
+
+def instruction_sets() -> list[str]:
+    """The instruction sets that this CPU has and the extension was compiled for, the best last."""
+    return _C.instruction_sets() if OBSTACLE is None else []
+
+
+def instruction_set() -> str | None:
+    """The one that runs."""
+    return _C.instruction_set() if OBSTACLE is None else None
+
+
+def _numbers(transform: LogitTransform) -> tuple[float, float, bool]:
+    return transform.inner, transform.scale, transform.softcap is not None
+
+
+class token_logprob:  # noqa: N801 - in place of a module
+    """Of rows spread over threads, each in parts of fixed length."""
+
+    @staticmethod
+    def forward(logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics:
+        return Statistics(*_C.token_logprob_forward(logits, labels, *_numbers(transform), with_entropy))
+
+    @staticmethod
+    def backward(
+        grad_logits: Tensor,
+        logits: Tensor,
+        labels: Tensor,
+        statistics: Statistics,
+        grad_logprobs: Tensor,
+        grad_entropy: Tensor | None,
+        transform: LogitTransform,
+    ) -> None:
+        _logprobs, entropy, row_max, log_sum = statistics
+        _C.token_logprob_backward(
+            grad_logits, logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, *_numbers(transform)
+        )
+
+    @staticmethod
+    def forward_backward(
+        grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
+    ) -> Tensor:
+        logprobs: Tensor = _C.token_logprob_forward_backward(
+            grad_logits, logits, labels, coefficients, *_numbers(transform)
+        )
+        return logprobs
+
+
+class sequence_score:  # noqa: N801
+    """Of tokens summed one after another in fp64."""
+
+    @staticmethod
+    def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+        scores, counts = _C.sequence_score_forward(logprobs, labels, offsets)
+        return scores, counts
+
+    @staticmethod
+    def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
+        grad: Tensor = _C.sequence_score_backward(grad_scores, counts, labels, offsets)
+        return grad
+
+
+class group_infonce:  # noqa: N801
+    """Of all groups in one pass."""
+
+    @staticmethod
+    def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
+        scores, rewards, counts, segments, group_size = rollouts
+        order, offsets = (None, None) if segments is None else segments[:2]
+        num_groups = None if settings.num_groups is None else settings.num_groups.item()
+        found = _C.group_infonce_forward(
+            scores, rewards, counts, order, offsets, group_size, settings.margin.item(), num_groups, settings.tau,
+            settings.reward_threshold, REDUCTIONS[settings.reduction],
+        )  # fmt: skip
+        return GroupLoss(*found)
+
+
+# That the classes keep the contract.
+_: tuple[
+    type[contract.TokenLogprob] | contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale
+]
+_ = (token_logprob, sequence_score, group_infonce, scale)

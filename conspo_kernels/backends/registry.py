@@ -1,0 +1,78 @@
+"""Which backend runs an op. An explicit name runs or raises; "auto" logs its choice once.
+
+A backend is a line of BACKENDS and a folder (or module) beside this file: `obstacle(device)`, and for each op of
+`contract.py` a module of that name.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from typing import Any, Literal, overload
+
+import torch
+
+from .contract import GroupInfoNCE, Scale, SequenceScore, TokenLogprob
+
+logger = logging.getLogger("conspo_kernels")
+
+# The name that users say, and the module that is meant; relative to this package, or absolute.
+BACKENDS = {
+    "triton": ".triton",
+    "native": ".native",
+    "torch": ".eager",
+}
+PREFERRED = {"cuda": "triton", "cpu": "native"}  # where it can run; "torch" elsewhere
+
+
+def check_implementation(value: Any) -> None:
+    names = ("auto", *BACKENDS)
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(f"implementation must be one of {', '.join(map(repr, names))}, got {value!r}")
+
+
+def unavailable(implementation: str, device: torch.device) -> str | None:
+    """Why an implementation cannot run on a device, or None."""
+    reason: str | None = importlib.import_module(BACKENDS[implementation], __package__).obstacle(device)
+    return reason
+
+
+@functools.lru_cache(maxsize=64)
+def choose(op: str, implementation: str, device: torch.device) -> str:
+    """The implementation of an op for tensors on a device: "auto" is Triton on a GPU, native on a CPU, else PyTorch."""
+    if implementation != "auto":
+        reason = unavailable(implementation, device)
+        if reason is not None:
+            raise ValueError(f"implementation={implementation!r} cannot run {op} here: {reason}")
+        return implementation
+    preferred = PREFERRED.get(device.type, "torch")
+    reason = unavailable(preferred, device)
+    if reason is None:
+        logger.info("%s on %s: implementation=%r", op, device, preferred)
+        return preferred
+    _log_fallback(op, device, preferred, reason)
+    return "torch"
+
+
+def _log_fallback(op: str, device: torch.device, preferred: str, reason: str) -> None:
+    # An extension that was built and does not load is a surprise, one that was never built is not.
+    surprise = getattr(importlib.import_module(BACKENDS[preferred], __package__), "BUILT", False)
+    level = logging.WARNING if surprise else logging.INFO
+    logger.log(level, "%s on %s: implementation='torch', not %r: %s", op, device, preferred, reason)
+
+
+@overload
+def kernels_for(op: Literal["token_logprob"], implementation: str, device: torch.device) -> TokenLogprob: ...
+@overload
+def kernels_for(op: Literal["sequence_score"], implementation: str, device: torch.device) -> SequenceScore: ...
+@overload
+def kernels_for(op: Literal["group_infonce"], implementation: str, device: torch.device) -> GroupInfoNCE: ...
+@overload
+def kernels_for(op: Literal["scale"], implementation: str, device: torch.device) -> Scale: ...
+@functools.lru_cache(maxsize=64)
+def kernels_for(op: str, implementation: str, device: torch.device) -> Any:
+    """The functions that run an op for tensors on a device."""
+    name = BACKENDS[choose(op, implementation, device)]
+    backend = importlib.import_module(name, __package__)
+    return getattr(backend, op, None) or importlib.import_module(f"{name}.{op}", __package__)

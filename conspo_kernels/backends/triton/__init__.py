@@ -1,0 +1,32 @@
+"""Triton kernels, for GPUs. Triton itself is imported with the first op, by the module that is the op's."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:  # that the modules keep the contract
+    from .. import contract
+    from . import group_infonce, scale, sequence_score, token_logprob
+
+    _: tuple[contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale]
+    _ = (token_logprob, sequence_score, group_infonce, scale)
+
+INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def _interpreting() -> bool:
+    """Whether Triton's kernels run on the CPU: decided when Triton defines them, by the environment."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why Triton cannot run on a device, or None."""
+    if not INSTALLED:
+        return "Triton is not installed"
+    if device.type != "cuda" and not _interpreting():
+        return f"Triton runs on CUDA tensors (or, for tests, with TRITON_INTERPRET=1), the tensors are on {device}"
+    return None

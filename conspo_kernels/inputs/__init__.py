@@ -1,0 +1,1 @@
+"""What the user passed, checked and brought to one form; nothing behind these modules sees it otherwise."""

@@ -1,0 +1,244 @@
+"""The modes of the fused-linear path: one function for the forward of each, and for its backward.
+
+    mode         when                                                         GEMMs of 2 * N * H * V operations
+    none         no gradient                                                  1
+    recompute    default: backward computes the logits again                  1 + 3
+    store        all logits fit the workspace and are kept for backward       1 + 2
+    frozen       neither weight nor bias needs a gradient: that of hidden,    2 + 0
+                 for coefficients of one, in the forward
+    known        the coefficients are there beforehand (`known_gradient`)     3 + 0
+
+GEMMs by torch; the statistics of a tile of logits, and its gradient in place, by the kernels that are handed in.
+Names: n tokens (those without gradient left out), v vocabulary, h hidden; z a tile of logits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..backends.contract import TokenLogprob
+from ..values import LogitTransform, Statistics
+from .gemm import Sum, gemm, operand, slices
+from .tiles import Head, LogitTiles, Tokens, labels_in
+from .tiling import Tile, backward_tile, fixed_tile, row_tile
+
+
+class Run(NamedTuple):
+    """What every mode works with.  workspace: bytes for tiles of logits."""
+
+    kernels: TokenLogprob
+    tokens: Tokens
+    head: Head
+    transform: LogitTransform
+    workspace: int
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted."""
+
+    hidden: bool
+    weight: bool
+    bias: bool
+
+
+class Gradients(NamedTuple):
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) -> Statistics:
+    """Statistics [N], one GEMM: also the forward of mode "recompute"."""
+    parts = [_tile_statistics(run, z, rows, with_entropy) for rows, _hidden, z in _row_tiles(run, batch_invariant)]
+    return _joined(run, parts, with_entropy)
+
+
+def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
+    """Statistics [N], and the logits [N, V], of which the first n rows are filled."""
+    tokens, head = run.tokens, run.head
+    stored = tokens.hidden.new_empty(tokens.labels.shape[0], head.weight.shape[0], dtype=head.logits_dtype)
+    z = gemm(tokens.chosen(tokens.hidden), head.weight.t(), stored[: tokens.number], head.bias)
+    found = _tile_statistics(run, z, slice(0, tokens.number), with_entropy)
+    return _joined(run, [found], with_entropy), stored
+
+
+def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
+    """Statistics [N], and the gradient of hidden [N, H] for coefficients of one: two GEMMs."""
+    tokens, head = run.tokens, run.head
+    grad_hidden = tokens.hidden.new_empty(tokens.number, tokens.hidden.shape[1])
+    parts = []
+    for rows, _hidden, z in _row_tiles(run, batch_invariant):
+        found = _tile_statistics(run, z, rows, with_entropy=False)
+        labels = tokens.chosen(tokens.labels, rows)[None]
+        run.kernels.backward(z[None], z[None], labels, found, torch.ones_like(found.logprobs), None, run.transform)
+        gemm(operand(z, head.weight), head.weight, grad_hidden[rows])
+        parts.append(found)
+    return _joined(run, parts, with_entropy=False), tokens.spread(grad_hidden)
+
+
+def backward_store(
+    run: Run, statistics: Statistics, stored: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, needs: Needs
+) -> Gradients:
+    """From the logits that were stored, over which their gradient is written: two GEMMs."""
+    tokens, head = run.tokens, run.head
+    everything = slice(0, tokens.number)
+    z = stored[: tokens.number]
+    _tile_gradient(run, z, everything, tokens.chosen(tokens.labels)[None], statistics, grad_logprobs, grad_entropy)
+    grad_bias = _bias_sum(z).to(tokens.hidden.dtype) if needs.bias else None
+    z, hidden = operand(z, head.weight), tokens.chosen(tokens.hidden)
+    grad_hidden = torch.mm(z, head.weight) if needs.hidden else None
+    weight_sum = Sum(torch.empty_like(head.weight, memory_format=torch.contiguous_format), 1) if needs.weight else None
+    if weight_sum is not None:
+        weight_sum.add(slice(None), True, z.t(), hidden)
+    return Gradients(
+        None if grad_hidden is None else tokens.spread(grad_hidden),
+        None if weight_sum is None else weight_sum.result(),
+        grad_bias,
+    )
+
+
+def backward_recompute(
+    run: Run,
+    statistics: Statistics,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    needs: Needs,
+    weight_grad: Tensor | None = None,
+) -> Gradients:
+    """From the statistics: a GEMM for the logits, and one for each of the gradients of hidden and weight.
+
+    weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
+    """
+    tokens, head = run.tokens, run.head
+    vocab_size, hidden_size = head.weight.shape
+    tile = backward_tile(tokens.problem(head), run.workspace, needs.hidden, needs.weight)
+    logits = LogitTiles(head, min(tile.rows, tokens.number), min(tile.columns, vocab_size))
+    row_slices, column_slices = list(slices(tokens.number, tile.rows)), list(slices(vocab_size, tile.columns))
+    new = tokens.hidden.new_empty
+    hidden_sum = Sum(new(tokens.number, hidden_size), len(column_slices)) if needs.hidden else None
+    grad_weight = new(vocab_size, hidden_size) if needs.weight and weight_grad is None else None
+    grad_bias = statistics.row_max.new_zeros(vocab_size) if needs.bias else None
+    for columns in column_slices:
+        # A slice of dW is summed over the tiles of rows before the next slice begins.
+        weight_sum = None
+        if grad_weight is not None:
+            weight_sum = Sum(grad_weight[columns], len(row_slices))
+        elif needs.weight and weight_grad is not None:
+            weight_sum = Sum.onto(weight_grad[columns])
+        for rows in row_slices:
+            hidden = tokens.chosen(tokens.hidden, rows)
+            z = logits.compute(hidden, columns)
+            labels = labels_in(tokens.chosen(tokens.labels, rows), columns, vocab_size)[None]
+            _tile_gradient(run, z, rows, labels, statistics, grad_logprobs, grad_entropy)
+            if grad_bias is not None:
+                grad_bias[columns] += _bias_sum(z)
+            z = operand(z, head.weight)
+            if hidden_sum is not None:
+                hidden_sum.add(rows, columns.start == 0, z, head.weight[columns])
+            if weight_sum is not None:
+                weight_sum.add(slice(None), rows.start == 0, z.t(), hidden)
+        if weight_sum is not None:
+            weight_sum.result()
+    return Gradients(
+        None if hidden_sum is None else tokens.spread(hidden_sum.result()),
+        grad_weight,
+        None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
+    )
+
+
+def forward_known(run: Run, coefficients: Tensor, needs: Needs) -> tuple[Tensor, Gradients]:
+    """logprobs [N], and the gradients of sum(coefficients * logprobs), in one walk: three GEMMs at most."""
+    tokens, head = run.tokens, run.head
+    vocab_size, hidden_size = head.weight.shape
+    new, terms = tokens.hidden.new_empty, math.ceil(tokens.number / max(1, _row_tile(run).rows))
+    grad_hidden = new(tokens.number, hidden_size) if needs.hidden else None
+    weight_sum = Sum(new(vocab_size, hidden_size), terms) if needs.weight else None
+    grad_bias = coefficients.new_zeros(vocab_size) if needs.bias else None
+    logprobs = [coefficients.new_empty(0)]
+    for rows, hidden, z in _row_tiles(run):
+        labels, c = tokens.chosen(tokens.labels, rows)[None], tokens.chosen(coefficients, rows)[None]
+        logprobs.append(run.kernels.forward_backward(z[None], z[None], labels, c, run.transform)[0])
+        if grad_bias is not None:
+            grad_bias += _bias_sum(z)
+        z = operand(z, head.weight)
+        if grad_hidden is not None:
+            gemm(z, head.weight, grad_hidden[rows])
+        if weight_sum is not None:
+            weight_sum.add(slice(None), rows.start == 0, z.t(), hidden)
+    return tokens.spread(torch.cat(logprobs)), Gradients(
+        None if grad_hidden is None else tokens.spread(grad_hidden),
+        None if weight_sum is None else weight_sum.result(),
+        None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
+    )
+
+
+def _row_tile(run: Run, batch_invariant: bool = False) -> Tile:
+    problem = run.tokens.problem(run.head)
+    return fixed_tile(problem, run.workspace) if batch_invariant else row_tile(problem, run.workspace)
+
+
+def _row_tiles(run: Run, batch_invariant: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Tiles of whole rows, all in one buffer: which tokens [r], their hidden states [r, H] and logits [r, V].
+
+    batch_invariant: every GEMM has one shape, the last one padded, so that a token's results do not depend on others.
+    """
+    tokens, tile = run.tokens, _row_tile(run, batch_invariant)
+    everything = slice(0, tile.columns)
+    logits = LogitTiles(run.head, tile.rows if batch_invariant else min(tile.rows, tokens.number), tile.columns)
+    padded = tokens.hidden.new_zeros(tile.rows, tokens.hidden.shape[1]) if batch_invariant else None
+    for rows in slices(tokens.number, tile.rows):
+        hidden = tokens.chosen(tokens.hidden, rows)
+        if padded is None:
+            yield rows, hidden, logits.compute(hidden, everything)
+        else:
+            padded[: len(hidden)] = hidden
+            yield rows, hidden, logits.compute(padded, everything)[: len(hidden)]
+
+
+def _tile_statistics(run: Run, z: Tensor, rows: slice, with_entropy: bool) -> Statistics:
+    """[1, r] each, of whole rows of logits z [r, V]."""
+    labels = run.tokens.chosen(run.tokens.labels, rows)[None]
+    return run.kernels.forward(z[None], labels, run.transform, with_entropy)
+
+
+def _tile_gradient(
+    run: Run,
+    z: Tensor,
+    rows: slice,
+    labels: Tensor,
+    statistics: Statistics,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+) -> None:
+    """Write the gradient over z [r, c], from statistics and incoming gradients [N]."""
+
+    def of_rows(x: Tensor) -> Tensor:
+        return run.tokens.chosen(x, rows)[None]
+
+    entropy = None if grad_entropy is None or statistics.entropy is None else of_rows(statistics.entropy)
+    row_max = of_rows(statistics.row_max)
+    found = Statistics(row_max, entropy, row_max, of_rows(statistics.log_sum))  # log-probabilities are not read
+    run.kernels.backward(
+        z[None], z[None], labels, found, of_rows(grad_logprobs),
+        None if grad_entropy is None else of_rows(grad_entropy), run.transform,
+    )  # fmt: skip
+
+
+def _bias_sum(z: Tensor) -> Tensor:
+    return z.sum(0, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+
+
+def _joined(run: Run, parts: list[Statistics], with_entropy: bool) -> Statistics:
+    """[1, r] of tiles -> [N]."""
+    hidden = run.tokens.hidden
+    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    nothing = torch.empty(1, 0, dtype=acc, device=hidden.device)
+    columns = zip(*(parts or [Statistics(nothing, nothing if with_entropy else None, nothing, nothing)]), strict=True)
+    return Statistics(
+        *(None if column[0] is None else run.tokens.spread(torch.cat(column, 1)[0]) for column in columns)
+    )

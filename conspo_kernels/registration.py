@@ -1,0 +1,91 @@
+"""How an op is registered, and how it is called: eager mode goes straight to its autograd Function.
+
+torch.compile, fake tensors and dispatch modes see `torch.ops.conspo.<name>`, with schema, fake and autograd. Its
+dispatch costs tens of microseconds a call, which plain eager tensors need not pay: for them the same forward,
+`setup_context` and backward run as a `torch.autograd.Function`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PLAIN = frozenset((Tensor, nn.Parameter))
+_dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
+_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+
+def op(
+    fake: Callable[..., Any],
+    *,
+    mutates: Sequence[str] = (),
+    setup_context: Callable[..., None] | None = None,
+    backward: Callable[..., Any] | None = None,
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Register a function of tensors and numbers as `conspo::<its name>`.
+
+    fake: shapes and dtypes of the results.  mutates: names of the arguments that are written to.  setup_context,
+    backward: as of `torch.library.register_autograd`; without them the op has no gradient.
+    """
+
+    def register(forward: Callable[P, R]) -> Callable[P, R]:
+        name = forward.__name__
+        registered = torch.library.custom_op(f"conspo::{name}", forward, mutates_args=mutates)
+        registered.register_fake(fake)
+        function = None
+        if backward is not None:
+            registered.register_autograd(backward, setup_context=setup_context)
+            function = _function(name, forward, setup_context, backward)
+        written = [i for i, argument in enumerate(registered._opoverload._schema.arguments) if argument.name in mutates]
+
+        names = forward.__code__.co_varnames[: forward.__code__.co_argcount]
+
+        @functools.wraps(forward)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if kwargs:
+                args += tuple(kwargs.pop(name) for name in names[len(args) :])
+                assert not kwargs, f"{name} got {', '.join(kwargs)}"
+            if not _eager(args):
+                return registered(*args)
+            if function is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
+                return function.apply(*args)  # type: ignore[no-untyped-call]
+            result = forward(*args)  # type: ignore[call-arg]
+            for i in written:
+                if args[i] is not None:
+                    torch.autograd.graph.increment_version(args[i])
+            return result
+
+        return call  # type: ignore[return-value]
+
+    return register
+
+
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _eager(args: tuple[Any, ...]) -> bool:
+    """Whether these are plain tensors, and nobody wants to see an op."""
+    if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
+        return False
+    return all(type(x) in PLAIN for x in args if isinstance(x, Tensor))
+
+
+def _function(
+    name: str, forward: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
+) -> type[torch.autograd.Function]:
+    """The autograd Function of the parts that the op is registered with."""
+
+    def set_up(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        if setup_context is not None:
+            setup_context(ctx, inputs=inputs, output=output)
+
+    members = {"forward": forward, "setup_context": set_up, "backward": backward}
+    return type(name, (torch.autograd.Function,), {key: staticmethod(value) for key, value in members.items()})

@@ -1,0 +1,267 @@
+"""Where log-probabilities come from: logits, or hidden states and the head that would make logits of them.
+
+Both sources offer the same: log-probabilities with a graph (without one where grad mode is off), and the gradient for
+known coefficients. Every public function builds a source and hands it on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from .inputs import check
+from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
+from .inputs.tokens import ON_ALL_RANKS, Predictions, TokenLayout
+from .ops import check_implementation
+from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
+from .ops.linear_logprob import linear_logprob
+from .ops.ranks import name_of
+from .ops.token_logprob import token_logprob
+from .values import LogitTransform
+
+
+class LogitSettings(NamedTuple):
+    """What is done with logits, by whom, and what of them is on other ranks."""
+
+    transform: LogitTransform
+    parallel: Parallel
+    implementation: str
+
+    @classmethod
+    def from_arguments(
+        cls, temperature: Any, logit_scale: Any, softcap: Any, parallel: Any, implementation: Any
+    ) -> LogitSettings:
+        check_implementation(implementation)
+        check.logit_transform(temperature, logit_scale, softcap)
+        return cls(LogitTransform(temperature, logit_scale, softcap), parallel_from(parallel), implementation)
+
+
+class KnownGradient(NamedTuple):
+    """logprobs [B, T], and what is differentiated by with its gradient of sum(coefficients * logprobs)."""
+
+    logprobs: Tensor
+    gradients: list[tuple[Tensor, Tensor]]
+
+
+class Source(Protocol):
+    """What the public functions need of a source. Tokens are [B, T]."""
+
+    settings: LogitSettings
+    skips_tokens: bool  # a token that is left out costs nothing
+
+    @property
+    def predictions(self) -> Predictions: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of log-probabilities."""
+
+    def logprobs(
+        self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (empty unless asked for), [B, T], with a graph where grad mode is on.
+
+        keep: [B, T] bool on the CPU, tokens that are wanted, where that is known there.
+        """
+
+    def known_gradient(
+        self, tokens: TokenLayout, coefficients: Tensor, keep: Tensor | None = None
+    ) -> KnownGradient | None:
+        """For known coefficients [B, T]. None: there is no gradient to compute in advance; take `logprobs`."""
+
+
+def _shard(parallel: Parallel) -> VocabShard | None:
+    return None if parallel.vocab is None else VocabShard(parallel.vocab, parallel.vocab_start)
+
+
+def _shard_arguments(shard: VocabShard | None) -> tuple[int, str]:
+    """Where this rank's part of the vocabulary begins, and the name of the group, "" for none."""
+    return (0, "") if shard is None else (shard.start, name_of(shard.group))
+
+
+def _accumulated(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class LogitsSource:
+    """Logits [B, T, V] (packed ones are one row).  given: as the user passed them, a DTensor perhaps.
+
+    inplace: the gradient is written over the logits.
+    """
+
+    given: Tensor
+    logits: Tensor
+    shard: VocabShard | None
+    settings: LogitSettings
+    inplace: bool
+    skips_tokens: bool = False
+
+    @classmethod
+    def from_arguments(
+        cls, logits: Tensor, settings: LogitSettings, **inplace: bool
+    ) -> LogitsSource:
+        """inplace: the argument by its name."""
+        check.logits(logits)
+        check.flags(**inplace)
+        (name, wanted), = inplace.items() if inplace else (("inplace", False),)
+        if wanted:
+            check.overwritten(name, logits)
+        shard, local = _shard(settings.parallel), logits
+        if hasattr(logits, "placements"):
+            if shard is not None:
+                raise ValueError(
+                    "parallel.vocab is for local logits: a DTensor says where its part of the vocabulary begins"
+                )
+            local, shard = shard_of(logits, -1)
+        rows = local if local.dim() == 3 else local[None]
+        return cls(logits, rows, shard, settings, wanted)
+
+    @property
+    def predictions(self) -> Predictions:
+        size = self.logits.shape[-1] if self.shard is None else ON_ALL_RANKS
+        return Predictions("logits", self.logits, tuple(self.given.shape[:-1]), size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _accumulated(self.logits.dtype)
+
+    def logprobs(
+        self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        del keep
+        inplace = self.inplace and self.logits.requires_grad and torch.is_grad_enabled()
+        logprobs, entropy, _row_max, _log_sum = token_logprob(
+            self.logits, tokens.labels, self.settings.transform.to_numbers(), with_entropy, inplace,
+            self.settings.implementation, *_shard_arguments(self.shard),
+        )  # fmt: skip
+        return logprobs, entropy
+
+    def known_gradient(
+        self, tokens: TokenLayout, coefficients: Tensor, keep: Tensor | None = None
+    ) -> KnownGradient | None:
+        del keep
+        if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.shard is not None:
+            return None  # of logits on several ranks a gradient needs the statistics of all of them first
+        z = self.logits.detach()
+        arguments = (tokens.labels, coefficients, self.settings.transform.to_numbers(), self.settings.implementation)
+        if self.inplace:
+            logprobs, gradient = token_logprob_known_(z, *arguments), z
+        else:
+            logprobs, gradient = token_logprob_known(z, *arguments)
+        return KnownGradient(logprobs, [(self.given, gradient.view(self.given.shape))])
+
+
+@dataclass(frozen=True)
+class HiddenSource:
+    """Hidden states [N, H] and the head's weight [V, H] and bias, in the dtype that they are multiplied in.
+
+    shape: of the tokens as the user passed them.  workspace: bytes.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    shape: tuple[int, ...]
+    settings: LogitSettings
+    workspace: int
+    logits_dtype: torch.dtype
+    weight_grad: Tensor | None
+    batch_invariant: bool
+    synchronize: bool
+    skips_tokens: bool = True
+
+    @classmethod
+    def from_arguments(
+        cls,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        settings: LogitSettings,
+        *,
+        workspace_mib: float,
+        logits_dtype: torch.dtype | None = None,
+        weight_grad: Tensor | None = None,
+        batch_invariant: bool = False,
+        synchronize: bool = False,
+    ) -> HiddenSource:
+        check.linear(hidden, weight, bias, workspace_mib)
+        if weight_grad is not None:
+            check.weight_grad(weight_grad, weight)
+        check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
+        shape, device = tuple(hidden.shape[:-1]), hidden.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+
+            def cast(x: Tensor) -> Tensor:
+                return x if x.dtype == torch.float64 else x.to(dtype)
+
+            hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
+        check.logits_dtype(logits_dtype, hidden)
+        return cls(
+            hidden.reshape(-1, hidden.shape[-1]), weight, bias, shape, settings, int(workspace_mib * 2**20),
+            logits_dtype or hidden.dtype, weight_grad, batch_invariant, synchronize,
+        )  # fmt: skip
+
+    @property
+    def predictions(self) -> Predictions:
+        size = self.weight.shape[0] if self.settings.parallel.vocab is None else ON_ALL_RANKS
+        return Predictions("hidden", self.hidden, self.shape, size)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return _accumulated(self.hidden.dtype)
+
+    @property
+    def needs(self) -> list[bool]:
+        """Whether hidden, weight and bias want a gradient."""
+        wanted = torch.is_grad_enabled()
+        return [wanted and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)]
+
+    def mode(self, with_entropy: bool) -> str:
+        """The mode of `linear/modes.py` with the fewest GEMMs; in "frozen" a rank would need the others' sums."""
+        needs = self.needs
+        if not any(needs):
+            return "none"
+        if not any(needs[1:]) and not with_entropy and self.settings.parallel.vocab is None:
+            return "frozen"
+        if self.weight_grad is not None or self.batch_invariant:
+            return "recompute"
+        size = self.hidden.shape[0] * self.weight.shape[0] * self.logits_dtype.itemsize
+        return "store" if size <= self.workspace else "recompute"
+
+    def _kept(self, tokens: TokenLayout, keep: Tensor | None) -> Tensor | None:
+        """[B * T] bool on the CPU, the tokens to compute: those with a label, or what is known without waiting."""
+        if self.synchronize:
+            return tokens.active.flatten().cpu()
+        return None if keep is None else keep.flatten()
+
+    def logprobs(
+        self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        logprobs, entropy, *_ = linear_logprob(
+            self.hidden, self.weight, self.bias, tokens.labels.flatten(), self._kept(tokens, keep), self.weight_grad,
+            self.logits_dtype, self.settings.transform.to_numbers(), with_entropy, self.mode(with_entropy),
+            self.workspace, self.settings.implementation, *_shard_arguments(_shard(self.settings.parallel)),
+            self.batch_invariant,
+        )  # fmt: skip
+        return logprobs.view(tokens.labels.shape), entropy
+
+    def known_gradient(
+        self, tokens: TokenLayout, coefficients: Tensor, keep: Tensor | None = None
+    ) -> KnownGradient | None:
+        if not any(self.needs) or self.settings.parallel.vocab is not None:
+            return None
+        inputs = (self.hidden, self.weight, self.bias)
+        logprobs, *gradients = linear_logprob_known(
+            *(None if x is None else x.detach() for x in inputs), tokens.labels.flatten(), self._kept(tokens, keep),
+            coefficients.flatten(), self.needs, self.logits_dtype, self.settings.transform.to_numbers(),
+            self.workspace, self.settings.implementation,
+        )  # fmt: skip
+        pairs = zip(inputs, gradients, self.needs, strict=True)
+        return KnownGradient(
+            logprobs.view(tokens.labels.shape), [(x, grad) for x, grad, needed in pairs if needed and x is not None]
+        )

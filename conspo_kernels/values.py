@@ -1,0 +1,71 @@
+"""Values that the layers hand to one another: what a label may be, the logit transform, the statistics of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Behind `inputs` a label is an entry of the vocabulary or IGNORED: no response token, no result, no gradient. Any other
+# number is a label that is not among the logits at hand (it lies in another tile, or on another rank, or nowhere): the
+# statistics of its row are computed, its log-probability is NaN, and its row's gradient lacks the label's own term.
+IGNORED = -1
+ELSEWHERE = -2
+
+
+# logit_scale / temperature / tau, and what else three numbers between these can make, is at most 1e27 and so fits fp32,
+# also times a logit of 1e10: no kernel meets an infinite or a zero factor.
+# Powers of two, which no dtype rounds to beyond them.
+SMALLEST, LARGEST = 2.0**-30, 2.0**30
+
+
+def check_factor(name: str, value: float) -> None:
+    """A number that is multiplied and divided by."""
+    if not SMALLEST <= value <= LARGEST:
+        raise ValueError(f"{name} must be positive and finite, from 2**-30 to 2**30, got {value}")
+
+
+def check_margin(value: float) -> None:
+    if not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"margin must be finite, from -2**30 to 2**30, got {value}")
+
+
+class LogitTransform(NamedTuple):
+    """y = f(z) / temperature, f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap.
+
+    Kernels compute y = u * scale with u = tanh(z * inner), or u = z: maxima and differences are taken of u, so that the
+    constant factor costs one multiplication per exponential and no digits of a large logit.
+    """
+
+    temperature: float = 1.0
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def inner(self) -> float:
+        return 1.0 if self.softcap is None else self.logit_scale / self.softcap
+
+    @property
+    def scale(self) -> float:
+        return (self.logit_scale if self.softcap is None else self.softcap) / self.temperature
+
+    def to_numbers(self) -> list[float]:
+        """As the schema of an op takes it."""
+        return [self.temperature, self.logit_scale, *(() if self.softcap is None else (self.softcap,))]
+
+    @classmethod
+    def from_numbers(cls, numbers: Sequence[float]) -> LogitTransform:
+        return cls(*numbers)
+
+
+class Statistics(NamedTuple):
+    """Of rows of logits: log-probability of the label, entropy or None, max u, log of the sum of exp(y - max y).
+
+    The last two are apart: their sum would lose the digits of log-probabilities at |z| = 1e4.
+    """
+
+    logprobs: Tensor
+    entropy: Tensor | None
+    row_max: Tensor
+    log_sum: Tensor
