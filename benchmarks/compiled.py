@@ -1,6 +1,6 @@
 """The compiled kernels, without a GPU: registers, spills, shared memory and access widths of what the launchers launch.
 
-The launchers of `kernels/*_triton.py` are called with small CPU tensors under a driver that claims to be the target;
+The launchers of `backends/triton` are called with small CPU tensors under a driver that claims to be the target;
 Triton specialises and compiles as it would there, and nothing is launched. Run as
 
     python -m benchmarks.compiled [--json] [--target sm_90 ...]
@@ -84,10 +84,10 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
         kernels.append(kernel)
         return kernel
 
-    from conspo_kernels.kernels import launch_triton
+    from conspo_kernels.backends.triton import launch
 
-    table_row = launch_triton.architecture
-    launch_triton.architecture = lambda _: target_name(target)  # type: ignore[assignment]
+    table_row = launch.architecture
+    launch.architecture = lambda _: target_name(target)  # type: ignore[assignment]
     active = triton.runtime.driver._active  # reset_active() would look for a GPU
     triton.runtime.driver.set_active(OfflineDriver(target))  # type: ignore[arg-type]
     JITFunction.run = compile_only  # type: ignore[method-assign]
@@ -95,51 +95,49 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
         yield kernels
     finally:
         JITFunction.run = run  # type: ignore[method-assign]
-        launch_triton.architecture = table_row
+        launch.architecture = table_row
         triton.runtime.driver._active = active
 
 
 def call_token_logprob(logits: Tensor, softcap: float | None = None, entropy: bool = False) -> None:
     """Call the launchers of forward and backward for logits [B, T, V]."""
-    from conspo_kernels.kernels import token_logprob_triton as kernels
-    from conspo_kernels.kernels.transform import LogitTransform
+    from conspo_kernels.backends.triton import token_logprob as kernels
+    from conspo_kernels.values import LogitTransform
 
     labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
     transform = LogitTransform(softcap=softcap)
-    logprobs, entropies, row_max, log_sum = kernels.forward(logits, labels, -100, transform, entropy)
-    kernels.backward(
-        torch.empty(logits.shape, dtype=logits.dtype), logits, labels, row_max, log_sum, entropies, logprobs, entropies,
-        -100, transform,
-    )  # fmt: skip
+    found = kernels.forward(logits, labels, transform, entropy)
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    kernels.backward(grad, logits, labels, found, found.logprobs, found.entropy, transform)
 
 
 def call_sequence_score(packed: bool, num_tokens: int = 8) -> None:
-    from conspo_kernels.kernels import sequence_score_triton as kernels
+    from conspo_kernels.backends.triton import sequence_score as kernels
 
     logprobs, labels = torch.zeros(2, num_tokens), torch.zeros(2, num_tokens, dtype=torch.int64)
     offsets = torch.tensor([0, num_tokens, 2 * num_tokens]) if packed else None
-    scores, counts = kernels.forward(logprobs, labels, offsets, -100)
-    kernels.backward(scores, counts, labels, offsets, -100)
+    scores, counts = kernels.forward(logprobs, labels, offsets)
+    kernels.backward(scores, counts, labels, offsets)
 
 
 def call_group_infonce(
     ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0, rewards: Tensor | None = None
 ) -> None:
-    from conspo_kernels.kernels import group_infonce_triton as kernels
+    from conspo_kernels.backends.contract import ContrastSettings, Rollouts
+    from conspo_kernels.backends.triton import group_infonce as kernels
     from conspo_kernels.objective import equal_segments
 
     n = num_groups * size
     segments = equal_segments(n, size, torch.device("cpu")) if ragged else None
-    kernels.forward(
-        torch.zeros(n), torch.zeros(n) if rewards is None else rewards, torch.ones(n, dtype=torch.int32), segments,
-        0 if ragged else size, torch.tensor(margin), None, 1.0, 0.5, "mean",
-    )  # fmt: skip
+    rewards = torch.zeros(n) if rewards is None else rewards
+    rollouts = Rollouts(torch.zeros(n), rewards, torch.ones(n, dtype=torch.int32), segments, 0 if ragged else size)
+    kernels.forward(rollouts, ContrastSettings(1.0, torch.tensor(margin), 0.5, "mean", None))
 
 
 def call_scale() -> None:
-    from conspo_kernels.kernels import scale_triton
+    from conspo_kernels.backends.triton import scale
 
-    scale_triton.scale_(torch.zeros(16_384, dtype=torch.bfloat16), torch.ones(()))
+    scale.scale_(torch.zeros(16_384, dtype=torch.bfloat16), torch.ones(()))
 
 
 def _logits(vocab_size: int, dtype: torch.dtype) -> Tensor:

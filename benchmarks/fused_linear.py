@@ -12,7 +12,9 @@ from torch import Tensor
 
 from conspo_kernels import linear_conspo_loss, linear_weighted_score_loss
 from conspo_kernels.ops.linear_logprob import linear_logprob
+from conspo_kernels.values import IGNORED, LogitTransform
 
+from .baselines import IGNORE
 from .linear_peers import linear_peers
 from .measure import Call
 from .shapes import LinearShape
@@ -89,13 +91,14 @@ class Candidate(NamedTuple):
 def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
     """Log-probabilities [N]; for known weights and the loss a scalar."""
     labels, shape = inputs.labels, inputs.shape
+    aligned = torch.where(labels == IGNORE, IGNORED, labels).flatten()
     workspace = shape.workspace_mib * 2**20
     weights = torch.full((shape.rollouts,), COEFFICIENT * shape.length)
 
     def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_logprob(
-            hidden.flatten(0, 1), weight, None, labels.flatten(), None, None, -100, 1.0, 1.0, None, False, op.mode,
-            workspace, implementation,
+            hidden.flatten(0, 1), weight, None, aligned, None, None, hidden.dtype, LogitTransform().to_numbers(), False,
+            op.mode, workspace, implementation, 0, "", False,
         )[0]  # fmt: skip
 
     def known(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from conspo_kernels import conspo_loss, conspo_loss_from_scores, token_logprobs
-from conspo_kernels.kernels.transform import LogitTransform
-from conspo_kernels.ops.implementation import twin
+from conspo_kernels.backends.registry import kernels_for
+from conspo_kernels.values import IGNORED, LogitTransform
 
 from .baselines import IGNORE, conspo_loss_of, infonce, masked, rivals, scores_of
 from .measure import Call
@@ -143,13 +143,14 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
 
 def _known(inputs: Inputs, implementation: str) -> dict[str, Candidate]:
     logits, labels = inputs.logits, inputs.labels
-    kernels = twin("token_logprob", implementation, logits.device)
+    kernels = kernels_for("token_logprob", implementation, logits.device)
+    aligned = torch.where(labels == IGNORE, IGNORED, labels)
     coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     def known(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.forward_backward(logits, logits, labels, coefficients, IGNORE, LogitTransform()), logits
+        return kernels.forward_backward(logits, logits, aligned, coefficients, LogitTransform()), logits
 
-    return {OURS: Candidate(known, torch.float32)} if hasattr(kernels, "forward_backward") else {}
+    return {OURS: Candidate(known, torch.float32)}
 
 
 def call(op: Op, candidate: Candidate, inputs: Inputs) -> Call:

@@ -16,20 +16,12 @@ from typing import Any
 import numpy
 import torch
 
-from . import __version__, gradcheck, gradcheck_cases
-from .kernels import native
-from .ops.implementation import HAS_TRITON, choose, unavailable
-
-# The registered ops, and the door that is one of them and nothing else.
-OPS = {
-    "token_logprob": "token_logprobs",
-    "sequence_score": "sequence_scores",
-    "group_infonce": "conspo_loss_from_scores",
-    "token_logprob_known": "weighted_score_loss",
-    "linear_logprob": "linear_token_logprobs",
-    "linear_logprob_known": "linear_weighted_score_loss",
-}
-IMPLEMENTATIONS = ("torch", "triton", "native")
+from . import __version__
+from .backends import native
+from .backends import triton as triton_backend
+from .backends.registry import BACKENDS, choose, unavailable
+from .gradcheck import command as gradcheck
+from .gradcheck.command import OPS
 
 
 def interpreting() -> bool:
@@ -38,7 +30,7 @@ def interpreting() -> bool:
 
 
 def triton_version() -> str | None:
-    if not HAS_TRITON:
+    if not triton_backend.INSTALLED:
         return None
     import triton
 
@@ -51,7 +43,7 @@ def information() -> dict[str, Any]:
     choices = []
     for device in map(torch.device, ["cpu", *(["cuda"] if cuda else [])]):
         for op in OPS:
-            reasons = {name: unavailable(name, device) for name in IMPLEMENTATIONS}
+            reasons = {name: unavailable(name, device) for name in BACKENDS}
             choices.append(
                 {
                     "op": op,
@@ -105,39 +97,6 @@ def print_information(info: dict[str, Any]) -> None:
         print(f"{name} does not run on {device}: {reason}")
 
 
-def run_gradcheck(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    device: torch.device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not torch.cuda.is_available() and "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton defines the kernels
-    reasons = {name: unavailable(name, device) for name in IMPLEMENTATIONS}
-    for name in arguments.implementation or ():
-        if reasons[name] is not None:
-            parser.error(f"implementation {name} does not run on {device}: {reasons[name]}")
-    implementations = arguments.implementation or [name for name, reason in reasons.items() if reason is None]
-    right = gradcheck.gradcheck(
-        ops=[OPS.get(op, op) for op in arguments.op],
-        shapes=arguments.shape,
-        dtypes=arguments.dtype,
-        implementations=implementations,
-        not_run={name: reason for name, reason in reasons.items() if reason is not None},
-        device=device,
-        interpreted=interpreting(),
-        as_json=arguments.json,
-    )
-    return 0 if right else 1
-
-
-def device_here(text: str) -> torch.device:
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise argparse.ArgumentTypeError(f"not a device: {text!r}") from error
-    found = {"cpu": 1, "cuda": torch.cuda.device_count()}.get(device.type, 0)
-    if (device.index or 0) >= found:
-        raise argparse.ArgumentTypeError(f"there is no {text} here")
-    return device
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; its exit code. Wrong usage raises SystemExit(2), as argparse does."""
     formatter = argparse.RawDescriptionHelpFormatter
@@ -146,29 +105,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     info = commands.add_parser("info", help="versions, devices, and which implementation of each op runs where")
     check = commands.add_parser(
         "gradcheck",
-        help="values and gradients of every door against the fp64 oracle",
+        help="values and gradients of every public function against the fp64 oracle",
         description=gradcheck.__doc__,
         formatter_class=formatter,
     )
-    check.add_argument("--device", type=device_here, help="default: cuda where there is a GPU, else cpu")
-    check.add_argument("--implementation", nargs="+", choices=IMPLEMENTATIONS, help="default: all that run here")
-    for option, choices, default in (
-        ("--dtype", gradcheck.DTYPES, list(gradcheck.DTYPES)),
-        ("--op", [*gradcheck_cases.GRADED, *OPS], list(gradcheck_cases.GRADED)),
-        ("--shape", gradcheck_cases.SHAPES, ["small"]),
-    ):
-        words = f"one or more of {', '.join(choices)}; default: {', '.join(default)}"
-        check.add_argument(option, nargs="+", choices=list(choices), default=default, metavar="NAME", help=words)
+    gradcheck.add_arguments(check)
     for command in (info, check):
         command.add_argument("--json", action="store_true", help="print JSON rather than a table")
     arguments = parser.parse_args(argv)
     if arguments.command == "gradcheck":
-        return run_gradcheck(arguments, check)
-    found = information()
+        return gradcheck.run(arguments, check)
+    described = information()
     if arguments.json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps(described, indent=1))
     else:
-        print_information(found)
+        print_information(described)
     return 0
 
 

@@ -155,7 +155,7 @@ class _Selected(NamedTuple):
 def _selected(
     source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
 ) -> _Selected:
-    """Those that can have a gradient, where that is known without waiting and leaving the others out saves something."""
+    """Those that can have a gradient, where that is known without waiting and leaving out the others saves work."""
     if not source.skips_tokens:
         return _Selected(tokens, None, None, None)
     counts = response_counts(tokens, contrast.parallel)
@@ -173,7 +173,7 @@ def contrast_loss(
     source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
 ) -> Tensor | ConSPOOutput:
     """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
-    if getattr(source, "synchronize", False):
+    if source.synchronize:
         check.rewards(rewards, response_counts(tokens, contrast.parallel).shape[0])
         rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups
     selected = _selected(source, tokens, contrast, rewards, groups)
@@ -197,9 +197,7 @@ def checked_scores(scores: Tensor) -> Tensor:
     return scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
 
 
-def loss_of_scores(
-    contrast: Contrast, scores: Tensor, rewards: Tensor, groups: int | Tensor
-) -> Tensor | ConSPOOutput:
+def loss_of_scores(contrast: Contrast, scores: Tensor, rewards: Tensor, groups: int | Tensor) -> Tensor | ConSPOOutput:
     """The loss of scores that a user passed."""
     scores = checked_scores(scores)
     result = contrast.evaluate(scores, rewards, groups)

@@ -60,8 +60,8 @@ def token_logprobs(
         response_mask: shaped like labels, any real dtype, zero = no token. Labels under it are never looked at.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed sequences; required for [N] with `shift`. Rows past the
             last offset are ignored. Without it [1, N] is one sequence.
-        shift: labels (and response_mask) are the input ids: position t predicts label t + 1 within its own sequence. Outputs
-            stay aligned with the logits. Better than slicing the logits, whose backward allocates a full buffer.
+        shift: labels (and response_mask) are the input ids: position t predicts label t + 1 within its own sequence.
+            Outputs stay aligned with the logits. Better than slicing them, whose backward allocates a full buffer.
         temperature: T > 0 that the rollouts were sampled at.
         logit_scale: factor > 0 before the softcap.
         softcap: bound of the capped logits, > 0, or None.
@@ -98,11 +98,21 @@ def token_logprobs(
 
 @overload
 def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_entropy: Literal[False] = False, **options: Unpack[LinearLogprobOptions]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_entropy: Literal[False] = False,
+    **options: Unpack[LinearLogprobOptions],
 ) -> Tensor: ...
 @overload
 def linear_token_logprobs(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, return_entropy: Literal[True], **options: Unpack[LinearLogprobOptions]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    return_entropy: Literal[True],
+    **options: Unpack[LinearLogprobOptions],
 ) -> tuple[Tensor, Tensor]: ...
 @overload
 def linear_token_logprobs(
@@ -197,8 +207,8 @@ def sequence_scores(
 
     Args:
         logprobs: [B, T] padded (a row is a rollout), or packed [N] or [1, N]; floating point.
-        labels: integers, shaped like logprobs, and `response_mask`, of the same shape, `shift` and `ignore_index`: as given to
-            `token_logprobs`; they say which tokens count.
+        labels: integers, shaped like logprobs, and `response_mask`, of the same shape, `shift` and `ignore_index`: as
+            given to `token_logprobs`; they say which tokens count.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed rollouts; required for [N].
         parallel: a `Parallel`; here its `context` matters, the ranks over which the tokens of each rollout are spread:
             all have the same S rollouts, each its own tokens of them (none, perhaps). Scores are of whole rollouts, the

@@ -20,15 +20,33 @@ if TYPE_CHECKING:
 
 @overload
 def conspo_loss(
-    logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[LossOptions]
+    logits: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LossOptions],
 ) -> Tensor: ...
 @overload
 def conspo_loss(
-    logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[True], **options: Unpack[LossOptions]
+    logits: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LossOptions],
 ) -> ConSPOOutput: ...
 @overload
 def conspo_loss(
-    logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: bool, **options: Unpack[LossOptions]
+    logits: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LossOptions],
 ) -> Tensor | ConSPOOutput: ...
 def conspo_loss(
     logits: Tensor,
@@ -120,15 +138,36 @@ def conspo_loss(
 
 @overload
 def linear_conspo_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[LinearLossOptions]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearLossOptions],
 ) -> Tensor: ...
 @overload
 def linear_conspo_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[True], **options: Unpack[LinearLossOptions]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearLossOptions],
 ) -> ConSPOOutput: ...
 @overload
 def linear_conspo_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: bool, **options: Unpack[LinearLossOptions]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LinearLossOptions],
 ) -> Tensor | ConSPOOutput: ...
 def linear_conspo_loss(
     hidden: Tensor,
@@ -195,11 +234,21 @@ def linear_conspo_loss(
 
 @overload
 def conspo_loss_from_scores(
-    scores: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[ScoreOptions]
+    scores: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[ScoreOptions],
 ) -> Tensor: ...
 @overload
 def conspo_loss_from_scores(
-    scores: Tensor, rewards: Tensor, groups: int | Tensor, *, return_metrics: Literal[True], **options: Unpack[ScoreOptions]
+    scores: Tensor,
+    rewards: Tensor,
+    groups: int | Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[ScoreOptions],
 ) -> ConSPOOutput: ...
 @overload
 def conspo_loss_from_scores(

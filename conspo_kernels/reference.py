@@ -109,7 +109,7 @@ def group_loss(positives_p: Tensor, negatives_q: Tensor, tau: float = 1.0, margi
 
 
 def response_tokens(
-    labels: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None, shift: bool, ignore_index: int
+    labels: Tensor, response_mask: Tensor | None, cu_seqlens: Tensor | None, shift: bool, ignore_index: int
 ) -> list[list[tuple[int, int]]]:
     """The response tokens of each rollout: (row, label), rows counted over the flattened leading dimensions."""
     if cu_seqlens is None:
@@ -121,7 +121,7 @@ def response_tokens(
         raise ValueError(f"cu_seqlens: expected offsets rising from 0 to at most {labels.numel()}, got {offsets}")
 
     flat_labels = labels.flatten().tolist()
-    flat_mask = [1] * labels.numel() if mask is None else mask.flatten().tolist()
+    flat_mask = [1] * labels.numel() if response_mask is None else response_mask.flatten().tolist()
     rollouts = []
     for start, stop in pairwise(offsets):
         sequence = range(start, stop)
@@ -208,7 +208,7 @@ def list_metrics(
 
 def reference_loss(
     logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *,
-    cu_seqlens: Tensor | None = None, mask: Tensor | None = None, shift: bool = False,
+    cu_seqlens: Tensor | None = None, response_mask: Tensor | None = None, shift: bool = False,
     tau: float = 1.0, margin: float | Tensor = 0.0, reward_threshold: float = 0.5,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = -100,
     reduction: str = "mean", num_groups: float | Tensor | None = None,
@@ -227,7 +227,7 @@ def reference_loss(
         rewards, reward_threshold: [S] float, int or bool; NaN = unscorable, above the threshold = positive.
         groups: an int (that many consecutive rollouts share a prompt) or [S] integer prompt ids in any order.
         cu_seqlens: [S+1] integers, offsets of the packed sequences from 0 on; rows past the last one are ignored.
-        mask: shaped like labels, zero = no response token; labels under it are not looked at.
+        response_mask: shaped like labels, zero = no response token; labels under it are not looked at.
         shift: labels are the input ids: row t predicts label t+1 of its own sequence, under mask t+1.
         tau, margin: InfoNCE temperature and margin, nats per token.
         temperature, logit_scale, softcap: the logit transform; the temperature is the sampling temperature.
@@ -248,8 +248,8 @@ def reference_loss(
         raise ValueError(f'reduction: expected "mean", "sum" or "none", got {reduction!r}')
     if labels.numel() != logits.shape[:-1].numel() or (cu_seqlens is None and labels.shape != logits.shape[:2]):
         raise ValueError(f"labels: expected one per row of logits {list(logits.shape)}, got {list(labels.shape)}")
-    if mask is not None and mask.shape != labels.shape:
-        raise ValueError(f"mask: expected {list(labels.shape)} like labels, got {list(mask.shape)}")
+    if response_mask is not None and response_mask.shape != labels.shape:
+        raise ValueError(f"response_mask: expected {list(labels.shape)} like labels, got {list(response_mask.shape)}")
     margin = float(margin)
     transform = (temperature, logit_scale, softcap)
 
@@ -258,7 +258,7 @@ def reference_loss(
     nothing = logits_nv[:0]
     zero = nothing.sum()  # with a gradient of zeros, even where logits are NaN
     rows = logits_nv.unbind()
-    rollouts = response_tokens(labels, mask, cu_seqlens, shift, ignore_index)
+    rollouts = response_tokens(labels, response_mask, cu_seqlens, shift, ignore_index)
     logprobs, entropy = [zero] * len(rows), [zero] * len(rows)
     for tokens in rollouts:
         for row, label in tokens:

@@ -55,14 +55,14 @@ def op(
             if not _eager(args):
                 return registered(*args)
             if function is not None and torch.is_grad_enabled() and any(map(_requires_grad, args)):
-                return function.apply(*args)  # type: ignore[no-untyped-call]
+                return function.apply(*args)
             result = forward(*args)  # type: ignore[call-arg]
             for i in written:
                 if args[i] is not None:
                     torch.autograd.graph.increment_version(args[i])
             return result
 
-        return call  # type: ignore[return-value]
+        return call
 
     return register
 

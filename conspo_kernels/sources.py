@@ -49,8 +49,16 @@ class KnownGradient(NamedTuple):
 class Source(Protocol):
     """What the public functions need of a source. Tokens are [B, T]."""
 
-    settings: LogitSettings
-    skips_tokens: bool  # a token that is left out costs nothing
+    @property
+    def settings(self) -> LogitSettings: ...
+
+    @property
+    def skips_tokens(self) -> bool:
+        """Whether a token that is left out costs nothing."""
+
+    @property
+    def synchronize(self) -> bool:
+        """Whether to wait for the device, to see which tokens are wanted."""
 
     @property
     def predictions(self) -> Predictions: ...
@@ -99,15 +107,14 @@ class LogitsSource:
     settings: LogitSettings
     inplace: bool
     skips_tokens: bool = False
+    synchronize: bool = False
 
     @classmethod
-    def from_arguments(
-        cls, logits: Tensor, settings: LogitSettings, **inplace: bool
-    ) -> LogitsSource:
+    def from_arguments(cls, logits: Tensor, settings: LogitSettings, **inplace: bool) -> LogitsSource:
         """inplace: the argument by its name."""
         check.logits(logits)
         check.flags(**inplace)
-        (name, wanted), = inplace.items() if inplace else (("inplace", False),)
+        ((name, wanted),) = inplace.items() if inplace else (("inplace", False),)
         if wanted:
             check.overwritten(name, logits)
         shard, local = _shard(settings.parallel), logits
@@ -256,8 +263,9 @@ class HiddenSource:
         if not any(self.needs) or self.settings.parallel.vocab is not None:
             return None
         inputs = (self.hidden, self.weight, self.bias)
+        bias = None if self.bias is None else self.bias.detach()
         logprobs, *gradients = linear_logprob_known(
-            *(None if x is None else x.detach() for x in inputs), tokens.labels.flatten(), self._kept(tokens, keep),
+            self.hidden.detach(), self.weight.detach(), bias, tokens.labels.flatten(), self._kept(tokens, keep),
             coefficients.flatten(), self.needs, self.logits_dtype, self.settings.transform.to_numbers(),
             self.workspace, self.settings.implementation,
         )  # fmt: skip

@@ -165,11 +165,21 @@ def conspo_weights(
 
 @overload
 def weighted_score_loss(
-    logits: Tensor, labels: Tensor, weights: Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[WeightedOptions]
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[WeightedOptions],
 ) -> Tensor: ...
 @overload
 def weighted_score_loss(
-    logits: Tensor, labels: Tensor, weights: Tensor, *, return_metrics: Literal[True], **options: Unpack[WeightedOptions]
+    logits: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[WeightedOptions],
 ) -> ConSPOOutput: ...
 @overload
 def weighted_score_loss(
@@ -228,15 +238,33 @@ def weighted_score_loss(
 
 @overload
 def linear_weighted_score_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, *, return_metrics: Literal[False] = False, **options: Unpack[LinearWeightedOptions]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    return_metrics: Literal[False] = False,
+    **options: Unpack[LinearWeightedOptions],
 ) -> Tensor: ...
 @overload
 def linear_weighted_score_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, *, return_metrics: Literal[True], **options: Unpack[LinearWeightedOptions]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    return_metrics: Literal[True],
+    **options: Unpack[LinearWeightedOptions],
 ) -> ConSPOOutput: ...
 @overload
 def linear_weighted_score_loss(
-    hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor, *, return_metrics: bool, **options: Unpack[LinearWeightedOptions]
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    *,
+    return_metrics: bool,
+    **options: Unpack[LinearWeightedOptions],
 ) -> Tensor | ConSPOOutput: ...
 def linear_weighted_score_loss(
     hidden: Tensor,

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from conspo_kernels import CosineMargin, conspo_weights, linear_conspo_scores, linear_weighted_score_loss
+from conspo_kernels import CosineMargin, Parallel, conspo_weights, linear_conspo_scores, linear_weighted_score_loss
 
 LETTERS, LENGTH = 6, 2
 
@@ -40,8 +40,8 @@ class Policy(nn.Module):
         if mask is None:
             return self.head(hidden[:, -1])
         if weights is None:
-            return linear_conspo_scores(hidden, self.head.weight, ids, mask=mask, shift=True)
-        return linear_weighted_score_loss(hidden, self.head.weight, ids, weights, mask=mask, shift=True)  # type: ignore[return-value]
+            return linear_conspo_scores(hidden, self.head.weight, ids, response_mask=mask, shift=True)
+        return linear_weighted_score_loss(hidden, self.head.weight, ids, weights, response_mask=mask, shift=True)  # type: ignore[return-value]
 
 
 @torch.no_grad()
@@ -71,8 +71,8 @@ def accumulate(
     parts = list(zip(ids.split(size), mask.split(size), strict=True))
     with torch.no_grad():
         scores = torch.cat([model(*part) for part in parts])
-    everyone = dist.group.WORLD if dist.is_initialized() else None
-    found = conspo_weights(scores, rewards, prompt_ids, margin=margin, process_group=everyone, return_metrics=True)
+    parallel = Parallel(data=dist.group.WORLD) if dist.is_initialized() else None
+    found = conspo_weights(scores, rewards, prompt_ids, margin=margin, parallel=parallel, return_metrics=True)
     for i, (part, weights) in enumerate(zip(parts, found.weights.split(size), strict=True)):
         synchronised(model, last=i == len(parts) - 1)
         model(*part, weights).backward()

@@ -106,7 +106,7 @@ def policy_loss(
     # The last columns: a policy may leave out those that predict the prompt.
     columns = slice(-outputs[0].shape[1], None)
     labels, mask = rollouts.batch.input_ids[:, columns], rollouts.batch.response_mask[:, columns]
-    tokens: dict[str, Any] = {"mask": mask, "shift": True, "implementation": args.implementation}
+    tokens: dict[str, Any] = {"response_mask": mask, "shift": True, "implementation": args.implementation}
     contrast: dict[str, Any] = {"tau": args.tau, "margin": margin}
     if args.loss == "conspo":
         more = {"temperature": args.temperature, "return_metrics": True, **tokens, **contrast}

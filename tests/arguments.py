@@ -68,8 +68,8 @@ def packed_tokens(draw: st.DrawFn) -> Arguments:
     if draw(st.booleans()):
         keep = torch.rand(shape, generator=generator) < 0.7
         labels[~keep] = 99
-        arguments["mask"] = placed(draw, keep).to(draw(st.sampled_from(DTYPES[:-1])))
-        labels[arguments["mask"] != 0] %= 3  # placing may have moved the mask
+        arguments["response_mask"] = placed(draw, keep).to(draw(st.sampled_from(DTYPES[:-1])))
+        labels[arguments["response_mask"] != 0] %= 3  # placing may have moved the mask
     arguments |= {"labels": labels.to(dtype), "shift": draw(st.booleans()), "ignore_index": ignore_index}
     return arguments
 
@@ -182,7 +182,9 @@ def logprob_arguments(draw: st.DrawFn) -> Arguments:
     arguments = draw(tokens())
     if not arguments["shift"] and draw(st.booleans()):
         arguments.pop("cu_seqlens", None)  # then all rows count
-        arguments["labels"] = arguments["labels"].clamp(0, 2) if "mask" not in arguments else arguments["labels"]
+        arguments["labels"] = (
+            arguments["labels"].clamp(0, 2) if "response_mask" not in arguments else arguments["labels"]
+        )
     arguments["return_entropy"] = draw(st.booleans())
     return arguments
 

@@ -118,7 +118,7 @@ def build(case: Case, dtype: torch.dtype, *, packed: bool, device: torch.device 
     if case.shift:
         options["shift"] = True
     if case.mask:
-        options["mask"] = joined(masks, False).to(device)
+        options["response_mask"] = joined(masks, False).to(device)
     if packed:
         options["cu_seqlens"] = torch.tensor([0, *case.lengths]).cumsum(0).to(torch.int32)
     rewards = torch.tensor(case.rewards)

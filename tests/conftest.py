@@ -28,7 +28,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 def pytest_sessionstart() -> None:
     """Who asked for the native kernels to be built wants them tested, not skipped."""
-    from conspo_kernels.kernels import native
+    from conspo_kernels.backends import native
 
     if os.environ.get("CONSPO_BUILD") == "cpu" and native.OBSTACLE is not None:
         pytest.exit(f"CONSPO_BUILD=cpu, but {native.OBSTACLE}", returncode=1)
@@ -55,7 +55,7 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> str:
     if request.param == "native":
-        from conspo_kernels.kernels import native
+        from conspo_kernels.backends import native
 
         if native.OBSTACLE is not None:
             pytest.skip(native.OBSTACLE)

@@ -20,8 +20,7 @@ from torch.autograd import forward_ad
 
 from conspo_kernels import (
     ConSPOLoss,
-    VocabParallel,
-    check,
+    Parallel,
     conspo_loss,
     conspo_loss_from_scores,
     conspo_scores,
@@ -30,8 +29,11 @@ from conspo_kernels import (
     linear_weighted_score_loss,
     sequence_scores,
     token_logprobs,
+    weighted_logprob_loss,
     weighted_score_loss,
 )
+from conspo_kernels.inputs import check
+from conspo_kernels.values import LARGEST, SMALLEST
 
 
 def padded(**changes: Any) -> dict[str, Any]:
@@ -81,13 +83,7 @@ def weighted(**changes: Any) -> dict[str, Any]:
     }
 
 
-class Group:
-    """As much of a process group as the door looks at."""
-
-    group_name = "nobody"
-
-    def size(self) -> int:
-        return 1
+GROUP = torch.distributed.ProcessGroup(0, 1)  # of no backend: only looked at
 
 
 class Sharded(torch.Tensor):
@@ -107,6 +103,10 @@ def linear_loss(arguments: dict[str, Any]) -> Any:
 
 def phase_two(arguments: dict[str, Any]) -> Any:
     return weighted_score_loss(**arguments)
+
+
+def known(arguments: dict[str, Any]) -> Any:
+    return weighted_logprob_loss(**{k: v for k, v in arguments.items() if k != "weights"})
 
 
 def linear_phase_two(arguments: dict[str, Any]) -> Any:
@@ -141,7 +141,7 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
      r"logits must have a vocabulary of at least one entry, got \[4, 3, 0\]"),
     (loss, padded(logits=torch.randn(4, 9, 3).mT), r"logits must have a last stride of 1 .*, got strides \(27, 1, 3\)"),
     *((loss, padded(**{name: torch.eye(4).to_sparse()}), f"{name} must be a dense tensor, got torch.sparse_coo")
-      for name in ("logits", "labels", "mask", "rewards", "groups")),
+      for name in ("logits", "labels", "response_mask", "rewards", "groups")),
     # labels and mask
     (loss, padded(labels=torch.zeros(4, 3)), "labels must be int8, int16, int32, int64 or uint8, got torch.float32"),
     (loss, padded(labels=torch.zeros(4, 2, dtype=torch.long)), r"labels must have shape \[4, 3\] .*, got \[4, 2\]"),
@@ -150,9 +150,12 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
      "labels must be on the device of logits, cpu, got meta"),
     (loss, padded(labels=torch.full((4, 3), 9)),
      r"labels must lie in \[0, 9\) or equal ignore_index \(-100\); found 9 at token \(0, 0\)"),
-    (loss, padded(mask=torch.ones(4, 2)), r"mask must have shape \[4, 3\] \(that of labels\), got \[4, 2\]"),
-    (loss, padded(mask=torch.ones(4, 3, dtype=torch.complex64)), "mask must be real, got torch.complex64"),
-    (loss, padded(mask=torch.ones(4, 3, device=META)), "mask must be on the device of labels, cpu, got meta"),
+    (loss, padded(response_mask=torch.ones(4, 2)),
+     r"response_mask must have shape \[4, 3\] \(that of labels\), got \[4, 2\]"),
+    (loss, padded(response_mask=torch.ones(4, 3, dtype=torch.complex64)),
+     "response_mask must be real, got torch.complex64"),
+    (loss, padded(response_mask=torch.ones(4, 3, device=META)),
+     "response_mask must be on the device of labels, cpu, got meta"),
     # cu_seqlens
     (loss, packed(cu_seqlens=None), r"cu_seqlens is needed for the loss of packed tokens \[6\]"),
     (tokens, packed(cu_seqlens=None, shift=True), r"cu_seqlens is needed for shift=True of packed tokens \[6\]"),
@@ -252,15 +255,27 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (phase_two, weighted(logits=torch.randn(4, 3, 9, requires_grad=True), inplace=True), "inplace overwrites logits"),
     (phase_two, weighted(scores=torch.randn(3)), r"scores must have shape \[4\] \(one per rollout\), got \[3\]"),
     (lambda a: conspo_weights(**a), scores(tau=0), "tau must be positive and finite"),
+    (known, weighted(coefficients=torch.zeros(4)),
+     r"coefficients must have shape \[4, 3\] \(that of labels\), got \[4\]"),
+    (known, weighted(coefficients=torch.zeros(4, 3, dtype=torch.int)),
+     "coefficients must be floating point, got torch.int"),
+    (known, weighted(coefficients=torch.zeros(4, 3, device=META)), "coefficients must be on the CPU, got meta"),
+    (known, weighted(coefficients=torch.zeros(4, 3, requires_grad=True)), r"pass coefficients.detach\(\)"),
+    (linear_loss, linear(logits_dtype=torch.float16),
+     "logits_dtype must be None or torch.float32 for hidden in torch.f"),
+    (linear_loss, linear(logits_dtype=torch.float64),
+     "logits_dtype must be None or torch.float32 for hidden in torch.f"),
     # ranks
-    (loss, padded(grad_reduction="none"), "grad_reduction must be one of 'mean', 'sum', got 'none'"),
-    (loss, padded(context_group=Group(), shift=True), "shift=True cannot see the first label of the next rank"),
-    (loss, padded(vocab_parallel=VocabParallel(Group(), -1)), "vocab_parallel.start must not be negative, got -1"),
+    (lambda a: Parallel(**a), {"grad_reduction": "none"}, "grad_reduction must be one of 'mean', 'sum', got 'none'"),
+    (loss, padded(parallel=Parallel(context=GROUP), shift=True),
+     "shift=True cannot see the first label of the next rank"),
+    (lambda a: Parallel(**a), {"vocab": GROUP, "vocab_start": -1}, "parallel.vocab_start must not be negative, got -1"),
+    (lambda a: Parallel(**a), {"vocab_start": 3}, "parallel.vocab_start must be 0 where parallel.vocab is None, got 3"),
 ]  # fmt: skip
 
 TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] = [
     *((loss, padded(**{name: [1, 2]}), f"{name} must be a torch.Tensor, got list")
-      for name in ("logits", "labels", "rewards", "mask", "cu_seqlens")),
+      for name in ("logits", "labels", "rewards", "response_mask", "cu_seqlens")),
     (loss, padded(groups=2.0), "groups must be an int or a tensor of prompt ids, got float"),
     (loss, padded(groups=True), "groups must be an int or a tensor of prompt ids, got bool"),
     *((loss, padded(**{name: "1"}), f"{name} must be a number, got str")
@@ -275,14 +290,13 @@ TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] =
       for name in ("hidden", "weight", "bias")),
     (linear_loss, linear(workspace_mib="512"), "workspace_mib must be a number, got str"),
     (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=1), "weight_grad must be a torch"),
-    *((loss, padded(**{name: "world"}), f"{name} must be a torch.distributed.ProcessGroup, got str")
-      for name in ("process_group", "context_group")),
-    (loss, padded(vocab_parallel=3), r"vocab_parallel must be a VocabParallel\(group, start\), got int"),
-    (loss, padded(vocab_parallel=VocabParallel(1, 0)), "vocab_parallel.group must be a torch.distributed.ProcessGroup"),
-    (loss, padded(vocab_parallel=VocabParallel(Group(), 1.5)), "vocab_parallel.start must be an int, got float"),
+    *((lambda a: Parallel(**a), {name: "world"}, f"parallel.{name} must be a torch.distributed.ProcessGroup, got str")
+      for name in ("data", "context", "vocab")),
+    (loss, padded(parallel=3), "parallel must be a conspo_kernels.Parallel or None, got int"),
+    (lambda a: Parallel(**a), {"vocab": GROUP, "vocab_start": 1.5}, "parallel.vocab_start must be an int, got float"),
     (phase_two, weighted(weights=[1.0]), "weights must be a torch.Tensor, got list"),
     (phase_two, weighted(inplace=1), "inplace must be True or False, got int"),
-    (lambda a: ConSPOLoss(**a), {"temprature": 1.0}, "ConSPOLoss got unknown settings temprature"),
+    (lambda a: ConSPOLoss(**a), {"temprature": 1.0}, "unexpected keyword argument 'temprature'"),
 ]  # fmt: skip
 
 
@@ -298,7 +312,7 @@ def test_type_errors(door: Callable[..., Any], arguments: dict[str, Any], messag
         door(arguments)
 
 
-OTHERS = ("inplace_backward", "choose", "_reverse_mode", "no_second_derivative", "statistics_of_all", "_backward")
+OTHERS = ("overwritten", "_reverse_mode", "no_second_derivative", "statistics_over_ranks", "_backward", "shard_of")
 
 
 def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, int]:
@@ -312,11 +326,11 @@ def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str,
 
 
 def test_every_error_at_the_door_and_in_the_ops_is_provoked_here() -> None:
-    """But those of `inplace_backward`, `choose`, `_reverse_mode` and of ranks, which have tests of their own."""
+    """But those of `overwritten`, `_reverse_mode` and of ranks, which have tests of their own."""
     reached = {raised_at(door, arguments) for door, arguments, _ in VALUE_ERRORS + TYPE_ERRORS}
-    package = Path(check.__file__).parent
+    package = Path(check.__file__).parent.parent
     missing = []
-    for path in (package / "check.py", *sorted((package / "ops").glob("*.py"))):
+    for path in (*sorted((package / "inputs").glob("*.py")), *sorted((package / "ops").glob("*.py"))):
         for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if not isinstance(function, ast.FunctionDef) or function.name in OTHERS:
                 continue
@@ -331,7 +345,7 @@ def test_every_error_at_the_door_and_in_the_ops_is_provoked_here() -> None:
 def test_the_ends_of_the_range_are_in_it(dtype: torch.dtype) -> None:
     """1e-9 rounds down in fp32, which the op sees."""
     arguments = scores(scores=torch.tensor([-1.0, -2.0, -1.0, -2.0], dtype=dtype))
-    for number in (1e-9, check.SMALLEST, check.LARGEST):
+    for number in (1e-9, SMALLEST, LARGEST):
         for name in ("tau", "num_groups", "margin"):
             assert from_scores({**arguments, name: number}).isfinite()
 

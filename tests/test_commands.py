@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import re
@@ -15,9 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from conspo_kernels import __version__, gradcheck_cases
+from conspo_kernels import __version__
 from conspo_kernels.__main__ import main
-from conspo_kernels.kernels import native
+from conspo_kernels.backends import native
+from conspo_kernels.backends.registry import kernels_for
+from conspo_kernels.gradcheck import cases as gradcheck_cases
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = ["--op", "conspo_loss_from_scores", "--dtype", "fp64", "fp32"]
@@ -41,11 +42,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, implementation: str, op: str, function: str, wrong: Any) -> None:
-    """Replace a function of a twin by wrong(the function)."""
-    name = "native" if implementation == "native" else f"{op}_{implementation}"
-    kernels = importlib.import_module(f"conspo_kernels.kernels.{name}")
-    kernels = getattr(kernels, op) if implementation == "native" else kernels
-    monkeypatch.setattr(kernels, function, wrong(getattr(kernels, function)))
+    """Replace a function of a backend by wrong(the function)."""
+    kernels: Any = kernels_for(op, implementation, torch.device("cpu"))
+    replacement = wrong(getattr(kernels, function))
+    monkeypatch.setattr(kernels, function, staticmethod(replacement) if isinstance(kernels, type) else replacement)
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

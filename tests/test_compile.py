@@ -43,7 +43,7 @@ def batch(num_rollouts: int, length: int, device: torch.device) -> tuple[Tensor,
 DOORS: dict[str, Callable[..., Tensor]] = {
     "conspo_loss": lambda z, y, r, g, i: conspo_loss(z, y, r, 2, implementation=i),
     "ids, shift, mask, metrics": lambda z, y, r, g, i: conspo_loss(
-        z, y, r, g, shift=True, mask=y > 3, return_metrics=True, implementation=i
+        z, y, r, g, shift=True, response_mask=y > 3, return_metrics=True, implementation=i
     ).loss,
     "none": lambda z, y, r, g, i: conspo_loss(z, y, r, g, reduction="none", num_groups=None, implementation=i),
     "in place": lambda z, y, r, g, i: conspo_loss(z, y, r, 2, inplace_backward=True, implementation=i),
@@ -68,7 +68,7 @@ LINEAR_DOORS: dict[str, Callable[..., Tensor]] = {
         linear_token_logprobs(x, w, y, return_entropy=True, implementation=i, **TILES)
     ),
     "linear_conspo_loss": lambda x, w, y, r, g, i: linear_conspo_loss(
-        x, w, y, r, g, shift=True, mask=y > 3, return_metrics=True, implementation=i
+        x, w, y, r, g, shift=True, response_mask=y > 3, return_metrics=True, implementation=i
     ).loss,
     "frozen": lambda x, w, y, r, g, i: linear_conspo_loss(x, w.detach(), y, r, 2, implementation=i) + w.sum() * 0,
     "packed": lambda x, w, y, r, g, i: linear_conspo_loss(

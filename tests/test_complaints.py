@@ -8,6 +8,7 @@ tensors, raise and say how to gather it (test_check.py, TRL#3368, #5891, #6372, 
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import subprocess
@@ -20,10 +21,10 @@ from tolerance import max_error
 from torch import Tensor
 
 from conspo_kernels import conspo_loss, linear_token_logprobs, token_logprobs
-from conspo_kernels.kernels import group_infonce_triton, native, sequence_score_triton, token_logprob_triton
-from conspo_kernels.ops import implementation as choice
+from conspo_kernels.backends import native, registry
 from conspo_kernels.ops.token_logprob import token_logprob, token_logprob_backward_
 from conspo_kernels.reference import reference_loss
+from conspo_kernels.values import LogitTransform
 
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
 
@@ -72,11 +73,11 @@ def test_offsets_beyond_32_bits(tmp_path: Path, implementation: str, device: tor
     exact = gather(exact_leaf, labels)
     (exact_grad,) = torch.autograd.grad(exact.sum(), exact_leaf)
 
-    settings = (-100, 1.0, 1.0, None)
-    logprobs, entropy, row_max, log_sum = token_logprob(logits, labels, *settings, False, True, implementation)
+    transform = LogitTransform().to_numbers()
+    logprobs, entropy, row_max, log_sum = token_logprob(logits, labels, transform, False, True, implementation, 0, "")
     assert max_error(logprobs, exact) <= 1e-6
     token_logprob_backward_(
-        logits, labels, row_max, log_sum, entropy, torch.ones_like(logprobs), None, *settings, implementation
+        logits, labels, row_max, log_sum, entropy, torch.ones_like(logprobs), None, transform, implementation
     )
     assert max_error(logits, exact_grad) <= 2**-8
 
@@ -101,7 +102,8 @@ def test_more_than_65535_tokens(
     labels = torch.zeros(shape, dtype=torch.long, device=device)
     if implementation == "triton" and device.type == "cpu":
         recorder = GridRecorder()
-        for module in (token_logprob_triton, sequence_score_triton, group_infonce_triton):
+        for op in ("token_logprob", "sequence_score", "group_infonce"):
+            module = importlib.import_module(f"conspo_kernels.backends.triton.{op}")
             for name in [name for name in vars(module) if name.endswith("_kernel")]:
                 monkeypatch.setattr(module, name, recorder)
         loss = conspo_loss(logits.requires_grad_(), labels, torch.ones(shape[0]), 1, implementation=implementation)
@@ -160,8 +162,8 @@ def test_an_explicit_implementation_runs_or_raises() -> None:  # TRL#7253
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:  # TRL#7253
-    choice.choose.cache_clear()
-    choice.twin.cache_clear()
+    registry.choose.cache_clear()
+    registry.kernels_for.cache_clear()
     with caplog.at_level(logging.INFO, logger="conspo_kernels"):
         for _ in range(3):
             token_logprobs(torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.long))

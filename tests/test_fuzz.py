@@ -76,7 +76,7 @@ def exact_tokens(a: Arguments) -> Exact:
 def exact_weighted(a: Arguments) -> Exact:
     output = exact_tokens({k: v for k, v in a.items() if k not in ("weights", "inplace")})
     rollouts = reference.response_tokens(
-        a["labels"], a.get("mask"), a.get("cu_seqlens"), a.get("shift", False), a.get("ignore_index", -100)
+        a["labels"], a.get("response_mask"), a.get("cu_seqlens"), a.get("shift", False), a.get("ignore_index", -100)
     )
     weights = a["weights"].double().unbind()
     terms = [w * s for w, s, tokens in zip(weights, output["scores"], rollouts, strict=True) if w != 0 and tokens]
@@ -96,7 +96,7 @@ def with_logits(oracle: Callable[[Arguments], Exact]) -> Callable[[Arguments], E
 
 def exact_sequence_scores(a: Arguments) -> Exact:
     rollouts = reference.response_tokens(
-        a["labels"], a.get("mask"), a.get("cu_seqlens"), a.get("shift", False), a.get("ignore_index", -100)
+        a["labels"], a.get("response_mask"), a.get("cu_seqlens"), a.get("shift", False), a.get("ignore_index", -100)
     )
     flat = a["logprobs"].flatten()
     empty = flat[:0].sum() + torch.nan

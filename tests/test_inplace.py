@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from conspo_kernels import conspo_loss, token_logprobs
-from conspo_kernels.kernels import token_logprob_torch
+from conspo_kernels.backends.eager import token_logprob as eager_token_logprob
 
 LABELS = torch.tensor([[1, 2], [3, 4]])
 REWARDS = torch.tensor([1.0, 0.0])
@@ -157,7 +157,7 @@ def test_a_leaf_under_no_grad_is_left_alone(leaf: Tensor, implementation: str) -
 
 
 def test_where_rows_cannot_be_chosen(leaf: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The PyTorch twin's way on an accelerator, taken on the CPU: all rows, some of them without gradient."""
+    """PyTorch's way on an accelerator, taken on the CPU: all rows, some of them without gradient."""
     labels = torch.tensor([[1, -100], [3, 4]])
 
     def grad(inplace: bool) -> Tensor:
@@ -165,6 +165,6 @@ def test_where_rows_cannot_be_chosen(leaf: Tensor, monkeypatch: pytest.MonkeyPat
         return torch.autograd.grad(loss, leaf)[0]
 
     expected = grad(inplace=False)
-    monkeypatch.setattr(token_logprob_torch, "_can_choose", lambda keep: False)
+    monkeypatch.setattr(eager_token_logprob, "_can_choose", lambda keep: False)
     assert torch.equal(grad(inplace=False), expected)
     assert torch.equal(grad(inplace=True), expected)

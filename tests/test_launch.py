@@ -7,8 +7,8 @@ import torch
 
 from benchmarks.compiled import TARGETS
 from conspo_kernels import token_logprobs
-from conspo_kernels.kernels import launch_triton
-from conspo_kernels.kernels.launch_triton import CANDIDATES, TABLE, Launch, forced, launch_of, search
+from conspo_kernels.backends.triton import launch as launches
+from conspo_kernels.backends.triton.launch import CANDIDATES, TABLE, Launch, forced, launch_of, search
 
 KERNELS = ("forward", "backward", "heavy")
 
@@ -39,7 +39,7 @@ def test_candidates(launch: Launch) -> None:
 
 
 def test_nothing_is_searched_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_triton, "search", lambda *_: pytest.fail("searched"))
+    monkeypatch.setattr(launches, "search", lambda *_: pytest.fail("searched"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.delenv("CONSPO_AUTOTUNE", raising=False)
     assert launch_of("forward", torch.zeros(1, device=device)) in CANDIDATES
@@ -51,19 +51,19 @@ def test_nothing_is_searched_unless_asked_for(monkeypatch: pytest.MonkeyPatch) -
 def test_search(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """With made-up times: each candidate is run as it is named, the fastest is kept, no random number is used up."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    monkeypatch.setattr(launch_triton, "SCRATCH_BYTES", 100)
-    launches: list[Launch] = []
+    monkeypatch.setattr(launches, "SCRATCH_BYTES", 100)
+    launched: list[Launch] = []
 
     def seconds(run: object) -> float:
         run()  # type: ignore[operator]
-        launches.append(launch_of(kernel, torch.zeros(1)))
-        return 1.0 if launches[-1] == Launch(512, 8) else 2.0
+        launched.append(launch_of(kernel, torch.zeros(1)))
+        return 1.0 if launched[-1] == Launch(512, 8) else 2.0
 
-    monkeypatch.setattr(launch_triton, "seconds", seconds)
+    monkeypatch.setattr(launches, "seconds", seconds)
     state = torch.get_rng_state()
     search.cache_clear()
     for _ in range(2):
         assert search(kernel, 33, torch.float32, device) == Launch(512, 8)
     search.cache_clear()
-    assert launches == list(CANDIDATES)
+    assert launched == list(CANDIDATES)
     assert torch.equal(torch.get_rng_state(), state)

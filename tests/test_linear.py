@@ -26,10 +26,13 @@ from conspo_kernels import (
     token_logprobs,
     weighted_score_loss,
 )
-from conspo_kernels.kernels import gemm, linear_tiles, token_logprob_torch
-from conspo_kernels.kernels.tiling import ALIGNMENT, Problem, Tile, accumulator_bytes, backward_tile, row_tile
-from conspo_kernels.kernels.transform import LogitTransform
-from conspo_kernels.ops.linear_logprob import linear_logprob
+from conspo_kernels.backends.eager import token_logprob as eager_token_logprob
+from conspo_kernels.inputs.tokens import NOT_CHECKED, aligned_labels
+from conspo_kernels.linear import gemm, modes
+from conspo_kernels.linear.tiles import Head as LinearHead
+from conspo_kernels.linear.tiles import Tokens
+from conspo_kernels.linear.tiling import ALIGNMENT, Problem, Tile, accumulator_bytes, backward_tile, row_tile
+from conspo_kernels.values import IGNORED, LogitTransform
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 HIDDEN = 7
@@ -352,11 +355,9 @@ def test_no_label_is_taken_for_an_ignored_one() -> None:
     """On a GPU, where labels are not looked at: each outside of the vocabulary gives NaN, and -2 is no exception."""
     hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
     labels = torch.tensor([-2, -1, 5, -100])
-    tokens = linear_tiles.Tokens.of(hidden, labels, -100, None)
-    tokens = tokens._replace(places=None)
-    found = linear_tiles.forward(
-        token_logprob_torch, tokens, linear_tiles.Head(weight, None), LogitTransform(), False, "none", 2**20
-    )
+    aligned = aligned_labels(labels, None, None, False, -100, NOT_CHECKED)[0]
+    tokens, head = Tokens(hidden, aligned, None), LinearHead(weight, None, hidden.dtype)
+    found = modes.forward_none(modes.Run(eager_token_logprob, tokens, head, LogitTransform(), 2**20), False)
     assert found.logprobs.isnan().tolist() == [True, True, True, False]
 
 
@@ -468,10 +469,10 @@ def test_two_phases(case: Case, packed: bool, linear: bool, implementation: str,
     assert max_error(found.loss, whole.detach()) <= 1e-12 * max(1.0, case.scale)  # type: ignore[union-attr]
     total = [torch.zeros_like(x) for x in head.leaves]
     offsets = tokens.pop("cu_seqlens", None)
-    mask = tokens.pop("mask", None)
+    mask = tokens.pop("response_mask", None)
     for s in torch.randperm(len(scores), generator=torch.Generator().manual_seed(0)).tolist():
         part = slice(s, s + 1) if offsets is None else slice(int(offsets[s]), int(offsets[s + 1]))
-        more = dict(tokens) if mask is None else {**tokens, "mask": mask[part]}
+        more = dict(tokens) if mask is None else {**tokens, "response_mask": mask[part]}
         if offsets is not None:
             more["cu_seqlens"] = torch.tensor([0, part.stop - part.start])
         weights = found.weights[s : s + 1]
@@ -562,24 +563,10 @@ def test_opcheck(mode: str, implementation: str) -> None:
     if mode in ("recompute", "store"):
         weight.requires_grad_()
         bias.requires_grad_()
-    labels = torch.tensor([0, 3, -100, 10, 2])
+    labels, transform = torch.tensor([0, 3, IGNORED, 10, 2]), LogitTransform(0.7, 1.0, 3.0).to_numbers()
     tests = ["test_schema", "test_autograd_registration", "test_faketensor"]
     if mode != "store":  # whose outputs differ after a backward: eager overwrites the stored logits, a traced graph not
         tests.append("test_aot_dispatch_dynamic")
-    arguments = (
-        hidden,
-        weight,
-        bias,
-        labels,
-        None,
-        None,
-        -100,
-        0.7,
-        1.0,
-        3.0,
-        mode == "store",
-        mode,
-        200,
-        implementation,
-    )
-    torch.library.opcheck(linear_logprob, arguments, test_utils=tests)
+    settings = (hidden.dtype, transform, mode == "store", mode, 200, implementation, 0, "", False)
+    arguments = (hidden, weight, bias, labels, None, None, *settings)
+    torch.library.opcheck(torch.ops.conspo.linear_logprob.default, arguments, test_utils=tests)

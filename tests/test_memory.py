@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.measure import Call, allocations, peak_bytes
 from conspo_kernels import conspo_loss, linear_conspo_loss, linear_conspo_scores, linear_weighted_score_loss
-from conspo_kernels.kernels.gemm import PRODUCT_BYTES
+from conspo_kernels.linear.gemm import PRODUCT_BYTES
 
 B, T, V = 4, 256, 20_000
 LOGITS_BYTES = B * T * V * 2

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from benchmarks.measure import allocations
 from conspo_kernels import conspo_loss, token_logprobs
-from conspo_kernels.kernels import native, token_logprob_torch
-from conspo_kernels.kernels.transform import LogitTransform
-from conspo_kernels.ops import implementation
+from conspo_kernels.backends import native, registry
+from conspo_kernels.backends.eager import token_logprob as eager_token_logprob
+from conspo_kernels.values import IGNORED, LogitTransform, Statistics
 
 pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -78,29 +78,27 @@ def test_exp_of_what_is_no_number(instruction_set: str) -> None:
 
 
 def run(logits: Tensor, labels: Tensor, transform: LogitTransform, entropy: bool) -> list[Tensor]:
-    found = native.token_logprob.forward(logits, labels, -100, transform, entropy)
+    found = native.token_logprob.forward(logits, labels, transform, entropy)
     grads = torch.rand(labels.shape, dtype=found[0].dtype, generator=torch.Generator().manual_seed(1))
     grad = torch.empty_like(logits)
-    native.token_logprob.backward(
-        grad, logits, labels, found[2], found[3], found[1], grads, grads * 0.3 if entropy else None, -100, transform
-    )
+    native.token_logprob.backward(grad, logits, labels, found, grads, grads * 0.3 if entropy else None, transform)
     return [x for x in (*found, grad) if x is not None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("vocab_size", [1, 3, 37, 4096, 5003, 100_003])
 def test_instruction_sets_agree(dtype: torch.dtype, vocab_size: int, instruction_set: str) -> None:
-    """With PyTorch's twin, so with each other: every length of a tail, softcap and entropy, -inf and NaN."""
+    """With PyTorch's own, so with each other: every length of a tail, softcap and entropy, -inf and NaN."""
     torch.use_deterministic_algorithms(False)
     logits = (torch.randn(1, 4, vocab_size, dtype=torch.float64) * 4).to(dtype)
     logits[0, 1, : vocab_size // 2] = -torch.inf
     logits[0, 2, vocab_size // 2] = torch.nan
     labels = torch.full((1, 4), vocab_size - 1)
-    labels[0, 3] = -100
+    labels[0, 3] = IGNORED
     for transform in (PLAIN, LogitTransform(0.7, 1.5, 20.0), LogitTransform(1.0, 1.0, 1e4)):
         for entropy in (False, True):
             *found, grad = run(logits, labels, transform, entropy)
-            expected = token_logprob_torch.forward(logits, labels, -100, transform, entropy)
+            expected = eager_token_logprob.forward(logits, labels, transform, entropy)
             tolerance = 1e-13 if dtype == torch.float64 else 3e-6
             for ours, other in zip(found, [x for x in expected if x is not None], strict=True):
                 ours[0, 2], other[0, 2] = ours[0, 2] * torch.nan, other[0, 2] * torch.nan  # whose maximum is nobody's
@@ -108,9 +106,9 @@ def test_instruction_sets_agree(dtype: torch.dtype, vocab_size: int, instruction
             assert found[0][0, 2].isnan()
             grads = torch.rand(labels.shape, dtype=found[0].dtype, generator=torch.Generator().manual_seed(1))
             other = torch.empty_like(grad)
-            token_logprob_torch.backward(
-                other, logits, labels, expected[2], expected[3], expected[1], grads,
-                grads * 0.3 if entropy else None, -100, transform,
+            eager_token_logprob.backward(
+                other, logits, labels, expected, grads,
+                grads * 0.3 if entropy else None, transform,
             )  # fmt: skip
             rtol = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5 if dtype == torch.float32 else 1e-11)
             atol = 1e-7 if dtype == torch.float16 else rtol * 1e-3
@@ -128,7 +126,9 @@ def test_gradients_are_rounded_as_pytorch_rounds(dtype: torch.dtype, instruction
     labels = torch.zeros(1, len(c), dtype=torch.int64)
     grad = torch.empty_like(logits)
     zero = torch.zeros(1, len(c))
-    native.token_logprob.backward(grad, logits, labels, zero, zero, None, c[None], None, -100, PLAIN)  # p = 1
+    native.token_logprob.backward(
+        grad, logits, labels, Statistics(zero, None, zero, zero), c[None], None, PLAIN
+    )  # p = 1
     assert torch.equal(grad[0, :, 1], (-c).to(dtype))
 
 
@@ -141,7 +141,7 @@ def test_accuracy_at_a_quarter_million(dtype: torch.dtype, instruction_set: str)
     logits[0, 2] = torch.randn(vocab_size).to(dtype)
     logits[0, 3] = torch.linspace(-50, 50, vocab_size).to(dtype)
     labels = torch.tensor([[0, 5, vocab_size - 1, 17]])
-    logprobs = native.token_logprob.forward(logits, labels, -100, PLAIN, False)[0]
+    logprobs = native.token_logprob.forward(logits, labels, PLAIN, False)[0]
     exact = logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     assert (logprobs - exact).abs().max() <= 1e-5
 
@@ -159,7 +159,7 @@ def test_the_number_of_threads_is_not_seen(rows: int, dtype: torch.dtype, thread
         results.append(run(logits, labels, PLAIN, True))
         coefficients = torch.ones(1, rows, dtype=results[0][0].dtype)
         grad = torch.empty_like(logits)
-        logprobs = native.token_logprob.forward_backward(grad, logits, labels, coefficients, -100, PLAIN)
+        logprobs = native.token_logprob.forward_backward(grad, logits, labels, coefficients, PLAIN)
         results[-1] += [logprobs, grad]
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
@@ -175,15 +175,15 @@ def test_known_coefficients(dtype: torch.dtype, rows: int, inplace: bool, thread
     torch.set_num_threads(2)
     logits = torch.randn(1, rows, 40_000, dtype=torch.float64).to(dtype)
     labels = torch.randint(0, 40_000, (1, rows))
-    labels[0, rows // 2 :: 3] = -100
+    labels[0, rows // 2 :: 3] = IGNORED
     coefficients = torch.rand(1, rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     coefficients[0, 0] = 0
-    logprobs, _, row_max, log_sum = native.token_logprob.forward(logits, labels, -100, PLAIN, False)
+    statistics = native.token_logprob.forward(logits, labels, PLAIN, False)
     expected = torch.empty_like(logits)
-    native.token_logprob.backward(expected, logits, labels, row_max, log_sum, None, coefficients, None, -100, PLAIN)
+    native.token_logprob.backward(expected, logits, labels, statistics, coefficients, None, PLAIN)
     grad = logits if inplace else torch.empty_like(logits)
-    found = native.token_logprob.forward_backward(grad, logits, labels, coefficients, -100, PLAIN)
-    assert torch.equal(found, logprobs)
+    found = native.token_logprob.forward_backward(grad, logits, labels, coefficients, PLAIN)
+    assert torch.equal(found, statistics.logprobs)
     assert torch.equal(grad, expected)
 
 
@@ -197,9 +197,7 @@ def test_memory() -> None:
     statistics = run_forward(logits, labels)
 
     def backward() -> None:
-        native.token_logprob.backward(
-            logits, logits, labels, statistics[2], statistics[3], None, statistics[0], None, -100, PLAIN
-        )
+        native.token_logprob.backward(logits, logits, labels, statistics, statistics.logprobs, None, PLAIN)
 
     assert sum(n for n in allocations(backward) if n > 0) <= 64
     leaf = torch.randn(4, 64, 20_000, requires_grad=True)
@@ -213,13 +211,13 @@ def test_memory() -> None:
     assert max(allocations(step)) <= 16 * num_tokens
 
 
-def run_forward(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
-    return native.token_logprob.forward(logits, labels, -100, PLAIN, False)
+def run_forward(logits: Tensor, labels: Tensor) -> Statistics:
+    return native.token_logprob.forward(logits, labels, PLAIN, False)
 
 
 def test_auto_is_native_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
-    implementation.choose.cache_clear()
-    implementation.twin.cache_clear()
+    registry.choose.cache_clear()
+    registry.kernels_for.cache_clear()
     with caplog.at_level(logging.INFO, logger="conspo_kernels"):
         token_logprobs(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))
     assert "token_logprob on cpu: implementation='native'" in caplog.text
@@ -230,13 +228,13 @@ def test_an_extension_that_does_not_load_is_told(
 ) -> None:
     """Not silently slower: a warning once, and an error for who asked for it."""
     monkeypatch.setattr(native, "OBSTACLE", "the native extension does not load (undefined symbol)")
-    implementation.choose.cache_clear()
+    registry.choose.cache_clear()
     with caplog.at_level(logging.WARNING, logger="conspo_kernels"):
-        assert implementation.choose("token_logprob", "auto", torch.device("cpu")) == "torch"
+        assert registry.choose("token_logprob", "auto", torch.device("cpu")) == "torch"
     assert "undefined symbol" in caplog.text
     with pytest.raises(ValueError, match="implementation='native' cannot run token_logprob here: the native extension"):
-        implementation.choose("token_logprob", "native", torch.device("cpu"))
-    implementation.choose.cache_clear()
+        registry.choose("token_logprob", "native", torch.device("cpu"))
+    registry.choose.cache_clear()
 
 
 def test_wrong_instruction_set() -> None:

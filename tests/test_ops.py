@@ -3,43 +3,79 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from conspo_kernels import conspo_loss, conspo_loss_from_scores, sequence_scores, token_logprobs
-from conspo_kernels.layout import GroupLayout
-from conspo_kernels.ops.group_infonce import group_infonce
-from conspo_kernels.ops.sequence_score import sequence_offsets, sequence_score, sequence_score_backward
-from conspo_kernels.ops.token_logprob import token_logprob, token_logprob_backward, token_logprob_backward_
+from conspo_kernels.inputs.groups import GroupLayout
+from conspo_kernels.inputs.tokens import sequence_offsets
+from conspo_kernels.ops.token_logprob import token_logprob
+from conspo_kernels.values import IGNORED, LogitTransform
 
 LABELS = torch.tensor([[1, -100, 2], [3, 4, -100]])
+ALIGNED = torch.where(LABELS == -100, IGNORED, LABELS)  # as an op takes them
+OPS = torch.ops.conspo
 
 
 def test_opcheck_token_logprob(implementation: str, device: torch.device) -> None:
     logits = torch.randn(2, 3, 17, device=device, requires_grad=True)
-    labels = LABELS.to(device)
-    settings = (-100, 0.7, 1.5, 4.0)
+    labels, transform = ALIGNED.to(device), LogitTransform(0.7, 1.5, 4.0).to_numbers()
     for with_entropy in (False, True):
-        torch.library.opcheck(token_logprob, (logits, labels, *settings, with_entropy, False, implementation))
-    saved = token_logprob(logits.detach(), labels, *settings, True, False, implementation)
+        arguments = (logits, labels, transform, with_entropy, False, implementation, 0, "")
+        opcheck(OPS.token_logprob.default, arguments)
+    saved = token_logprob(logits.detach(), labels, transform, True, False, implementation, 0, "")
     logprobs, entropy, row_max, log_sum = saved
     backward = (logits.detach(), labels, row_max, log_sum, entropy, torch.rand_like(logprobs))
     for grad_entropy in (None, torch.rand_like(logprobs)):
-        torch.library.opcheck(token_logprob_backward, (*backward, grad_entropy, *settings, implementation))
-        torch.library.opcheck(token_logprob_backward_, (*backward, grad_entropy, *settings, implementation))
+        for op in (OPS.token_logprob_backward.default, OPS.token_logprob_backward_.default):
+            opcheck(op, (*backward, grad_entropy, transform, implementation))
+
+
+def test_opcheck_known_gradient(implementation: str, device: torch.device) -> None:
+    logits, labels, transform = torch.randn(2, 3, 17, device=device), ALIGNED.to(device), LogitTransform().to_numbers()
+    coefficients = torch.rand(2, 3, device=device)
+    for op in (OPS.token_logprob_known.default, OPS.token_logprob_known_.default):
+        opcheck(op, (logits, labels, coefficients, transform, implementation))
+    opcheck(OPS.scale_.default, (torch.rand(4, device=device), torch.tensor(2.0, device=device)))
+    value, x = (torch.rand(n, device=device, requires_grad=True) for n in ((), (3,)))
+    # Its backward scales the gradient in place, which the functional check of autograd would call twice.
+    opcheck(
+        OPS.attach_gradient.default, (value, x, torch.rand(3, device=device)),
+        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
+    )  # fmt: skip
+
+
+def test_opcheck_linear_logprob_known(implementation: str, device: torch.device) -> None:
+    hidden, weight, bias = (torch.randn(*n, device=device) for n in ((6, 4), (17, 4), (17,)))
+    labels, transform = ALIGNED.to(device).flatten(), LogitTransform(0.7, 1.5, 4.0).to_numbers()
+    tensors = (hidden, weight, bias, labels, None, torch.rand(6, device=device))
+    opcheck(
+        OPS.linear_logprob_known.default,
+        (*tensors, [True, True, True], torch.float32, transform, 600, implementation),
+    )
 
 
 def test_opcheck_sequence_score(implementation: str, device: torch.device) -> None:
-    logprobs, labels = torch.randn(2, 3, device=device, requires_grad=True), LABELS.to(device)
-    torch.library.opcheck(sequence_score, (logprobs, labels, None, -100, implementation))
+    logprobs, labels = torch.randn(2, 3, device=device, requires_grad=True), ALIGNED.to(device)
+    opcheck(OPS.sequence_score.default, (logprobs, labels, None, implementation))
     packed = (logprobs.detach().view(1, 6).requires_grad_(True), labels.view(1, 6))
     offsets = sequence_offsets(torch.tensor([0, 1, 4]), 6, device)
-    torch.library.opcheck(sequence_score, (*packed, offsets, -100, implementation))
-    torch.library.opcheck(sequence_offsets, (torch.tensor([0, 1, 4], dtype=torch.int32), 6, device))
+    opcheck(OPS.sequence_score.default, (*packed, offsets, implementation))
+    opcheck(OPS.sequence_offsets.default, (torch.tensor([0, 1, 4], dtype=torch.int32), 6, device))
     counts = torch.tensor([1, 2], dtype=torch.int32, device=device)
-    torch.library.opcheck(sequence_score_backward, (counts.float(), counts, labels, None, -100, implementation))
+    opcheck(OPS.sequence_score_backward.default, (counts.float(), counts, labels, None, implementation))
+
+
+def test_opcheck_aligned_labels(device: torch.device) -> None:
+    mask, offsets = LABELS.to(device) > 1, torch.tensor([0, 2, 5], device=device)
+    opcheck(OPS.aligned_labels.default, (LABELS.to(device), mask, None, True, -100, 17))
+    opcheck(OPS.aligned_labels.default, (LABELS.to(device).flatten(), None, offsets, True, -100, 17))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -47,16 +83,36 @@ def test_opcheck_group_infonce(reduction: str, implementation: str, device: torc
     scores = torch.randn(6, device=device, requires_grad=True)
     rewards = torch.tensor([1.0, 0, 1, 0, 0, 1], device=device)
     margin = torch.tensor(0.1, device=device)
-    ids = GroupLayout.of(torch.tensor([1, 1, 2, 2, 1, 2], device=device), 6)
-    for layout, counts in ((GroupLayout.of(2, 6), None), (ids, torch.ones(6, dtype=torch.int32, device=device))):
+    ids = GroupLayout.from_arguments(torch.tensor([1, 1, 2, 2, 1, 2], device=device), 6)
+    equal = GroupLayout.from_arguments(2, 6)
+    for layout, counts in ((equal, None), (ids, torch.ones(6, dtype=torch.int32, device=device))):
         groups = (layout.order, layout.offsets, layout.slots, layout.size)
-        torch.library.opcheck(
-            group_infonce,
-            (scores, rewards, counts, *groups, margin, None, 0.5, 0.5, reduction, implementation),
-        )
+        arguments = (scores, rewards, counts, *groups, margin, None, 0.5, 0.5, reduction, implementation)
+        opcheck(OPS.group_infonce.default, arguments)
 
 
-DOORS: dict[str, Callable[[Tensor, str], Tensor]] = {
+def test_fake_tensors_and_modes_see_the_op() -> None:
+    """Eager mode goes past the dispatcher; who asks for the op still gets it."""
+    calls: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            calls.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    logits = torch.randn(2, 3, 17)
+    with Recorder():
+        conspo_loss(logits, LABELS.abs() % 17, torch.tensor([1.0, 0.0]), 2)
+    assert {name for name in calls if name.startswith("conspo.")} >= {
+        "conspo.aligned_labels.default", "conspo.token_logprob.default", "conspo.sequence_score.default",
+        "conspo.group_infonce.default",
+    }  # fmt: skip
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(logits)
+        assert token_logprobs(fake, mode.from_tensor(LABELS)).shape == (2, 3)
+
+
+FUNCTIONS: dict[str, Callable[[Tensor, str], Tensor]] = {
     "padded": lambda z, i: conspo_loss(
         z.view(3, 2, 11), torch.tensor([[1, 2], [3, -100], [10, 0]]).to(z.device), torch.tensor([1, 0, 0]), 3,
         margin=0.3, tau=0.4, temperature=0.8, softcap=3.0, logit_scale=1.2, implementation=i,
@@ -85,8 +141,8 @@ DOORS: dict[str, Callable[[Tensor, str], Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_gradcheck_fp64(door: str, implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradcheck_fp64(name: str, implementation: str, device: torch.device) -> None:
     """Through the kernels that users run."""
     logits = torch.randn(6, 11, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: DOORS[door](z, implementation), logits)
+    assert torch.autograd.gradcheck(lambda z: FUNCTIONS[name](z, implementation), logits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conspo_kernels import (
-    VocabParallel,
+    Parallel,
     conspo_loss,
     conspo_loss_from_scores,
     conspo_scores,
@@ -104,8 +105,9 @@ def data_parallel(rank: int, size: int) -> dict[Any, Output]:
         first, leaves = differentiated(kind, part, batch.weight)
         door = linear_conspo_loss if kind == "linear" else conspo_loss
         output = door(
-            *first, part.pop("labels"), batch.rewards[places], batch.ids[places], process_group=dist.group.WORLD,
-            grad_reduction=reduction, return_metrics=True, **part, **OPTIONS,
+            *first, part.pop("labels"), batch.rewards[places], batch.ids[places],
+            parallel=Parallel(data=dist.group.WORLD, grad_reduction=reduction),
+            return_metrics=True, **part, **OPTIONS,
         )  # type: ignore[operator]  # fmt: skip
         grads = torch.autograd.grad(output.loss, leaves)
         dist.all_reduce(grads[1])  # what a trainer does
@@ -126,10 +128,11 @@ def micro_batches(rank: int, size: int) -> dict[Any, Output]:
             part = batch.part(place, layout)
             first, _leaves = differentiated(kind, part, batch.weight)
             scores.append((linear_conspo_scores if kind == "linear" else conspo_scores)(*first, **part))
-        everything = torch.cat(scores) if scores else torch.empty(0, dtype=dtype)
+        all_scores = torch.cat(scores) if scores else torch.empty(0, dtype=dtype)
         weights = conspo_weights(
-            everything, batch.rewards[places], batch.ids[places], process_group=dist.group.WORLD,
-            grad_reduction=reduction, **OPTIONS,
+            all_scores, batch.rewards[places], batch.ids[places],
+            parallel=Parallel(data=dist.group.WORLD, grad_reduction=reduction),
+            **OPTIONS,
         )  # fmt: skip
         for place, w in zip(places.split(2), weights.weights.split(2), strict=True):
             part = batch.part(place, layout)
@@ -144,16 +147,18 @@ def micro_batches(rank: int, size: int) -> dict[Any, Output]:
 @pytest.mark.parametrize("size", [2, 4])
 @pytest.mark.parametrize("function", ["data_parallel", "micro_batches"])
 def test_groups_over_ranks(function: str, size: int) -> None:
-    everyone = on_ranks(size)[function]
+    of_all_ranks = on_ranks(size)[function]
     for kind, layout, reduction, dtype in CASES:
         loss, _hidden, weight = alone(kind, dtype)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-        for found in everyone:
+        for found in of_all_ranks:
             ours = found[kind, layout, reduction, dtype]
             assert (ours[0] - loss).abs() <= tolerance * loss.abs()
             assert (ours[1] - weight).abs().max() <= tolerance * weight.abs().max()
-            assert all(a == b for a, b in zip(ours[2:], everyone[0][kind, layout, reduction, dtype][2:], strict=True))
-        assert len({f[kind, layout, reduction, dtype][0].item() for f in everyone}) == 1  # bitwise on every rank
+            assert all(
+                a == b for a, b in zip(ours[2:], of_all_ranks[0][kind, layout, reduction, dtype][2:], strict=True)
+            )
+        assert len({f[kind, layout, reduction, dtype][0].item() for f in of_all_ranks}) == 1  # bitwise on every rank
 
 
 def shards(size: int) -> list[tuple[int, int]]:
@@ -165,42 +170,44 @@ def shards(size: int) -> list[tuple[int, int]]:
 def vocabulary(rank: int, size: int) -> dict[str, Any]:
     batch = Batch(torch.float64)
     start, stop = shards(size)[rank]
-    shard = VocabParallel(dist.group.WORLD, start)
+    shard = Parallel(vocab=dist.group.WORLD, vocab_start=start)
     hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight[start:stop].clone().requires_grad_()
     found: dict[str, Any] = {}
     for name, options in {"plain": {}, "softcap": {"softcap": 2.0, "temperature": 0.7}}.items():
         logits = hidden @ weight.T
-        logprobs, entropy = token_logprobs(logits, batch.labels, return_entropy=True, vocab_parallel=shard, **options)
+        logprobs, entropy = token_logprobs(logits, batch.labels, return_entropy=True, parallel=shard, **options)
         (grad,) = torch.autograd.grad((logprobs + 0.3 * entropy).square().sum(), logits)
         found[f"tokens, {name}"] = (logprobs.detach(), entropy.detach(), grad)
         for mib in (512, 2.0**-12):
             logprobs, entropy = linear_token_logprobs(
-                hidden, weight, batch.labels, return_entropy=True, vocab_parallel=shard, workspace_mib=mib, **options
+                hidden, weight, batch.labels, return_entropy=True, parallel=shard, workspace_mib=mib, **options
             )
             grads = torch.autograd.grad((logprobs + 0.3 * entropy).square().sum(), (hidden, weight))
             found[f"linear, {name}, {mib}"] = (logprobs.detach(), entropy.detach(), *grads)
     arguments = (batch.labels, batch.rewards, batch.ids)
-    loss = linear_conspo_loss(hidden, weight, *arguments, vocab_parallel=shard, **OPTIONS)
+    loss = linear_conspo_loss(hidden, weight, *arguments, parallel=shard, **OPTIONS)
     found["loss"] = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
     logits = hidden @ weight.T
-    loss = conspo_loss(logits * 1, *arguments, vocab_parallel=shard, inplace_backward=True, **OPTIONS)
+    loss = conspo_loss(logits * 1, *arguments, parallel=shard, inplace_backward=True, **OPTIONS)
     found["in place"] = (loss.detach(), torch.autograd.grad(loss, weight)[0])
-    scores = conspo_scores((hidden @ weight.T).detach(), batch.labels, vocab_parallel=shard)
+    scores = conspo_scores((hidden @ weight.T).detach(), batch.labels, parallel=shard)
     weights = conspo_weights(scores, batch.rewards, batch.ids, **OPTIONS).weights
     for name, loss in {
-        "phase 2": weighted_score_loss(hidden @ weight.T, batch.labels, weights, vocab_parallel=shard),
-        "linear phase 2": linear_weighted_score_loss(hidden, weight, batch.labels, weights, vocab_parallel=shard),
+        "phase 2": weighted_score_loss(hidden @ weight.T, batch.labels, weights, parallel=shard),
+        "linear phase 2": linear_weighted_score_loss(hidden, weight, batch.labels, weights, parallel=shard),
     }.items():
         found[name] = (loss.detach(), torch.autograd.grad(loss, weight)[0])
-    frozen = linear_conspo_loss(hidden, weight.detach(), *arguments, vocab_parallel=shard, **OPTIONS)
+    frozen = linear_conspo_loss(hidden, weight.detach(), *arguments, parallel=shard, **OPTIONS)
     found["frozen"] = (frozen.detach(), torch.autograd.grad(frozen, hidden)[0])
     try:
-        token_logprobs(logits.detach(), torch.full_like(batch.labels, VOCAB), vocab_parallel=shard)
+        token_logprobs(logits.detach(), torch.full_like(batch.labels, VOCAB), parallel=shard)
     except ValueError as error:
         found["error"] = str(error)
     if size > 1:
         with pytest.raises(ValueError, match=f"must not overlap: {size} ranks have the label 0"):
-            token_logprobs(logits.detach(), torch.zeros_like(batch.labels), vocab_parallel=shard._replace(start=0))
+            token_logprobs(
+                logits.detach(), torch.zeros_like(batch.labels), parallel=dataclasses.replace(shard, vocab_start=0)
+            )
     return found
 
 
@@ -211,12 +218,12 @@ def close(actual: Tensor, exact: Tensor, tolerance: float = 1e-12) -> bool:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_a_vocabulary_over_ranks(size: int) -> None:
-    everyone = on_ranks(size)["vocabulary"]
+    of_all_ranks = on_ranks(size)["vocabulary"]
     whole = on_ranks(1)["vocabulary"][0]  # itself: a group of one rank
     loss, hidden, weight = alone("linear", torch.float64)
     for a, b in zip(whole["loss"], (loss, hidden, weight), strict=True):
         assert close(a, b)
-    for (start, stop), found in zip(shards(size), everyone, strict=True):
+    for (start, stop), found in zip(shards(size), of_all_ranks, strict=True):
         for name in whole:
             if name == "error":
                 assert "labels must lie in the vocabulary of all ranks" in found[name]
@@ -244,16 +251,15 @@ def sequences(rank: int, size: int) -> dict[str, Any]:
             more["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.long), inside.sum(1).cumsum(0)])
             hidden, labels = hidden[inside], labels[inside]
         first, leaves = differentiated(kind, {"hidden": hidden}, batch.weight)
-        more |= {"context_group": dist.group.WORLD, "grad_reduction": reduction}
+        more["parallel"] = Parallel(context=dist.group.WORLD, grad_reduction=reduction)
         door = linear_conspo_loss if kind == "linear" else conspo_loss
         loss = door(*first, labels, batch.rewards, batch.ids, **more, **OPTIONS)
         (grad,) = torch.autograd.grad(loss, leaves[1:], retain_graph=True)
-        reduction_of_scores = more.pop("grad_reduction")
         scores = (linear_conspo_scores if kind == "linear" else conspo_scores)(*first, labels, **more)
         weights = conspo_weights(scores, batch.rewards, batch.ids, **OPTIONS).weights
         first, leaves = differentiated(kind, {"hidden": hidden}, batch.weight)
         phase_two = (linear_weighted_score_loss if kind == "linear" else weighted_score_loss)(
-            *first, labels, weights, grad_reduction=reduction_of_scores, **more
+            *first, labels, weights, **more
         )
         (grad_two,) = torch.autograd.grad(phase_two, leaves[1:])
         for g in (grad, grad_two):
@@ -265,11 +271,11 @@ def sequences(rank: int, size: int) -> dict[str, Any]:
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_sequences_over_ranks(size: int) -> None:
-    everyone = on_ranks(size)["sequences"]
+    of_all_ranks = on_ranks(size)["sequences"]
     for kind, layout, reduction, dtype in CASES:
         loss, _hidden, weight = alone(kind, dtype)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-        for found in everyone:
+        for found in of_all_ranks:
             value, grad, grad_two = found[kind, layout, reduction, dtype]
             assert (value - loss).abs() <= tolerance * loss.abs()
             for g in (grad, grad_two):
@@ -285,8 +291,8 @@ def both(rank: int, size: int) -> tuple[Tensor, Tensor]:
     places = torch.arange(replica, 13, 2)
     hidden, weight = batch.hidden[places], batch.weight[start:stop].clone().requires_grad_()
     loss = linear_conspo_loss(
-        hidden, weight, batch.labels[places], batch.rewards[places], batch.ids[places], process_group=data_group,
-        grad_reduction="sum", vocab_parallel=VocabParallel(tensor_group, start), **OPTIONS,
+        hidden, weight, batch.labels[places], batch.rewards[places], batch.ids[places],
+        parallel=Parallel(data=data_group, vocab=tensor_group, vocab_start=start, grad_reduction="sum"), **OPTIONS,
     )  # type: ignore[arg-type]  # fmt: skip
     (grad,) = torch.autograd.grad(loss, weight)  # type: ignore[arg-type]
     dist.all_reduce(grad, group=data_group)
@@ -346,7 +352,7 @@ def no_contrast(rank: int, size: int) -> tuple[Tensor, Tensor, float]:
     logits = torch.randn(number, 4, 7, dtype=torch.float64, requires_grad=True)
     output = conspo_loss(
         logits, torch.zeros(number, 4).long(), torch.ones(number), torch.arange(number), return_metrics=True,
-        process_group=dist.group.WORLD,
+        parallel=Parallel(data=dist.group.WORLD),
     )  # fmt: skip
     output.loss.backward()  # type: ignore[union-attr]
     return output.loss.detach(), logits.grad, output.metrics["conspo/valid_group_fraction"].item()  # type: ignore[union-attr, return-value]
@@ -364,17 +370,21 @@ def equal_groups(rank: int, size: int) -> tuple[Tensor, Tensor]:
     batch, mine = Batch(torch.float64), slice(0, 3) if rank == 0 else slice(3, 8)
     scores = (batch.hidden[:, 0, 0] * 1).requires_grad_()
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0])
-    loss = conspo_loss_from_scores(scores[mine], rewards[mine], 4, process_group=dist.group.WORLD)
+    loss = conspo_loss_from_scores(scores[mine], rewards[mine], 4, parallel=Parallel(data=dist.group.WORLD))
     whole = conspo_loss_from_scores(scores[:8], rewards, 4)
     per_group = conspo_loss_from_scores(
-        scores[mine], rewards[mine], 4, process_group=dist.group.WORLD, reduction="none", grad_reduction="sum"
+        scores[mine],
+        rewards[mine],
+        4,
+        reduction="none",
+        parallel=Parallel(data=dist.group.WORLD, grad_reduction="sum"),
     )
     assert per_group.shape == (2,)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="groups=3 rollouts per prompt must divide the number of rollouts, got 8"):
-        conspo_loss_from_scores(scores[mine], rewards[mine], 3, process_group=dist.group.WORLD)
+        conspo_loss_from_scores(scores[mine], rewards[mine], 3, parallel=Parallel(data=dist.group.WORLD))
     groups = 4 if rank == 0 else torch.zeros(5, dtype=torch.long)
     with pytest.raises(ValueError, match="an int on all, got both"):
-        conspo_loss_from_scores(scores[mine], rewards[mine], groups, process_group=dist.group.WORLD)
+        conspo_loss_from_scores(scores[mine], rewards[mine], groups, parallel=Parallel(data=dist.group.WORLD))
     (ours,), (all_of_them,) = (torch.autograd.grad(x, scores) for x in (loss, whole))  # type: ignore[arg-type]
     expected = torch.zeros_like(ours)
     expected[mine] = all_of_them[mine] * size
@@ -393,7 +403,7 @@ def mixed(rank: int, size: int) -> Tensor:
     rewards = rewards.half() if rank == 3 else rewards
     ids = torch.tensor([0, 0], dtype=[torch.int64, torch.int32, torch.uint8, torch.int16][rank]) + rank // 2
     scores = torch.tensor([-1.0, -2.0 - rank])
-    return conspo_loss_from_scores(scores, rewards, ids, reward_threshold=0.1, process_group=dist.group.WORLD)  # type: ignore[return-value]
+    return conspo_loss_from_scores(scores, rewards, ids, reward_threshold=0.1, parallel=Parallel(data=dist.group.WORLD))  # type: ignore[return-value]
 
 
 def test_types_that_differ_between_ranks() -> None:
@@ -407,12 +417,12 @@ def test_types_that_differ_between_ranks() -> None:
 def killed(rank: int, size: int) -> str:
     logits = torch.randn(2, 3, 7, requires_grad=True)
     labels, rewards = torch.zeros(2, 3).long(), torch.tensor([1.0, 0.0])
-    conspo_loss(logits, labels, rewards, 2, process_group=dist.group.WORLD)
+    conspo_loss(logits, labels, rewards, 2, parallel=Parallel(data=dist.group.WORLD))
     if rank == 1:
         dist.destroy_process_group()
         return "gone"
     try:
-        conspo_loss(logits, labels, rewards, 2, process_group=dist.group.WORLD)
+        conspo_loss(logits, labels, rewards, 2, parallel=Parallel(data=dist.group.WORLD))
     except RuntimeError as error:
         return type(error).__module__ + str(error)
     return "no error"
@@ -432,15 +442,15 @@ def compiled(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     columns = slice(0, 4) if rank == 0 else slice(4, LENGTH)
 
     def over_groups(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
-        return linear_conspo_loss(hidden, weight, labels, rewards, ids, process_group=world, **OPTIONS)
+        return linear_conspo_loss(hidden, weight, labels, rewards, ids, parallel=Parallel(data=world), **OPTIONS)
 
     def over_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
-        shard = VocabParallel(world, start)
-        return conspo_loss(hidden @ weight[start:stop].T, labels, rewards, ids, vocab_parallel=shard, **OPTIONS)
+        shard = Parallel(vocab=world, vocab_start=start)
+        return conspo_loss(hidden @ weight[start:stop].T, labels, rewards, ids, parallel=shard, **OPTIONS)
 
     def over_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
         logits = hidden[:, columns] @ weight.T
-        return conspo_loss(logits, labels[:, columns], rewards, ids, context_group=world, **OPTIONS)
+        return conspo_loss(logits, labels[:, columns], rewards, ids, parallel=Parallel(context=world), **OPTIONS)
 
     found = []
     for function in (over_groups, over_vocabulary, over_tokens):

@@ -467,10 +467,12 @@ def test_shift_takes_the_next_input_id_of_the_same_rollout() -> None:
 def test_mask_moves_with_the_input_ids() -> None:
     logits = fp64([0.0, LN3]).expand(1, 4, 2)
     input_ids, mask = torch.tensor([[9**9, 1, 9**9, 0]]), torch.tensor([[1, 1, 0, 1]])
-    shifted = reference_loss(logits, input_ids, fp64([1.0]), 1, mask=mask, shift=True)
+    shifted = reference_loss(logits, input_ids, fp64([1.0]), 1, response_mask=mask, shift=True)
     # The label under the mask is never looked at, and neither is id 0, which nothing predicts.
     close(shifted.logprobs, [[math.log(3 / 4), 0.0, -2 * LN2, 0.0]])
-    aligned = reference_loss(logits, torch.tensor([[1, 9**9, 0, IGNORE]]), fp64([1.0]), 1, mask=mask[:, [1, 2, 3, 0]])
+    aligned = reference_loss(
+        logits, torch.tensor([[1, 9**9, 0, IGNORE]]), fp64([1.0]), 1, response_mask=mask[:, [1, 2, 3, 0]]
+    )
     assert torch.equal(aligned.logprobs, shifted.logprobs)
 
 
@@ -478,7 +480,7 @@ def test_mask_moves_with_the_input_ids() -> None:
 def test_mask_of_any_dtype(dtype: torch.dtype) -> None:
     logits, labels = padded([[1 / 2, 1 / 7], [1 / 4, 1 / 7]], length=2)
     mask = torch.tensor([[1, 0], [1, 0]]).to(dtype)
-    output = reference_loss(logits, labels, fp64(1.0, 0.0), 2, mask=mask)
+    output = reference_loss(logits, labels, fp64(1.0, 0.0), 2, response_mask=mask)
     close(output.loss, FIRST)
     close(output.metrics["conspo/response_tokens"], 2.0)
 
@@ -526,7 +528,7 @@ def test_padded_equals_packed(shift: bool) -> None:
     inside = torch.arange(4) < torch.tensor(lengths)[:, None]
     arguments: dict[str, Any] = {"tau": 0.7, "margin": 0.2, "softcap": 3.0, "temperature": 1.3, "shift": shift}
     rewards, ids = fp64(1.0, 0.0, 0.0, 1.0), torch.tensor([5, 6, 5, 6])
-    boxes = reference_loss(logits, labels, rewards, ids, mask=inside, **arguments)
+    boxes = reference_loss(logits, labels, rewards, ids, response_mask=inside, **arguments)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     bags = reference_loss(logits[inside], labels[inside], rewards, ids, cu_seqlens=offsets, **arguments)
     assert torch.equal(boxes.loss, bags.loss)
@@ -631,7 +633,13 @@ def test_gradcheck_packed(transform: dict[str, Any], shift: bool) -> None:
     offsets = torch.tensor([0, 3, 5, 8, 10])
 
     def loss(x: Tensor) -> Tensor:
-        arguments: dict[str, Any] = {"cu_seqlens": offsets, "mask": mask, "shift": shift, "margin": 0.1, **transform}
+        arguments: dict[str, Any] = {
+            "cu_seqlens": offsets,
+            "response_mask": mask,
+            "shift": shift,
+            "margin": 0.1,
+            **transform,
+        }
         return reference_loss(x, labels, torch.tensor([1, 0, 0, 1]), 4, **arguments).loss
 
     assert torch.autograd.gradcheck(loss, (logits,))
@@ -686,7 +694,7 @@ def test_weights_and_tokens_make_the_gradient() -> None:
         ({"reduction": "avg"}, "reduction"),
         ({"labels": torch.zeros(3, 4, dtype=torch.int64)}, "labels"),  # transposed
         ({"labels": torch.zeros(12, dtype=torch.int64)}, "labels"),
-        ({"mask": torch.ones(4, 1)}, "mask"),
+        ({"response_mask": torch.ones(4, 1)}, "response_mask"),
         ({"rewards": torch.ones(3)}, "rewards"),
         ({"groups": 3}, "groups"),
         ({"groups": 0}, "groups"),

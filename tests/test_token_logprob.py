@@ -108,7 +108,7 @@ def test_labels_under_the_mask_are_not_looked_at(implementation: str, device: to
     logits = torch.randn(1, 3, 7, device=device)
     labels = torch.tensor([[1, 10**9, 2]], device=device)
     for mask in (torch.tensor([[1.0, 0.0, -2.0]]), torch.tensor([[True, False, True]]), torch.tensor([[3, 0, 1]])):
-        logprobs = token_logprobs(logits, labels, mask=mask.to(device), implementation=implementation)
+        logprobs = token_logprobs(logits, labels, response_mask=mask.to(device), implementation=implementation)
         assert logprobs.isfinite().all()
         assert (logprobs != 0).tolist() == [[True, False, True]]
 
@@ -124,7 +124,7 @@ def test_labels_of_any_integer_type(dtype: torch.dtype, shift: bool, implementat
     strided = torch.stack([labels, labels], -1).to(dtype)[..., 0]
     mask = torch.tensor([[True, True, False], [True, True, True]], device=device)
     for ignore_index in (-100, 2**40):
-        kwargs = {"mask": mask, "shift": shift, "implementation": implementation, "ignore_index": ignore_index}
+        kwargs = {"response_mask": mask, "shift": shift, "implementation": implementation, "ignore_index": ignore_index}
         a = token_logprobs(logits, labels, **kwargs)
         assert torch.equal(token_logprobs(logits, strided, **kwargs), a)
         assert (a != 0).sum() == (3 if shift else 5)

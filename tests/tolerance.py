@@ -1,24 +1,13 @@
-"""How right is right: no worse than twice what eager PyTorch reaches in the same dtype, plus a floor of rounding."""
+"""Assertions with the tolerances of the gradient check."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from conspo_kernels.gradcheck.tolerance import allowed_error, grad_floor, value_floor
 
-def value_floor(exact: Tensor, accumulate: torch.dtype) -> float:
-    """A few roundings of the accumulator, relative to the largest number that took part."""
-    scale = exact[exact.isfinite()].abs().max().item() if exact.isfinite().any() else 0.0
-    return 8 * torch.finfo(accumulate).eps * max(1.0, scale)
-
-
-def grad_floor(exact: Tensor, dtype: torch.dtype, scores: Tensor, tau: float) -> float:
-    """Relative to the largest gradient: a rounding to its dtype, and that of a score, which weights see / tau."""
-    if not exact.numel():
-        return 0.0
-    size = scores[scores.isfinite()].abs().max().item() if scores.isfinite().any() else 0.0
-    relative = torch.finfo(dtype).eps + torch.finfo(torch.float32).eps * size / tau
-    return relative * exact.abs().max().item() + torch.finfo(dtype).tiny  # subnormals may be flushed
+__all__ = ["assert_accurate", "grad_floor", "max_error", "value_floor"]
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
@@ -31,8 +20,5 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def assert_accurate(actual: Tensor, eager: Tensor, exact: Tensor, floor: float, what: str) -> None:
-    error = max_error(actual, exact)
-    finite = exact.isfinite()
-    eager_error = (eager.detach().double().cpu() - exact)[finite].abs().nan_to_num(nan=0.0)
-    allowed = 2 * (eager_error.max().item() if eager_error.numel() else 0.0) + floor
+    error, allowed = max_error(actual, exact), allowed_error(eager, exact, floor)
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g} (floor {floor:.3g})"

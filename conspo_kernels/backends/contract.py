@@ -22,9 +22,7 @@ class TokenLogprob(Protocol):
     fp32 (fp64 for fp64 logits), and 0 where the label is `IGNORED`.
     """
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool
-    ) -> Statistics: ...
+    def forward(self, logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics: ...
 
     def backward(
         self,

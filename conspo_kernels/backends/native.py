@@ -63,7 +63,7 @@ def _numbers(transform: LogitTransform) -> tuple[float, float, bool]:
     return transform.inner, transform.scale, transform.softcap is not None
 
 
-class token_logprob:  # noqa: N801 - in place of a module
+class token_logprob:
     """Of rows spread over threads, each in parts of fixed length."""
 
     @staticmethod
@@ -95,7 +95,7 @@ class token_logprob:  # noqa: N801 - in place of a module
         return logprobs
 
 
-class sequence_score:  # noqa: N801
+class sequence_score:
     """Of tokens summed one after another in fp64."""
 
     @staticmethod
@@ -109,7 +109,7 @@ class sequence_score:  # noqa: N801
         return grad
 
 
-class group_infonce:  # noqa: N801
+class group_infonce:
     """Of all groups in one pass."""
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The cases of the gradient check: every door with its options, and the inputs of each."""
+"""The cases of the gradient check: every public function with its options, and the inputs of each."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
 
-GRADED = {  # the outputs of each door that have a gradient
+GRADED = {  # the outputs of each public function that have a gradient
     "token_logprobs": ("logprobs", "entropy"),
     "sequence_scores": ("scores",),
     "conspo_loss": ("loss",),
@@ -25,7 +25,7 @@ GRADED = {  # the outputs of each door that have a gradient
     "linear_weighted_score_loss": ("loss",),
 }
 FROM_SCORES = ("conspo_loss_from_scores", "conspo_weights")
-HIDDEN_SIZE = 6  # of the linear doors
+HIDDEN_SIZE = 6  # of the linear functions
 
 # Tokens per rollout and vocabulary. Of small, no tile is full; wide has full tiles and a tail; model is Qwen's size.
 SHAPES = {
@@ -124,8 +124,8 @@ CASES = (
 
 @dataclass(frozen=True)
 class Inputs:
-    """leaf: what is differentiated by, the logits (of a view its base), log-probabilities or scores; of a linear door
-    hidden, weight and bias in one row.  weights: of the rollouts, where they are known.
+    """leaf: what is differentiated by, the logits (of a view its base), log-probabilities or scores; of a linear
+    function hidden, weight and bias in one row.  weights: of the rollouts, where they are known.
     """
 
     leaf: Tensor
@@ -140,7 +140,7 @@ class Inputs:
         """Row and label of each rollout's response tokens."""
         options = self.options
         return reference.response_tokens(
-            self.labels, options.get("mask"), options.get("cu_seqlens"), options.get("shift", False), -100
+            self.labels, options.get("response_mask"), options.get("cu_seqlens"), options.get("shift", False), -100
         )
 
 
@@ -165,7 +165,7 @@ def build(case: Case, shape: tuple[tuple[int, ...], int], dtype: torch.dtype, de
         labels, keep = (torch.cat([x[inside], x.new_ones(2)]) for x in (labels, keep))  # past the last offset: nonsense
         options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
     if case.mask:
-        options["mask"] = keep.to(device)
+        options["response_mask"] = keep.to(device)
     rewards = torch.tensor(REWARDS[:num_rollouts])
     if case.gaps:
         rewards[UNSCORABLE : UNSCORABLE + 1] = torch.nan
@@ -175,7 +175,7 @@ def build(case: Case, shape: tuple[tuple[int, ...], int], dtype: torch.dtype, de
         leaf = torch.randn(num_rollouts, generator=generator, dtype=torch.float64) - 3
         if case.gaps:
             leaf[EMPTY : EMPTY + 1] = torch.nan
-        options = {k: v for k, v in options.items() if k not in ("mask", "cu_seqlens")}
+        options = {k: v for k, v in options.items() if k not in ("response_mask", "cu_seqlens")}
     elif case.op == "sequence_scores":
         leaf = -3 * torch.rand(labels.shape, generator=generator, dtype=torch.float64)
     elif case.linear:

@@ -1,4 +1,4 @@
-"""What the cases of the gradient check give: from a door, from the fp64 oracle, and from eager PyTorch."""
+"""What the cases of the gradient check give: from a public function, from the fp64 oracle, and from eager PyTorch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import conspo_kernels as doors
+import conspo_kernels
 
-from . import ConSPOOutput, conspo_loss_from_scores, conspo_weights, reference, sequence_scores
-from .gradcheck_cases import FROM_SCORES, GRADED, HIDDEN_SIZE, Case, Inputs
+from .. import ConSPOOutput, conspo_loss_from_scores, conspo_weights, reference, sequence_scores
+from .cases import FROM_SCORES, GRADED, HIDDEN_SIZE, Case, Inputs
 
 OWN_OPTIONS = {"inplace_backward", "inplace", "return_entropy", "workspace_mib"}  # no business of the oracle's
 
 
 def head_of(inputs: Inputs, leaf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Hidden states, weight and bias of a linear door."""
+    """Hidden states, weight and bias of a linear function."""
     tokens, vocab_size = inputs.labels.numel() * HIDDEN_SIZE, inputs.vocab_size
     hidden, weight, bias = leaf.split([tokens, vocab_size * HIDDEN_SIZE, vocab_size])
     return hidden.view(*inputs.labels.shape, HIDDEN_SIZE), weight.view(vocab_size, HIDDEN_SIZE), bias
@@ -30,7 +30,7 @@ def logits_of(case: Case, inputs: Inputs, leaf: Tensor) -> Tensor:
 
 
 def call(case: Case, inputs: Inputs, leaf: Tensor, implementation: str) -> dict[str, Tensor]:
-    """The outputs of the door."""
+    """The outputs of the public function."""
     options = {**inputs.options, "implementation": implementation}
     labels, rewards, groups = inputs.labels, inputs.rewards, inputs.groups
     if case.op == "conspo_loss_from_scores":
@@ -48,22 +48,22 @@ def call(case: Case, inputs: Inputs, leaf: Tensor, implementation: str) -> dict[
         arguments, options["bias"] = [hidden, weight, labels], bias
     else:
         arguments = [logits_of(case, inputs, leaf.clone()), labels]  # in-place gradients overwrite the clone
-    door = getattr(doors, case.op)
+    function = getattr(conspo_kernels, case.op)
     if case.op.endswith("conspo_scores"):
-        return {"scores": door(*arguments, **options)}
+        return {"scores": function(*arguments, **options)}
     if case.known:
-        return {"loss": door(*arguments, inputs.weights, **options)}
+        return {"loss": function(*arguments, inputs.weights, **options)}
     if case.op.endswith("conspo_loss"):
-        output = door(*arguments, rewards, groups, **options, return_metrics=True)
+        output = function(*arguments, rewards, groups, **options, return_metrics=True)
         assert isinstance(output, ConSPOOutput)
         assert output.logprobs is not None
-        # Of rollouts without gradient the linear door computes neither.
+        # Of rollouts without gradient the linear function computes neither.
         return (
             {"loss": output.loss}
             if case.linear
             else {"loss": output.loss, "scores": output.scores, "logprobs": output.logprobs}
         )
-    tokens = door(*arguments, **options)
+    tokens = function(*arguments, **options)
     return {"logprobs": tokens} if isinstance(tokens, Tensor) else dict(zip(GRADED[case.op], tokens, strict=True))
 
 

@@ -138,10 +138,7 @@ def weight_grad(value: Any, weight: Tensor) -> None:
     _same_device("weight_grad", value, "weight", weight)
     if any(stride == 0 and n > 1 for stride, n in zip(value.stride(), value.shape, strict=True)):
         raise ValueError(f"weight_grad must have an element for each of weight, got strides {value.stride()}")
-    if (
-        not torch.compiler.is_compiling()
-        and value.untyped_storage()._cdata == weight.untyped_storage()._cdata
-    ):
+    if not torch.compiler.is_compiling() and value.untyped_storage()._cdata == weight.untyped_storage()._cdata:
         raise ValueError("weight_grad must not be the memory of weight, which it would be added to")
     if value.requires_grad:
         raise ValueError("weight_grad is added to in backward: it must not require a gradient itself")
@@ -271,7 +268,7 @@ def parallel(data: Any, context: Any, vocab: Any, vocab_start: Any, grad_reducti
     if vocab_start < 0:
         raise ValueError(f"parallel.vocab_start must not be negative, got {vocab_start}")
     if vocab_start > 0 and vocab is None:
-        raise ValueError(f"parallel.vocab_start says where a part begins, but parallel.vocab is None; got {vocab_start}")
+        raise ValueError(f"parallel.vocab_start must be 0 where parallel.vocab is None, got {vocab_start}")
     _choice("parallel.grad_reduction", grad_reduction, GRAD_REDUCTIONS)
 
 

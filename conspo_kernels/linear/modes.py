@@ -23,7 +23,8 @@ from torch import Tensor
 
 from ..backends.contract import TokenLogprob
 from ..values import LogitTransform, Statistics
-from .gemm import Sum, gemm, operand, slices
+from . import gemm as gemms
+from .gemm import Sum, operand, slices
 from .tiles import Head, LogitTiles, Tokens, labels_in
 from .tiling import Tile, backward_tile, fixed_tile, row_tile
 
@@ -62,7 +63,7 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     """Statistics [N], and the logits [N, V], of which the first n rows are filled."""
     tokens, head = run.tokens, run.head
     stored = tokens.hidden.new_empty(tokens.labels.shape[0], head.weight.shape[0], dtype=head.logits_dtype)
-    z = gemm(tokens.chosen(tokens.hidden), head.weight.t(), stored[: tokens.number], head.bias)
+    z = gemms.gemm(tokens.chosen(tokens.hidden), head.weight.t(), stored[: tokens.number], head.bias)
     found = _tile_statistics(run, z, slice(0, tokens.number), with_entropy)
     return _joined(run, [found], with_entropy), stored
 
@@ -76,7 +77,7 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Statistics,
         found = _tile_statistics(run, z, rows, with_entropy=False)
         labels = tokens.chosen(tokens.labels, rows)[None]
         run.kernels.backward(z[None], z[None], labels, found, torch.ones_like(found.logprobs), None, run.transform)
-        gemm(operand(z, head.weight), head.weight, grad_hidden[rows])
+        gemms.gemm(operand(z, head.weight), head.weight, grad_hidden[rows])
         parts.append(found)
     return _joined(run, parts, with_entropy=False), tokens.spread(grad_hidden)
 
@@ -91,7 +92,7 @@ def backward_store(
     _tile_gradient(run, z, everything, tokens.chosen(tokens.labels)[None], statistics, grad_logprobs, grad_entropy)
     grad_bias = _bias_sum(z).to(tokens.hidden.dtype) if needs.bias else None
     z, hidden = operand(z, head.weight), tokens.chosen(tokens.hidden)
-    grad_hidden = torch.mm(z, head.weight) if needs.hidden else None
+    grad_hidden = gemms.gemm(z, head.weight, torch.empty_like(hidden)) if needs.hidden else None
     weight_sum = Sum(torch.empty_like(head.weight, memory_format=torch.contiguous_format), 1) if needs.weight else None
     if weight_sum is not None:
         weight_sum.add(slice(None), True, z.t(), hidden)
@@ -167,7 +168,7 @@ def forward_known(run: Run, coefficients: Tensor, needs: Needs) -> tuple[Tensor,
             grad_bias += _bias_sum(z)
         z = operand(z, head.weight)
         if grad_hidden is not None:
-            gemm(z, head.weight, grad_hidden[rows])
+            gemms.gemm(z, head.weight, grad_hidden[rows])
         if weight_sum is not None:
             weight_sum.add(slice(None), rows.start == 0, z.t(), hidden)
     return tokens.spread(torch.cat(logprobs)), Gradients(
@@ -237,8 +238,12 @@ def _joined(run: Run, parts: list[Statistics], with_entropy: bool) -> Statistics
     """[1, r] of tiles -> [N]."""
     hidden = run.tokens.hidden
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    nothing = torch.empty(1, 0, dtype=acc, device=hidden.device)
-    columns = zip(*(parts or [Statistics(nothing, nothing if with_entropy else None, nothing, nothing)]), strict=True)
-    return Statistics(
-        *(None if column[0] is None else run.tokens.spread(torch.cat(column, 1)[0]) for column in columns)
+
+    def whole(column: list[Tensor]) -> Tensor:
+        return run.tokens.spread(torch.cat(column, 1)[0] if column else torch.empty(0, dtype=acc, device=hidden.device))
+
+    logprobs, row_max, log_sum = (
+        whole([getattr(part, name) for part in parts]) for name in ("logprobs", "row_max", "log_sum")
     )
+    entropy = whole([part.entropy for part in parts if part.entropy is not None]) if with_entropy else None
+    return Statistics(logprobs, entropy, row_max, log_sum)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..values import ELSEWHERE, IGNORED
-from .gemm import gemm
+from . import gemm as gemms
 from .tiling import Problem
 
 
@@ -71,7 +71,7 @@ class LogitTiles:
         weight, bias, _dtype = self.head
         size = (hidden.shape[0], columns.stop - columns.start)
         out = self.buffer[: size[0] * size[1]].view(size)
-        return gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
+        return gemms.gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
 
 
 def labels_in(labels: Tensor, columns: slice, vocab_size: int) -> Tensor:

@@ -73,7 +73,12 @@ def backward_tile(problem: Problem, workspace: int, needs_hidden: bool, needs_we
     most = math.ceil(problem.num_tokens / best.rows)
     for row_tiles in range(1, most):
         rows = math.ceil(problem.num_tokens / row_tiles)
-        fit = (workspace - problem.tile_bytes(rows, 0)) // (rows * (problem.logit_bytes or problem.itemsize)) // ALIGNMENT * ALIGNMENT
+        fit = (
+            (workspace - problem.tile_bytes(rows, 0))
+            // (rows * (problem.logit_bytes or problem.itemsize))
+            // ALIGNMENT
+            * ALIGNMENT
+        )
         if fit < ALIGNMENT:
             continue
         column_tiles = math.ceil(problem.vocab_size / fit)

@@ -10,8 +10,8 @@ from torch import Tensor
 from ..backends.contract import ContrastSettings, Rollouts
 from ..backends.registry import kernels_for
 from ..objective import Segments, equal_segments
-from ..values import check_factor, check_margin
 from ..registration import op
+from ..values import check_factor, check_margin
 
 
 def _fake(

@@ -14,10 +14,10 @@ from torch import Tensor
 from ..backends.registry import kernels_for
 from ..linear import modes
 from ..linear.modes import Needs
+from ..registration import op
 from ..values import LogitTransform
 from .derivative import without_derivative
 from .linear_logprob import fake_gradients, or_empty, run_of
-from ..registration import op
 
 
 def _run(

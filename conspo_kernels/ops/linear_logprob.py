@@ -16,10 +16,10 @@ from ..backends.registry import kernels_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
+from ..registration import op
 from ..values import IGNORED, LogitTransform, Statistics
 from .derivative import without_derivative
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
-from ..registration import op
 from .token_logprob import statistics_like, tensors_of
 
 
@@ -105,6 +105,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
         return None, None, None, *others
     if ctx.mode == "frozen":
+        assert grad_logprobs is not None  # this mode has no entropy
         (stored,) = ctx.saved_tensors
         return without_derivative(scaled_rows(stored, grad_logprobs)), None, None, *others
     hidden, weight, bias, labels, keep, row_max, log_sum, entropy = ctx.saved_tensors

@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 from ..distributed import context, groups, vocab
-from ..values import ELSEWHERE, IGNORED, Statistics
 from ..registration import op
+from ..values import ELSEWHERE, IGNORED, Statistics
 
 
 def name_of(group: ProcessGroup | None) -> str:

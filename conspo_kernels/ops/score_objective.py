@@ -45,5 +45,5 @@ def score_objective(
     with torch.no_grad():
         found = evaluate(objective, scores, rewards, counts, local, reward_threshold, reduction, num_groups)
     slots = local.slots if reduction == "none" else None
-    loss: Tensor = _Attached.apply(scores, found.loss, found.weights, slots)  # type: ignore[no-untyped-call]
+    loss: Tensor = _Attached.apply(scores, found.loss, found.weights, slots)
     return found._replace(loss=loss)

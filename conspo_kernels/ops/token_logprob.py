@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import kernels_for
+from ..registration import op
 from ..values import LogitTransform, Statistics
 from .derivative import no_second_derivative
 from .ranks import local_labels, statistics_over_ranks
-from ..registration import op
 
 
 def statistics_like(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -9,7 +9,6 @@ names are those of `objective.py`.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from ..contract import ContrastSettings, GroupLoss, Rollouts
 from .softmax import NEG_INF, finite_max
