@@ -12,7 +12,7 @@ from .inputs.groups import GroupLayout, live_rollouts
 from .inputs.parallel import Parallel, parallel_from
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
-from .objective import ScoreObjective, Segments, equal_segments
+from .objective import Role, ScoreObjective, Segments, equal_segments
 from .ops import check_implementation
 from .ops.group_infonce import group_infonce
 from .ops.ranks import gather_rollouts, name_of, sum_over_ranks
@@ -109,7 +109,10 @@ class Contrast(NamedTuple):
         slots = _segments(layout, scores.device).slots.to(scores.device, non_blocking=True)
         if self.reduction != "mean":
             denominator = scores.new_ones(())
-        metrics = conspo_metrics(loss, margin, scores.detach(), weights, roles, slots, denominator, counts)
+        metrics = conspo_metrics(
+            loss, margin, scores.detach(), weights, roles == Role.POSITIVE, roles == Role.NEGATIVE,
+            roles == Role.UNSCORABLE, slots, denominator, counts,
+        )  # fmt: skip
         return Contrasted(loss, weights, metrics, places)
 
     def _gathered(

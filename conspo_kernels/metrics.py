@@ -1,11 +1,9 @@
-"""What a training loop logs, from scores, weights and roles; computed only when asked for."""
+"""What a training loop logs, from scores, weights and who took part; computed only when asked for."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-
-from .objective import Role
 
 
 def conspo_metrics(
@@ -13,7 +11,9 @@ def conspo_metrics(
     margin: Tensor,
     scores: Tensor,
     weights: Tensor,
-    roles: Tensor,
+    positive: Tensor,
+    negative: Tensor,
+    unscorable: Tensor,
     slots: Tensor,
     denominator: Tensor | None,
     counts: Tensor | None,
@@ -25,12 +25,13 @@ def conspo_metrics(
         margin: 0-d.
         scores: [S].
         weights: [S] dloss/dscores.
-        roles: [S] int8, of `Role`.
+        positive: [S] bool, in a valid group.
+        negative: [S] bool, in a valid group.
+        unscorable: [S] bool.
         slots: [S] int64, the group of each rollout.
         denominator: what the weights were divided by, or None: the number of valid groups.
         counts: [S] response tokens, or None: not known.
     """
-    positive, negative = roles == Role.POSITIVE, roles == Role.NEGATIVE
     dtype = scores.dtype
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
@@ -56,7 +57,7 @@ def conspo_metrics(
         "pos_prob_mean": mean(1 - q, positive),
         "valid_group_fraction": num_valid.to(dtype) / num_groups,
         "weight_abs_max": weights.abs().max() if weights.numel() else weights.new_zeros(()),
-        "skipped_rollouts": (roles == Role.UNSCORABLE).sum(),
+        "skipped_rollouts": unscorable.sum(),
     }
     if counts is not None:
         metrics["response_tokens"] = counts.sum()

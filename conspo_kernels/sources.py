@@ -6,7 +6,6 @@ known coefficients. Every public function builds a source and hands it on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -94,8 +93,7 @@ def _accumulated(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-@dataclass(frozen=True)
-class LogitsSource:
+class LogitsSource(NamedTuple):
     """Logits [B, T, V] (packed ones are one row).  given: as the user passed them, a DTensor perhaps.
 
     inplace: the gradient is written over the logits.
@@ -162,8 +160,7 @@ class LogitsSource:
         return KnownGradient(logprobs, [(self.given, gradient.view(self.given.shape))])
 
 
-@dataclass(frozen=True)
-class HiddenSource:
+class HiddenSource(NamedTuple):
     """Hidden states [N, H] and the head's weight [V, H] and bias, in the dtype that they are multiplied in.
 
     shape: of the tokens as the user passed them.  workspace: bytes.

@@ -31,9 +31,9 @@ def weighted_scores(
     check.weights(weights, counts, phase_one)
     on_cpu = weights if weights.device.type == "cpu" else None
     weights = weights.detach().to(counts.device, source.dtype, non_blocking=True)
-    coefficients = sequence_score_backward(
-        weights * parallel.context_factor, counts, tokens.labels, tokens.offsets, implementation
-    )
+    factor = parallel.context_factor
+    scaled = weights if factor == 1 else weights * factor
+    coefficients = sequence_score_backward(scaled, counts, tokens.labels, tokens.offsets, implementation)
     keep = None
     if source.skips_tokens:
         tokens = tokens.only(coefficients != 0)
@@ -46,11 +46,12 @@ def weighted_scores(
     for x, gradient in () if known is None else known.gradients:
         value = attach_gradient(value, x, gradient)
     scores = scores.detach()
-    metrics = {"conspo/response_tokens": counts.sum().to(scores.dtype)}
-    if phase_one is not None:
-        metrics["conspo/score_drift"] = _drift(scores, phase_one.to(scores, non_blocking=True), used)
+    drift = None if phase_one is None else _drift(scores, phase_one.to(scores, non_blocking=True), used)
     if not return_metrics:
         return value
+    metrics = {"conspo/response_tokens": counts.sum().to(scores.dtype)}
+    if drift is not None:
+        metrics["conspo/score_drift"] = drift
     if source.skips_tokens:
         scores = scores.masked_fill(weights == 0, torch.nan)  # not computed
     return ConSPOOutput(value, metrics, scores, logprobs.detach().view(tokens.shape))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +10,7 @@ from torch import Tensor
 from . import check
 
 
-@dataclass(frozen=True)
-class GroupLayout:
+class GroupLayout(NamedTuple):
     """Groups of `size` consecutive rollouts, or, where size is 0, ragged ones as segments of a sorted order.
 
     order [S], offsets [S + 1] (as many slots as rollouts, the trailing ones empty, so that no count need be

@@ -7,7 +7,6 @@ them, and are an index or `IGNORED`, so nothing behind knows of masks, shifts or
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,8 +30,7 @@ class Predictions(NamedTuple):
     vocab_size: int
 
 
-@dataclass(frozen=True)
-class TokenLayout:
+class TokenLayout(NamedTuple):
     """labels: [B, T] int64, an index or `IGNORED`.  offsets: [S + 1] int64 on the labels' device, or None: the rows are
     the rollouts.  cpu_offsets: the same on the CPU, where they are known there.  shape: of the user's labels.
     """

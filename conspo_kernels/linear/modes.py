@@ -160,7 +160,7 @@ def forward_known(run: Run, coefficients: Tensor, needs: Needs) -> tuple[Tensor,
     grad_hidden = new(tokens.number, hidden_size) if needs.hidden else None
     weight_sum = Sum(new(vocab_size, hidden_size), terms) if needs.weight else None
     grad_bias = coefficients.new_zeros(vocab_size) if needs.bias else None
-    logprobs = [coefficients.new_empty(0)]
+    logprobs = []
     for rows, hidden, z in _row_tiles(run):
         labels, c = tokens.chosen(tokens.labels, rows)[None], tokens.chosen(coefficients, rows)[None]
         logprobs.append(run.kernels.forward_backward(z[None], z[None], labels, c, run.transform)[0])
@@ -171,7 +171,8 @@ def forward_known(run: Run, coefficients: Tensor, needs: Needs) -> tuple[Tensor,
             gemms.gemm(z, head.weight, grad_hidden[rows])
         if weight_sum is not None:
             weight_sum.add(slice(None), rows.start == 0, z.t(), hidden)
-    return tokens.spread(torch.cat(logprobs)), Gradients(
+    whole = torch.cat(logprobs or [coefficients.new_empty(0)]) if len(logprobs) != 1 else logprobs[0]
+    return tokens.spread(whole), Gradients(
         None if grad_hidden is None else tokens.spread(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.contract import ContrastSettings, Rollouts
 from ..backends.registry import kernels_for
 from ..objective import Segments, equal_segments
-from ..registration import op
+from ..registration import device_guard, op
 from ..values import check_factor, check_margin
 
 
@@ -98,7 +98,7 @@ def group_infonce(
     margin = margin.to(device, dtype, non_blocking=True)
     if num_groups is not None:
         num_groups = num_groups.to(device, dtype, non_blocking=True)
-    with torch.cuda.device_of(scores):
+    with device_guard(scores):
         return kernels_for("group_infonce", implementation, device).forward(
             Rollouts(scores.contiguous(), rewards, counts, segments, group_size),
             ContrastSettings(tau, margin, reward_threshold, reduction, num_groups),

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends.registry import kernels_for
 from ..linear import modes
 from ..linear.modes import Needs
-from ..registration import op
+from ..registration import device_guard, op
 from ..values import LogitTransform
 from .derivative import without_derivative
 from .linear_logprob import fake_gradients, or_empty, run_of
@@ -30,7 +30,7 @@ def _run(
 ) -> Tensor:
     kernels = kernels_for("token_logprob", implementation, logits.device)
     logit_transform = LogitTransform.from_numbers(transform)
-    with torch.cuda.device_of(logits):
+    with device_guard(logits):
         return kernels.forward_backward(
             grad_logits, logits, labels.contiguous(), coefficients.contiguous(), logit_transform
         )
@@ -90,7 +90,7 @@ def linear_logprob_known(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs [N], and the gradients of sum(coefficients * logprobs) that are needed, else empty: 3 GEMMs at most."""
     run = run_of(hidden, weight, bias, labels, keep, logits_dtype, transform, workspace, implementation)
-    with torch.cuda.device_of(hidden):
+    with device_guard(hidden):
         logprobs, grads = modes.forward_known(run, coefficients.contiguous(), Needs(*needs))
     hidden_grad, weight_grad, bias_grad = (or_empty(grad, logprobs) for grad in grads)
     return logprobs, hidden_grad, weight_grad, bias_grad
@@ -103,7 +103,7 @@ def _fake_scale(*_: object) -> None:
 @op(_fake_scale, mutates=("gradient",))
 def scale_(gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor (0-d), at no cost where the factor is 1; it counts as a modification even then."""
-    with torch.cuda.device_of(gradient):
+    with device_guard(gradient):
         kernels_for("scale", "auto", gradient.device).scale_(gradient, factor)
 
 

@@ -16,7 +16,7 @@ from ..backends.registry import kernels_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
-from ..registration import op
+from ..registration import device_guard, op
 from ..values import IGNORED, LogitTransform, Statistics
 from .derivative import without_derivative
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
@@ -170,7 +170,7 @@ def linear_logprob(
     def forward(labels: Tensor) -> Statistics:
         nonlocal stored
         run = run_of(hidden, weight, bias, labels, keep, logits_dtype, transform, workspace, implementation)
-        with torch.cuda.device_of(hidden):
+        with device_guard(hidden):
             if mode == "store":
                 statistics, stored = modes.forward_store(run, with_entropy)
             elif mode == "frozen":
@@ -237,7 +237,7 @@ def linear_logprob_backward(
     statistics = Statistics(row_max, entropy, row_max, log_sum)
     grad_logprobs = grad_logprobs.contiguous()
     grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
-    with torch.cuda.device_of(hidden):
+    with device_guard(hidden):
         if stored is None:
             grads = modes.backward_recompute(run, statistics, grad_logprobs, grad_entropy, Needs(*needs), weight_grad)
         else:

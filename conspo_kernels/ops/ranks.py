@@ -51,7 +51,7 @@ def statistics_over_ranks(
             "labels must lie in the vocabulary of all ranks or equal ignore_index; "
             f"found {labels[position].item()} at token {position}"
         )
-    return whole
+    return Statistics(*whole)
 
 
 def _fake_sum(x: Tensor, *_: object) -> Tensor:

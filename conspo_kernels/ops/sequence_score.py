@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import kernels_for
-from ..registration import op
+from ..registration import device_guard, op
 
 
 def _fake(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ def sequence_score(
         scores: [S], dtype of `logprobs`, NaN where there is no response token.
         counts: [S] int32, response tokens.
     """
-    with torch.cuda.device_of(logprobs):
+    with device_guard(logprobs):
         kernels = kernels_for("sequence_score", implementation, logprobs.device)
         return kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
 
@@ -60,6 +60,6 @@ def sequence_score_backward(
     grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, implementation: str
 ) -> Tensor:
     """The gradient with respect to the log-probabilities, [B, T]."""
-    with torch.cuda.device_of(grad_scores):
+    with device_guard(grad_scores):
         kernels = kernels_for("sequence_score", implementation, grad_scores.device)
         return kernels.backward(grad_scores.contiguous(), counts, labels.contiguous(), offsets)

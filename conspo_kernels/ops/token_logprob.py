@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import kernels_for
-from ..registration import op
+from ..registration import device_guard, op
 from ..values import LogitTransform, Statistics
 from .derivative import no_second_derivative
 from .ranks import local_labels, statistics_over_ranks
@@ -88,7 +88,7 @@ def token_logprob(
     logit_transform = LogitTransform.from_numbers(transform)
 
     def forward(labels: Tensor) -> Statistics:
-        with torch.cuda.device_of(logits):
+        with device_guard(logits):
             return kernels.forward(logits, labels.contiguous(), logit_transform, with_entropy)
 
     if not vocab_group:
@@ -111,7 +111,7 @@ def _write_gradient(
 ) -> None:
     kernels = kernels_for("token_logprob", implementation, logits.device)
     statistics = Statistics(row_max, None if grad_entropy is None else entropy, row_max, log_sum)
-    with torch.cuda.device_of(logits):
+    with device_guard(logits):
         kernels.backward(
             grad_logits, logits, labels.contiguous(), statistics, grad_logprobs.contiguous(),
             None if grad_entropy is None else grad_entropy.contiguous(), LogitTransform.from_numbers(transform),
