@@ -1,0 +1,175 @@
+"""What it takes to add something: a backend is one folder and one line, an objective is one file."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Iterator
+
+import pytest
+import torch
+from cases import CASES, Case, build
+from torch import Tensor
+
+from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
+from conspo_kernels.backends import registry
+from conspo_kernels.backends.contract import ContrastSettings, GroupLoss, Rollouts
+from conspo_kernels.backends.eager import group_infonce, scale, sequence_score
+from conspo_kernels.contrast import Contrast
+from conspo_kernels.objective import GroupLosses, Segments
+from conspo_kernels.reference import reference_loss
+from conspo_kernels.values import IGNORED, LogitTransform, Statistics
+
+CALLS: list[str] = []
+
+
+class ToyTokenLogprob:
+    """As plain as can be: whole rows in fp64."""
+
+    @staticmethod
+    def _log_p(logits: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+        u = logits.double() if transform.softcap is None else torch.tanh(logits.double() * transform.inner)
+        u = torch.where(logits == -torch.inf, -torch.inf, u)
+        return u, torch.log_softmax(u * transform.scale, -1)
+
+    @classmethod
+    def forward(cls, logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics:
+        CALLS.append("forward")
+        acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        u, log_p = cls._log_p(logits, transform)
+        inside = (labels >= 0) & (labels < logits.shape[-1])
+        logprobs = log_p.gather(-1, labels.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
+        row_max = u.amax(-1)
+        values = [
+            torch.where(inside, logprobs, torch.nan),
+            -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0).sum(-1),
+            row_max,
+            torch.logsumexp((u - row_max[..., None]) * transform.scale, -1),
+        ]
+        logprobs, entropy, row_max, log_sum = (torch.where(labels == IGNORED, 0, x).to(acc) for x in values)
+        return Statistics(logprobs, entropy if with_entropy else None, row_max, log_sum)
+
+    @classmethod
+    def backward(
+        cls, grad_logits: Tensor, logits: Tensor, labels: Tensor, statistics: Statistics, grad_logprobs: Tensor,
+        grad_entropy: Tensor | None, transform: LogitTransform,
+    ) -> None:  # fmt: skip
+        CALLS.append("backward")
+        assert grad_entropy is None, "the toy knows no entropy"
+        u, _ = cls._log_p(logits, transform)
+        row_max, log_sum = statistics.row_max.double()[..., None], statistics.log_sum.double()[..., None]
+        c = torch.where(labels == IGNORED, 0, grad_logprobs).double()[..., None]
+        g = -c * torch.exp((u - row_max) * transform.scale - log_sum)
+        inside = ((labels >= 0) & (labels < logits.shape[-1]))[..., None]
+        g.scatter_add_(-1, labels.clamp(0, logits.shape[-1] - 1)[..., None], torch.where(inside, c, 0))
+        slope = 1 if transform.softcap is None else (1 - u * u) * transform.inner
+        g = torch.where(logits == -torch.inf, 0, g * transform.scale * slope)
+        grad_logits.copy_(torch.where(c == 0, 0, g))
+
+    @classmethod
+    def forward_backward(
+        cls, grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
+    ) -> Tensor:
+        statistics = cls.forward(logits, labels, transform, False)
+        cls.backward(grad_logits, logits, labels, statistics, coefficients, None, transform)
+        return statistics.logprobs
+
+
+class ToyGroupInfoNCE:
+    @staticmethod
+    def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
+        CALLS.append("group_infonce")
+        return group_infonce.forward(rollouts, settings)
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A backend that is a folder elsewhere, and one line."""
+    package = types.ModuleType("toy_backend")
+    package.obstacle = lambda device: None  # type: ignore[attr-defined]
+    package.token_logprob, package.group_infonce = ToyTokenLogprob, ToyGroupInfoNCE  # type: ignore[attr-defined]
+    package.sequence_score, package.scale = sequence_score, scale  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "toy_backend", package)
+    monkeypatch.setitem(registry.BACKENDS, "toy", "toy_backend")
+    CALLS.clear()
+    yield "toy"
+    registry.choose.cache_clear()
+    registry.kernels_for.cache_clear()
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_shared_cases_on_a_toy_backend(case: Case, packed: bool, toy: str) -> None:
+    inputs = build(case, torch.float64, packed=packed)
+    arguments = (inputs.labels, inputs.rewards, inputs.groups)
+    loss = conspo_loss(inputs.logits, *arguments, **inputs.kwargs, implementation=toy)
+    leaf = inputs.logits.detach().requires_grad_()
+    exact = reference_loss(leaf, *arguments, **inputs.kwargs).loss
+    torch.testing.assert_close(loss, exact, rtol=1e-12, atol=1e-12 * max(1.0, case.scale))
+    weights = torch.linspace(1, 2, loss.numel(), dtype=loss.dtype).view(loss.shape)
+    (grad,) = torch.autograd.grad((loss * weights).sum(), inputs.logits)
+    (exact_grad,) = torch.autograd.grad((exact * weights).sum(), leaf)
+    torch.testing.assert_close(grad, exact_grad, rtol=0, atol=1e-13)
+    assert {"forward", "group_infonce", "backward"} <= set(CALLS)
+
+
+def test_the_linear_path_and_phase_two_run_on_a_toy_backend(toy: str) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(4, 3, 5, requires_grad=True), torch.randn(11, 5, requires_grad=True)
+    labels, rewards = torch.randint(11, (4, 3)), torch.tensor([1.0, 0, 0, 1])
+    for mib in (512, 2.0**-12):
+        results = [
+            linear_conspo_loss(hidden, weight, labels, rewards, 2, workspace_mib=mib, implementation=name)
+            for name in (toy, "torch")
+        ]
+        grads = [torch.autograd.grad(loss, (hidden, weight)) for loss in results]
+        torch.testing.assert_close(results[0], results[1])
+        torch.testing.assert_close(grads[0], grads[1])
+    logits, weights = hidden @ weight.T, torch.tensor([0.5, -0.5, 0.1, -0.1])
+    losses = [weighted_score_loss(logits, labels, weights, implementation=name) for name in (toy, "torch")]
+    torch.testing.assert_close(losses[0], losses[1])
+
+
+def test_an_unknown_implementation_names_the_known_ones(toy: str) -> None:
+    with pytest.raises(ValueError, match="'auto', 'triton', 'native', 'torch', 'toy', got 'toys'"):
+        token_logprobs(torch.zeros(1, 1, 2), torch.zeros(1, 1, dtype=torch.long), implementation="toys")
+
+
+# An objective on scores: the mean score of the negatives less that of the positives, group by group.
+
+
+def score_gap(scores: Tensor, positive: Tensor, negative: Tensor, segments: Segments) -> GroupLosses:
+    number = [segments.sum(kind.to(scores.dtype)) for kind in (positive, negative)]
+    valid = (number[0] > 0) & (number[1] > 0)
+    share = [kind / n.clamp(min=1)[segments.slots] for kind, n in zip((positive, negative), number, strict=True)]
+    weights = torch.where(valid[segments.slots], share[1] - share[0], 0.0)
+    losses = segments.sum(torch.where(positive | negative, weights * scores, 0.0))
+    return GroupLosses(losses, weights, valid)
+
+
+def toy_loss(scores: Tensor, rewards: Tensor, groups: int | Tensor, reduction: str = "mean") -> Tensor:
+    contrast = Contrast.from_arguments(1.0, 0.0, 0.5, reduction, None, None, "auto", False, objective=score_gap)
+    return contrast.evaluate(scores, rewards, groups).loss
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("groups", [3, torch.tensor([4, 1, 4, 1, 1, 9])], ids=["equal", "ids"])
+def test_a_toy_objective_is_differentiated(groups: int | Tensor, reduction: str) -> None:
+    scores = torch.randn(6, dtype=torch.float64, requires_grad=True)
+    rewards = torch.tensor([1.0, 0, 0, 1, 1, 0])
+    assert torch.autograd.gradcheck(lambda s: toy_loss(s, rewards, groups, reduction), scores)
+
+
+def test_a_toy_objective_trains() -> None:
+    torch.manual_seed(0)
+    table = torch.zeros(4, 3, 7, requires_grad=True)
+    labels, rewards = torch.randint(7, (4, 3)), torch.tensor([1.0, 0, 0, 1])
+    optimizer = torch.optim.SGD([table], lr=1.0)
+    losses = []
+    for _ in range(20):
+        loss = toy_loss(sequence_scores(token_logprobs(table, labels), labels), rewards, 2)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 1
