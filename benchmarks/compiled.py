@@ -102,13 +102,13 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
 def call_token_logprob(logits: Tensor, softcap: float | None = None, entropy: bool = False) -> None:
     """Call the launchers of forward and backward for logits [B, T, V]."""
     from conspo_kernels.backends.triton import token_logprob as kernels
-    from conspo_kernels.values import LogitTransform
+    from conspo_kernels.values import LogitRows, LogitTransform, Upstream
 
     labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
-    transform = LogitTransform(softcap=softcap)
-    found = kernels.forward(logits, labels, transform, entropy)
-    grad = torch.empty(logits.shape, dtype=logits.dtype)
-    kernels.backward(grad, logits, labels, found, found.logprobs, found.entropy, transform)
+    rows = LogitRows(logits, labels, LogitTransform(softcap=softcap))
+    statistics = kernels.forward(rows, entropy)
+    upstream = Upstream(statistics.logprobs, statistics.entropy)
+    kernels.backward(torch.empty(logits.shape, dtype=logits.dtype), rows, statistics, upstream)
 
 
 def call_sequence_score(packed: bool, num_tokens: int = 8) -> None:
@@ -123,9 +123,8 @@ def call_sequence_score(packed: bool, num_tokens: int = 8) -> None:
 def call_group_infonce(
     ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0, rewards: Tensor | None = None
 ) -> None:
-    from conspo_kernels.backends.contract import ContrastSettings, Rollouts
     from conspo_kernels.backends.triton import group_infonce as kernels
-    from conspo_kernels.objective import equal_segments
+    from conspo_kernels.objective import ContrastSettings, Rollouts, equal_segments
 
     n = num_groups * size
     segments = equal_segments(n, size, torch.device("cpu")) if ragged else None

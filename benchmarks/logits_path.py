@@ -10,7 +10,7 @@ from torch import Tensor
 
 from conspo_kernels import conspo_loss, conspo_loss_from_scores, token_logprobs
 from conspo_kernels.backends.registry import kernels_for
-from conspo_kernels.values import IGNORED, LogitTransform
+from conspo_kernels.values import IGNORED, LogitRows, LogitTransform
 
 from .baselines import IGNORE, conspo_loss_of, infonce, masked, rivals, scores_of
 from .measure import Call
@@ -148,7 +148,7 @@ def _known(inputs: Inputs, implementation: str) -> dict[str, Candidate]:
     coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
 
     def known(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.forward_backward(logits, logits, aligned, coefficients, LogitTransform()), logits
+        return kernels.forward_backward(logits, LogitRows(logits, aligned, LogitTransform()), coefficients), logits
 
     return {OURS: Candidate(known, torch.float32)}
 

@@ -12,7 +12,7 @@ from .inputs.groups import GroupLayout, live_rollouts
 from .inputs.parallel import Parallel, parallel_from
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
-from .objective import Role, ScoreObjective, Segments, equal_segments
+from .objective import ContrastSettings, Role, Rollouts, ScoreObjective, Segments, equal_segments
 from .ops import check_implementation
 from .ops.group_infonce import group_infonce
 from .ops.ranks import gather_rollouts, name_of, sum_over_ranks
@@ -97,11 +97,11 @@ class Contrast(NamedTuple):
                 denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
             )  # fmt: skip
         else:
-            segments = _segments(layout, scores.device)
             loss, weights, roles = score_objective(
-                self.objective, scores, rewards.detach(), counts, segments, self.reward_threshold, self.reduction,
-                denominator,
-            )  # fmt: skip
+                self.objective,
+                Rollouts(scores, rewards.detach(), counts, _segments(layout, scores.device), layout.size),
+                ContrastSettings(self.tau, margin, self.reward_threshold, self.reduction, denominator),
+            )
         if self.reduction == "none":
             loss = layout.first_rollouts(loss)
         if not self.return_metrics:

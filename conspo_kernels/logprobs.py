@@ -90,9 +90,7 @@ def token_logprobs(
     settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     check.flags(return_entropy=return_entropy)
     source = LogitsSource.from_arguments(logits, settings, inplace_backward=inplace_backward)
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel
-    )
+    tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
     return _logprobs(source, tokens, return_entropy)
 
 
@@ -179,9 +177,7 @@ def linear_token_logprobs(
         hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
         weight_grad=weight_grad, batch_invariant=batch_invariant, synchronize=synchronize,
     )  # fmt: skip
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel
-    )
+    tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
     return _logprobs(source, tokens, return_entropy)
 
 
@@ -228,9 +224,7 @@ def sequence_scores(
     check.logprobs(logprobs)
     check_implementation(implementation)
     split = parallel_from(parallel)
-    predictions = Predictions("logprobs", logprobs, tuple(logprobs.shape), NOT_CHECKED)
-    tokens = TokenLayout.from_arguments(
-        predictions, labels, response_mask, cu_seqlens, shift, ignore_index, split, "scores"
-    )
+    predictions = Predictions("logprobs", logprobs, tuple(logprobs.shape), NOT_CHECKED, split.context is not None)
+    tokens = TokenLayout.from_arguments(predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     return rollout_scores(logprobs.to(dtype).view(tokens.labels.shape), tokens, split, implementation)[0]

@@ -131,7 +131,7 @@ def conspo_loss(
     settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     source = LogitsSource.from_arguments(logits, settings, inplace_backward=inplace_backward)
     tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel, "the loss"
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
     )
     return contrast_loss(source, tokens, contrast, rewards, groups)
 
@@ -227,7 +227,7 @@ def linear_conspo_loss(
         weight_grad=weight_grad, batch_invariant=batch_invariant, synchronize=synchronize,
     )  # fmt: skip
     tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel, "the loss"
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
     )
     return contrast_loss(source, tokens, contrast, rewards, groups)
 

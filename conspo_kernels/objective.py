@@ -106,41 +106,54 @@ def group_infonce(
     return GroupLosses(torch.where(valid, losses, 0.0), torch.where(valid[slots], weights, 0.0), valid)
 
 
-class Evaluated(NamedTuple):
-    """loss: 0-d, or [K] for reduction "none".  weights: [S] dloss/dscores.  roles: [S] int8, of `Role`."""
+class Rollouts(NamedTuple):
+    """scores: [S].  rewards: [S], NaN = unscorable.  counts: [S] response tokens, or None: a NaN score is unscorable.
+
+    segments: of ragged groups; None: groups of `group_size` consecutive rollouts.
+    """
+
+    scores: Tensor
+    rewards: Tensor
+    counts: Tensor | None
+    segments: Segments | None
+    group_size: int
+
+
+class ContrastSettings(NamedTuple):
+    """margin: 0-d.  num_groups: 0-d denominator of reduction "mean", or None: the number of valid groups."""
+
+    tau: float
+    margin: Tensor
+    reward_threshold: float
+    reduction: str
+    num_groups: Tensor | None
+
+
+class GroupLoss(NamedTuple):
+    """loss: 0-d, or [K] for "none".  weights: [S] dloss/dscores.  roles: [S] int8, of `Role`."""
 
     loss: Tensor
     weights: Tensor
     roles: Tensor
 
 
-def evaluate(
-    objective: ScoreObjective,
-    scores: Tensor,
-    rewards: Tensor,
-    counts: Tensor | None,
-    segments: Segments,
-    reward_threshold: float,
-    reduction: str,
-    num_groups: Tensor | None,
-) -> Evaluated:
+def evaluate(objective: ScoreObjective, rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
     """An objective on scores [S], with rewards [S] in place of positive and negative, and reduced over the groups.
 
-    Args:
-        rewards: [S], NaN = unscorable.
-        counts: [S] response tokens, 0 = unscorable; None: a NaN score is unscorable.
-        reduction: "mean" over the valid groups, "sum" or "none".
-        num_groups: 0-d, in place of the number of valid groups in "mean", or None.
+    The objective has its own tau and margin: those of the settings are not looked at.
     """
+    scores, rewards, counts, segments, group_size = rollouts
+    if segments is None:
+        segments = equal_segments(scores.numel(), group_size, scores.device)
     scorable = ~rewards.isnan() & (scores == scores if counts is None else counts > 0)
-    positive = scorable & (rewards > reward_threshold)
+    positive = scorable & (rewards > settings.reward_threshold)
     negative = scorable & ~positive
     losses, weights, valid = objective(scores, positive, negative, segments)
     sign = positive.to(torch.int8) - negative.to(torch.int8)  # Role.POSITIVE and Role.NEGATIVE, twice that if idle
     roles = torch.where(valid[segments.slots], sign, 2 * sign)
-    if reduction == "none":
-        return Evaluated(losses, weights, roles)
+    if settings.reduction == "none":
+        return GroupLoss(losses, weights, roles)
     denominator = scores.new_ones(())
-    if reduction == "mean":
-        denominator = valid.sum().clamp(min=1) if num_groups is None else num_groups
-    return Evaluated(losses.sum() / denominator, weights / denominator, roles)
+    if settings.reduction == "mean":
+        denominator = valid.sum().clamp(min=1) if settings.num_groups is None else settings.num_groups
+    return GroupLoss(losses.sum() / denominator, weights / denominator, roles)

@@ -62,9 +62,7 @@ def weighted_logprob_loss(
     """
     settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     source = LogitsSource.from_arguments(logits, settings, inplace=inplace)
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel
-    )
+    tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
     return weighted_logprobs(source, tokens, coefficients)
 
 
@@ -106,7 +104,5 @@ def linear_weighted_logprob_loss(
     source = HiddenSource.from_arguments(
         hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype, synchronize=synchronize
     )
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel
-    )
+    tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
     return weighted_logprobs(source, tokens, coefficients)

@@ -128,7 +128,8 @@ class LogitsSource(NamedTuple):
     @property
     def predictions(self) -> Predictions:
         size = self.logits.shape[-1] if self.shard is None else ON_ALL_RANKS
-        return Predictions("logits", self.logits, tuple(self.given.shape[:-1]), size)
+        split = self.settings.parallel.context is not None
+        return Predictions("logits", self.logits, tuple(self.given.shape[:-1]), size, split)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -213,7 +214,8 @@ class HiddenSource(NamedTuple):
     @property
     def predictions(self) -> Predictions:
         size = self.weight.shape[0] if self.settings.parallel.vocab is None else ON_ALL_RANKS
-        return Predictions("hidden", self.hidden, self.shape, size)
+        split = self.settings.parallel.context is not None
+        return Predictions("hidden", self.hidden, self.shape, size, split)
 
     @property
     def dtype(self) -> torch.dtype:

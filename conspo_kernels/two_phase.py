@@ -63,7 +63,7 @@ def conspo_scores(
     settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     source = LogitsSource.from_arguments(logits, settings)
     tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel, "scores"
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores"
     )
     return _scores(source, tokens)
 
@@ -103,7 +103,7 @@ def linear_conspo_scores(
         batch_invariant=batch_invariant, synchronize=synchronize,
     )  # fmt: skip
     tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel, "scores"
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores"
     )
     return _scores(source, tokens)
 
@@ -231,7 +231,7 @@ def weighted_score_loss(
     settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     source = LogitsSource.from_arguments(logits, settings, inplace=inplace)
     tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel, "the loss"
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
     )
     return weighted_scores(source, tokens, weights, scores, return_metrics)
 
@@ -307,6 +307,6 @@ def linear_weighted_score_loss(
         hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype, synchronize=synchronize
     )
     tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, settings.parallel, "the loss"
+        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
     )
     return weighted_scores(source, tokens, weights, scores, return_metrics)

@@ -59,6 +59,24 @@ class LogitTransform(NamedTuple):
         return cls(*numbers)
 
 
+class LogitRows(NamedTuple):
+    """logits [B, T, V], last stride 1, fp16, bf16, fp32 or fp64, and what belongs to their rows.
+
+    labels: [B, T] int64, contiguous.
+    """
+
+    logits: Tensor
+    labels: Tensor
+    transform: LogitTransform
+
+
+class Upstream(NamedTuple):
+    """What comes in from above in backward, contiguous: gradients of log-probabilities and entropies [B, T]."""
+
+    logprobs: Tensor
+    entropy: Tensor | None = None
+
+
 class Statistics(NamedTuple):
     """Of rows of logits: log-probability of the label, entropy or None, max u, log of the sum of exp(y - max y).
 

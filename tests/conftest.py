@@ -14,6 +14,9 @@ from benchmarks.interpreter import hasten
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton defines the kernels, so before their import
 
+# torch keeps traced backwards on disk, by the traced program: after a change of an op's arguments they are another's.
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+
 IMPLEMENTATIONS = ("torch", "triton", "native")
 
 # `pytest --hypothesis-profile=long` looks further, and elsewhere each time.

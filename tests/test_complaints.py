@@ -77,7 +77,7 @@ def test_offsets_beyond_32_bits(tmp_path: Path, implementation: str, device: tor
     logprobs, entropy, row_max, log_sum = token_logprob(logits, labels, transform, False, True, implementation, 0, "")
     assert max_error(logprobs, exact) <= 1e-6
     token_logprob_backward_(
-        logits, labels, row_max, log_sum, entropy, torch.ones_like(logprobs), None, transform, implementation
+        logits, labels, [row_max, log_sum, entropy], [torch.ones_like(logprobs)], transform, implementation
     )
     assert max_error(logits, exact_grad) <= 2**-8
 

@@ -13,12 +13,11 @@ from torch import Tensor
 
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
 from conspo_kernels.backends import registry
-from conspo_kernels.backends.contract import ContrastSettings, GroupLoss, Rollouts
 from conspo_kernels.backends.eager import group_infonce, scale, sequence_score
 from conspo_kernels.contrast import Contrast
-from conspo_kernels.objective import GroupLosses, Segments
+from conspo_kernels.objective import ContrastSettings, GroupLoss, GroupLosses, Rollouts, Segments
 from conspo_kernels.reference import reference_loss
-from conspo_kernels.values import IGNORED, LogitTransform, Statistics
+from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 
 CALLS: list[str] = []
 
@@ -33,8 +32,9 @@ class ToyTokenLogprob:
         return u, torch.log_softmax(u * transform.scale, -1)
 
     @classmethod
-    def forward(cls, logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics:
+    def forward(cls, rows: LogitRows, with_entropy: bool) -> Statistics:
         CALLS.append("forward")
+        logits, labels, transform = rows
         acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
         u, log_p = cls._log_p(logits, transform)
         inside = (labels >= 0) & (labels < logits.shape[-1])
@@ -50,15 +50,13 @@ class ToyTokenLogprob:
         return Statistics(logprobs, entropy if with_entropy else None, row_max, log_sum)
 
     @classmethod
-    def backward(
-        cls, grad_logits: Tensor, logits: Tensor, labels: Tensor, statistics: Statistics, grad_logprobs: Tensor,
-        grad_entropy: Tensor | None, transform: LogitTransform,
-    ) -> None:  # fmt: skip
+    def backward(cls, grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
         CALLS.append("backward")
-        assert grad_entropy is None, "the toy knows no entropy"
+        assert upstream.entropy is None, "the toy knows no entropy"
+        logits, labels, transform = rows
         u, _ = cls._log_p(logits, transform)
         row_max, log_sum = statistics.row_max.double()[..., None], statistics.log_sum.double()[..., None]
-        c = torch.where(labels == IGNORED, 0, grad_logprobs).double()[..., None]
+        c = torch.where(labels == IGNORED, 0, upstream.logprobs).double()[..., None]
         g = -c * torch.exp((u - row_max) * transform.scale - log_sum)
         inside = ((labels >= 0) & (labels < logits.shape[-1]))[..., None]
         g.scatter_add_(-1, labels.clamp(0, logits.shape[-1] - 1)[..., None], torch.where(inside, c, 0))
@@ -67,11 +65,9 @@ class ToyTokenLogprob:
         grad_logits.copy_(torch.where(c == 0, 0, g))
 
     @classmethod
-    def forward_backward(
-        cls, grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
-    ) -> Tensor:
-        statistics = cls.forward(logits, labels, transform, False)
-        cls.backward(grad_logits, logits, labels, statistics, coefficients, None, transform)
+    def forward_backward(cls, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+        statistics = cls.forward(rows, with_entropy=False)
+        cls.backward(grad_logits, rows, statistics, Upstream(coefficients))
         return statistics.logprobs
 
 

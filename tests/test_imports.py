@@ -58,7 +58,9 @@ RULES = {
     "registration": Rule(ours=set(), foreign={"torch"}),
     "distributed": Rule(ours={"distributed"}, foreign={"torch"}),
     "inputs": Rule(ours={"inputs", *LEAVES}, foreign={"torch"}),
-    "backends.native": Rule(ours={"backends.contract", "backends.eager", "values", EXTENSION}, foreign=ANYTHING),
+    "backends.native": Rule(
+        ours={"backends.contract", "backends.eager", "objective", "values", EXTENSION}, foreign=ANYTHING
+    ),
     "backends.registry": Rule(ours={"backends.contract"}, foreign={"torch"}, computed=True),
     "backends.triton": Rule(
         ours={"backends.contract", "backends.triton", "objective", "values"}, foreign={"torch", "triton"}

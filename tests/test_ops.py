@@ -31,10 +31,10 @@ def test_opcheck_token_logprob(implementation: str, device: torch.device) -> Non
         opcheck(OPS.token_logprob.default, arguments)
     saved = token_logprob(logits.detach(), labels, transform, True, False, implementation, 0, "")
     logprobs, entropy, row_max, log_sum = saved
-    backward = (logits.detach(), labels, row_max, log_sum, entropy, torch.rand_like(logprobs))
-    for grad_entropy in (None, torch.rand_like(logprobs)):
+    saved_for_backward = (logits.detach(), labels, [row_max, log_sum, entropy])
+    for upstream in ([torch.rand_like(logprobs)], [torch.rand_like(logprobs) for _ in range(2)]):
         for op in (OPS.token_logprob_backward.default, OPS.token_logprob_backward_.default):
-            opcheck(op, (*backward, grad_entropy, transform, implementation))
+            opcheck(op, (*saved_for_backward, upstream, transform, implementation))
 
 
 def test_opcheck_known_gradient(implementation: str, device: torch.device) -> None:

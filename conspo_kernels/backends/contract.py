@@ -6,43 +6,31 @@ the offsets of rollouts. Names: b sequences, t positions, v vocabulary, s rollou
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ..objective import Segments
-from ..values import LogitTransform, Statistics
+from ..objective import ContrastSettings, GroupLoss, Rollouts
+from ..values import LogitRows, Statistics, Upstream
 
 
 class TokenLogprob(Protocol):
     """Log-probabilities of labels, and their gradient.
 
-    logits: [B, T, V], last stride 1, fp16, bf16, fp32 or fp64.  labels: [B, T] int64, contiguous.  Results are [B, T],
-    fp32 (fp64 for fp64 logits), and 0 where the label is `IGNORED`.
+    Results are [B, T], fp32 (fp64 for fp64 logits), and 0 where the label is `IGNORED`.
     """
 
-    def forward(self, logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics: ...
+    def forward(self, rows: LogitRows, with_entropy: bool) -> Statistics: ...
 
-    def backward(
-        self,
-        grad_logits: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        statistics: Statistics,
-        grad_logprobs: Tensor,
-        grad_entropy: Tensor | None,
-        transform: LogitTransform,
-    ) -> None:
-        """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `logits` itself.
+    def backward(self, grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+        """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `rows.logits` itself.
 
         `statistics.logprobs` is not read. A token whose coefficients are zero is not read, and its gradient is zero.
         """
 
-    def forward_backward(
-        self, grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
-    ) -> Tensor:
-        """logprobs, and into `grad_logits` (perhaps `logits`) the gradient of sum(coefficients * logprobs)."""
+    def forward_backward(self, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+        """logprobs, and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
 
 
 class SequenceScore(Protocol):
@@ -56,37 +44,6 @@ class SequenceScore(Protocol):
 
     def backward(self, grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
         """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
-
-
-class Rollouts(NamedTuple):
-    """scores: [S].  rewards: [S], NaN = unscorable.  counts: [S] response tokens, or None: a NaN score is unscorable.
-
-    segments: of ragged groups; None: groups of `group_size` consecutive rollouts.
-    """
-
-    scores: Tensor
-    rewards: Tensor
-    counts: Tensor | None
-    segments: Segments | None
-    group_size: int
-
-
-class ContrastSettings(NamedTuple):
-    """margin: 0-d.  num_groups: 0-d denominator of reduction "mean", or None: the number of valid groups."""
-
-    tau: float
-    margin: Tensor
-    reward_threshold: float
-    reduction: str
-    num_groups: Tensor | None
-
-
-class GroupLoss(NamedTuple):
-    """loss: 0-d, or [K] for "none".  weights: [S] dloss/dscores.  roles: [S] int8, of `objective.Role`."""
-
-    loss: Tensor
-    weights: Tensor
-    roles: Tensor
 
 
 class GroupInfoNCE(Protocol):

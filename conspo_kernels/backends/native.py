@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..values import LogitTransform, Statistics
+from ..objective import ContrastSettings, GroupLoss, Rollouts
+from ..values import LogitRows, LogitTransform, Statistics, Upstream
 from . import contract
-from .contract import ContrastSettings, GroupLoss, Rollouts
 from .eager import scale
 
 BUILT = importlib.util.find_spec("conspo_kernels._C") is not None
@@ -67,30 +67,20 @@ class token_logprob:
     """Of rows spread over threads, each in parts of fixed length."""
 
     @staticmethod
-    def forward(logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics:
-        return Statistics(*_C.token_logprob_forward(logits, labels, *_numbers(transform), with_entropy))
+    def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
+        return Statistics(*_C.token_logprob_forward(*rows[:2], *_numbers(rows.transform), with_entropy))
 
     @staticmethod
-    def backward(
-        grad_logits: Tensor,
-        logits: Tensor,
-        labels: Tensor,
-        statistics: Statistics,
-        grad_logprobs: Tensor,
-        grad_entropy: Tensor | None,
-        transform: LogitTransform,
-    ) -> None:
+    def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
         _logprobs, entropy, row_max, log_sum = statistics
         _C.token_logprob_backward(
-            grad_logits, logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, *_numbers(transform)
+            grad_logits, *rows[:2], row_max, log_sum, entropy, *upstream, *_numbers(rows.transform)
         )
 
     @staticmethod
-    def forward_backward(
-        grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
-    ) -> Tensor:
+    def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
         logprobs: Tensor = _C.token_logprob_forward_backward(
-            grad_logits, logits, labels, coefficients, *_numbers(transform)
+            grad_logits, *rows[:2], coefficients, *_numbers(rows.transform)
         )
         return logprobs
 

@@ -15,19 +15,22 @@ from torch import Tensor
 from ..registration import op
 from ..values import ELSEWHERE, IGNORED
 from . import check
-from .parallel import Parallel
 
 NOT_CHECKED = -1  # as a vocabulary's size: labels only say which tokens count
 ON_ALL_RANKS = 2**62  # larger than any: the rest of the vocabulary is on other ranks
 
 
 class Predictions(NamedTuple):
-    """The argument whose rows labels belong to: its name, the tensor, the shape of its tokens, and its vocabulary."""
+    """The argument whose rows labels belong to: its name, the tensor, the shape of its tokens, and its vocabulary.
+
+    split: the tokens of each rollout are spread over ranks.
+    """
 
     name: str
     tensor: Tensor
     shape: tuple[int, ...]
     vocab_size: int
+    split: bool
 
 
 class TokenLayout(NamedTuple):
@@ -49,13 +52,12 @@ class TokenLayout(NamedTuple):
         cu_seqlens: Tensor | None,
         shift: bool,
         ignore_index: int,
-        parallel: Parallel,
         needed_for: str | None = None,
     ) -> TokenLayout:
         """needed_for: what cannot be had of packed tokens without cu_seqlens."""
-        name, tensor, shape, vocab_size = predictions
+        name, tensor, shape, vocab_size, split = predictions
         check.flags(shift=shift)
-        if parallel.context is not None:
+        if split:
             check.no_shift_over_ranks(shift)
         check.ignore_index(ignore_index)
         check.tokens(labels, response_mask, name, shape, tensor)

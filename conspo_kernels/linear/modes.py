@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import TokenLogprob
-from ..values import LogitTransform, Statistics
+from ..values import LogitRows, LogitTransform, Statistics, Upstream
 from . import gemm as gemms
 from .gemm import Sum, operand, slices
 from .tiles import Head, LogitTiles, Tokens, labels_in
@@ -55,7 +55,10 @@ class Gradients(NamedTuple):
 
 def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) -> Statistics:
     """Statistics [N], one GEMM: also the forward of mode "recompute"."""
-    parts = [_tile_statistics(run, z, rows, with_entropy) for rows, _hidden, z in _row_tiles(run, batch_invariant)]
+    parts = [
+        run.kernels.forward(_logit_rows(run, z, rows), with_entropy)
+        for rows, _hidden, z in _row_tiles(run, batch_invariant)
+    ]
     return _joined(run, parts, with_entropy)
 
 
@@ -64,8 +67,8 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     tokens, head = run.tokens, run.head
     stored = tokens.hidden.new_empty(tokens.labels.shape[0], head.weight.shape[0], dtype=head.logits_dtype)
     z = gemms.gemm(tokens.chosen(tokens.hidden), head.weight.t(), stored[: tokens.number], head.bias)
-    found = _tile_statistics(run, z, slice(0, tokens.number), with_entropy)
-    return _joined(run, [found], with_entropy), stored
+    statistics = run.kernels.forward(_logit_rows(run, z, slice(0, tokens.number)), with_entropy)
+    return _joined(run, [statistics], with_entropy), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
@@ -74,22 +77,20 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Statistics,
     grad_hidden = tokens.hidden.new_empty(tokens.number, tokens.hidden.shape[1])
     parts = []
     for rows, _hidden, z in _row_tiles(run, batch_invariant):
-        found = _tile_statistics(run, z, rows, with_entropy=False)
-        labels = tokens.chosen(tokens.labels, rows)[None]
-        run.kernels.backward(z[None], z[None], labels, found, torch.ones_like(found.logprobs), None, run.transform)
+        logit_rows = _logit_rows(run, z, rows)
+        statistics = run.kernels.forward(logit_rows, with_entropy=False)
+        run.kernels.backward(z[None], logit_rows, statistics, Upstream(torch.ones_like(statistics.logprobs)))
         gemms.gemm(operand(z, head.weight), head.weight, grad_hidden[rows])
-        parts.append(found)
+        parts.append(statistics)
     return _joined(run, parts, with_entropy=False), tokens.spread(grad_hidden)
 
 
-def backward_store(
-    run: Run, statistics: Statistics, stored: Tensor, grad_logprobs: Tensor, grad_entropy: Tensor | None, needs: Needs
-) -> Gradients:
+def backward_store(run: Run, statistics: Statistics, stored: Tensor, upstream: Upstream, needs: Needs) -> Gradients:
     """From the logits that were stored, over which their gradient is written: two GEMMs."""
     tokens, head = run.tokens, run.head
     everything = slice(0, tokens.number)
     z = stored[: tokens.number]
-    _tile_gradient(run, z, everything, tokens.chosen(tokens.labels)[None], statistics, grad_logprobs, grad_entropy)
+    _write_gradient(run, everything, _logit_rows(run, z, everything), statistics, upstream)
     grad_bias = _bias_sum(z).to(tokens.hidden.dtype) if needs.bias else None
     z, hidden = operand(z, head.weight), tokens.chosen(tokens.hidden)
     grad_hidden = gemms.gemm(z, head.weight, torch.empty_like(hidden)) if needs.hidden else None
@@ -104,12 +105,7 @@ def backward_store(
 
 
 def backward_recompute(
-    run: Run,
-    statistics: Statistics,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    needs: Needs,
-    weight_grad: Tensor | None = None,
+    run: Run, statistics: Statistics, upstream: Upstream, needs: Needs, weight_grad: Tensor | None = None
 ) -> Gradients:
     """From the statistics: a GEMM for the logits, and one for each of the gradients of hidden and weight.
 
@@ -135,7 +131,7 @@ def backward_recompute(
             hidden = tokens.chosen(tokens.hidden, rows)
             z = logits.compute(hidden, columns)
             labels = labels_in(tokens.chosen(tokens.labels, rows), columns, vocab_size)[None]
-            _tile_gradient(run, z, rows, labels, statistics, grad_logprobs, grad_entropy)
+            _write_gradient(run, rows, LogitRows(z[None], labels, run.transform), statistics, upstream)
             if grad_bias is not None:
                 grad_bias[columns] += _bias_sum(z)
             z = operand(z, head.weight)
@@ -162,8 +158,8 @@ def forward_known(run: Run, coefficients: Tensor, needs: Needs) -> tuple[Tensor,
     grad_bias = coefficients.new_zeros(vocab_size) if needs.bias else None
     logprobs = []
     for rows, hidden, z in _row_tiles(run):
-        labels, c = tokens.chosen(tokens.labels, rows)[None], tokens.chosen(coefficients, rows)[None]
-        logprobs.append(run.kernels.forward_backward(z[None], z[None], labels, c, run.transform)[0])
+        c = tokens.chosen(coefficients, rows)[None]
+        logprobs.append(run.kernels.forward_backward(z[None], _logit_rows(run, z, rows), c)[0])
         if grad_bias is not None:
             grad_bias += _bias_sum(z)
         z = operand(z, head.weight)
@@ -202,33 +198,23 @@ def _row_tiles(run: Run, batch_invariant: bool = False) -> Iterator[tuple[slice,
             yield rows, hidden, logits.compute(padded, everything)[: len(hidden)]
 
 
-def _tile_statistics(run: Run, z: Tensor, rows: slice, with_entropy: bool) -> Statistics:
-    """[1, r] each, of whole rows of logits z [r, V]."""
-    labels = run.tokens.chosen(run.tokens.labels, rows)[None]
-    return run.kernels.forward(z[None], labels, run.transform, with_entropy)
+def _logit_rows(run: Run, z: Tensor, rows: slice) -> LogitRows:
+    """Whole rows of logits z [r, V] as the kernels take them: [1, r, V]."""
+    return LogitRows(z[None], run.tokens.chosen(run.tokens.labels, rows)[None], run.transform)
 
 
-def _tile_gradient(
-    run: Run,
-    z: Tensor,
-    rows: slice,
-    labels: Tensor,
-    statistics: Statistics,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-) -> None:
-    """Write the gradient over z [r, c], from statistics and incoming gradients [N]."""
+def _write_gradient(run: Run, rows: slice, logit_rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+    """Write the gradient over a tile of logits [1, r, c], from statistics and incoming gradients [N]."""
 
-    def of_rows(x: Tensor) -> Tensor:
-        return run.tokens.chosen(x, rows)[None]
+    def of_rows(x: Tensor | None) -> Tensor | None:
+        return None if x is None else run.tokens.chosen(x, rows)[None]
 
-    entropy = None if grad_entropy is None or statistics.entropy is None else of_rows(statistics.entropy)
-    row_max = of_rows(statistics.row_max)
-    found = Statistics(row_max, entropy, row_max, of_rows(statistics.log_sum))  # log-probabilities are not read
-    run.kernels.backward(
-        z[None], z[None], labels, found, of_rows(grad_logprobs),
-        None if grad_entropy is None else of_rows(grad_entropy), run.transform,
-    )  # fmt: skip
+    entropy = None if upstream.entropy is None else statistics.entropy
+    row_max, log_sum, grad_logprobs = (
+        run.tokens.chosen(x, rows)[None] for x in (statistics.row_max, statistics.log_sum, upstream.logprobs)
+    )
+    tile = Statistics(row_max, of_rows(entropy), row_max, log_sum)  # log-probabilities are not read
+    run.kernels.backward(logit_rows.logits, logit_rows, tile, Upstream(grad_logprobs, of_rows(upstream.entropy)))
 
 
 def _bias_sum(z: Tensor) -> Tensor:

@@ -7,24 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.contract import ContrastSettings, Rollouts
 from ..backends.registry import kernels_for
-from ..objective import Segments, equal_segments
+from ..objective import ContrastSettings, Rollouts, Segments, equal_segments
 from ..registration import device_guard, op
 from ..values import check_factor, check_margin
 
 
-def _fake(
-    scores: Tensor,
-    rewards: Tensor,
-    counts: Tensor | None,
-    order: Tensor | None,
-    offsets: Tensor | None,
-    slots: Tensor | None,
-    group_size: int,
-    *others: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    reduction = others[-2]
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    scores, _rewards, _counts, _order, offsets, _slots, group_size, *_, reduction, _implementation = args
     num_slots = scores.shape[0] // group_size if offsets is None else offsets.shape[0] - 1
     loss = scores.new_empty((num_slots,) if reduction == "none" else ())
     return loss, torch.empty_like(scores), torch.empty_like(scores, dtype=torch.int8)

@@ -15,25 +15,15 @@ from ..backends.registry import kernels_for
 from ..linear import modes
 from ..linear.modes import Needs
 from ..registration import device_guard, op
-from ..values import LogitTransform
+from ..values import LogitRows, LogitTransform
 from .derivative import without_derivative
 from .linear_logprob import fake_gradients, or_empty, run_of
 
 
-def _run(
-    grad_logits: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    coefficients: Tensor,
-    transform: list[float],
-    implementation: str,
-) -> Tensor:
-    kernels = kernels_for("token_logprob", implementation, logits.device)
-    logit_transform = LogitTransform.from_numbers(transform)
-    with device_guard(logits):
-        return kernels.forward_backward(
-            grad_logits, logits, labels.contiguous(), coefficients.contiguous(), logit_transform
-        )
+def _run(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, implementation: str) -> Tensor:
+    with device_guard(rows.logits):
+        kernels = kernels_for("token_logprob", implementation, rows.logits.device)
+        return kernels.forward_backward(grad_logits, rows, coefficients.contiguous())
 
 
 def _fake_known(logits: Tensor, labels: Tensor, coefficients: Tensor, *_: object) -> tuple[Tensor, Tensor]:
@@ -46,7 +36,8 @@ def token_logprob_known(
 ) -> tuple[Tensor, Tensor]:
     """logprobs [B, T] of logits [B, T, V], and the gradient of sum(coefficients * logprobs), new and contiguous."""
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    return _run(grad_logits, logits, labels, coefficients, transform, implementation), grad_logits
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    return _run(grad_logits, rows, coefficients, implementation), grad_logits
 
 
 def _fake_known_(logits: Tensor, labels: Tensor, coefficients: Tensor, *_: object) -> Tensor:
@@ -58,19 +49,12 @@ def token_logprob_known_(
     logits: Tensor, labels: Tensor, coefficients: Tensor, transform: list[float], implementation: str
 ) -> Tensor:
     """The same, the gradient written over the logits."""
-    return _run(logits, logits, labels, coefficients, transform, implementation)
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    return _run(logits, rows, coefficients, implementation)
 
 
-def _fake_linear_known(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    keep: Tensor | None,
-    coefficients: Tensor,
-    needs: list[bool],
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_linear_known(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, bias, _labels, _keep, coefficients, needs, *_ = args
     return torch.empty_like(coefficients), *fake_gradients(hidden, weight, bias, coefficients, needs)
 
 

@@ -17,7 +17,7 @@ from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
 from ..registration import device_guard, op
-from ..values import IGNORED, LogitTransform, Statistics
+from ..values import IGNORED, LogitTransform, Statistics, Upstream
 from .derivative import without_derivative
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
 from .token_logprob import statistics_like, tensors_of
@@ -60,19 +60,8 @@ def fake_gradients(
     return hidden_grad, weight_grad, bias_grad
 
 
-def _fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    keep: Tensor | None,
-    weight_grad: Tensor | None,
-    logits_dtype: torch.dtype,
-    transform: list[float],
-    with_entropy: bool,
-    mode: str,
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, _bias, labels, _keep, _weight_grad, logits_dtype, _transform, with_entropy, mode, *_ = args
     stored = hidden.new_empty(0)
     if mode == "store":
         stored = hidden.new_empty(labels.shape[0], weight.shape[0], dtype=logits_dtype)
@@ -114,10 +103,11 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again
     if isinstance(stored, FakeTensor | FunctionalTensor):  # what is traced may not overwrite what the forward returned
         stored = stored.clone()
+    upstream = [grad_logprobs] if grad_entropy is None else [grad_logprobs, grad_entropy]
     with torch.no_grad():
         grads = linear_logprob_backward(
-            stored, ctx.weight_grad, hidden, weight, bias, labels, keep, row_max, log_sum, entropy, grad_logprobs,
-            grad_entropy, needs, ctx.logits_dtype, ctx.transform, ctx.workspace, ctx.implementation,
+            stored, ctx.weight_grad, hidden, weight, bias, labels, keep, [row_max, log_sum, entropy], upstream, needs,
+            ctx.logits_dtype, ctx.transform, ctx.workspace, ctx.implementation,
         )  # fmt: skip
     if ctx.vocab_group and needs[0]:
         grads = (sum_over_ranks(grads[0], ctx.vocab_group), *grads[1:])
@@ -185,23 +175,9 @@ def linear_logprob(
     return *tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group)), stored
 
 
-def _fake_backward(
-    stored: Tensor | None,
-    weight_grad: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    keep: Tensor | None,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    needs: list[bool],
-    *_: object,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return fake_gradients(hidden, weight, bias, row_max, [needs[0], needs[1] and weight_grad is None, needs[2]])
+def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _stored, weight_grad, hidden, weight, bias, _labels, _keep, statistics, _upstream, needs, *_ = args
+    return fake_gradients(hidden, weight, bias, statistics[0], [needs[0], needs[1] and weight_grad is None, needs[2]])
 
 
 # One op for all backwards: where nothing is stored or accumulated into, it is functional.
@@ -214,11 +190,8 @@ def linear_logprob_backward(
     bias: Tensor | None,
     labels: Tensor,
     keep: Tensor | None,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
+    statistics: list[Tensor],
+    upstream: list[Tensor],
     needs: list[bool],
     logits_dtype: torch.dtype,
     transform: list[float],
@@ -230,18 +203,18 @@ def linear_logprob_backward(
     stored: the logits [N, V], which their gradient overwrites, or None: they are computed again.  weight_grad: [V, H]
     that the gradient of weight is added to; then none is returned.
     """
+    row_max, log_sum, entropy = statistics
+    incoming = Upstream(*(x.contiguous() for x in upstream))
     if stored is None and labels.device.type == "cpu":  # what has no gradient needs no logits: of another rank's groups
-        wanted = grad_logprobs != 0 if grad_entropy is None else (grad_logprobs != 0) | (grad_entropy != 0)
+        wanted = torch.stack([x != 0 for x in upstream]).any(0)
         labels = torch.where(wanted, labels, IGNORED)
     run = run_of(hidden, weight, bias, labels, keep, logits_dtype, transform, workspace, implementation)
-    statistics = Statistics(row_max, entropy, row_max, log_sum)
-    grad_logprobs = grad_logprobs.contiguous()
-    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    saved = Statistics(row_max, entropy, row_max, log_sum)
     with device_guard(hidden):
         if stored is None:
-            grads = modes.backward_recompute(run, statistics, grad_logprobs, grad_entropy, Needs(*needs), weight_grad)
+            grads = modes.backward_recompute(run, saved, incoming, Needs(*needs), weight_grad)
         else:
-            grads = modes.backward_store(run, statistics, stored, grad_logprobs, grad_entropy, Needs(*needs))
+            grads = modes.backward_store(run, saved, stored, incoming, Needs(*needs))
     hidden_grad, new_weight_grad, bias_grad = (or_empty(grad, row_max) for grad in grads)
     return hidden_grad, new_weight_grad, bias_grad
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import Evaluated, ScoreObjective, Segments, evaluate
+from ..objective import ContrastSettings, GroupLoss, Rollouts, ScoreObjective, Segments, evaluate
 from .group_infonce import score_gradient
 
 
@@ -28,22 +28,18 @@ class _Attached(torch.autograd.Function):
         return score_gradient(grad_loss, *ctx.saved_tensors), None, None, None
 
 
-def score_objective(
-    objective: ScoreObjective,
-    scores: Tensor,
-    rewards: Tensor,
-    counts: Tensor | None,
-    segments: Segments,
-    reward_threshold: float,
-    reduction: str,
-    num_groups: Tensor | None,
-) -> Evaluated:
-    """Loss, weights and roles: as `objective.evaluate`, the loss with a graph."""
-    device = scores.device
-    local = Segments(*(x.to(device, non_blocking=True) for x in segments))
-    rewards = rewards.to(device, non_blocking=True)
+def score_objective(objective: ScoreObjective, rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
+    """Loss, weights and roles: as `objective.evaluate`, the loss with a graph. The settings' tau and margin are unused.
+
+    What lies on another device than the scores is brought there, without waiting.
+    """
+    scores, rewards, counts, segments, _size = rollouts
+    assert segments is not None
+    local = Segments(*(x.to(scores.device, non_blocking=True) for x in segments))
+    rewards = rewards.to(scores.device, non_blocking=True)
     with torch.no_grad():
-        found = evaluate(objective, scores, rewards, counts, local, reward_threshold, reduction, num_groups)
-    slots = local.slots if reduction == "none" else None
-    loss: Tensor = _Attached.apply(scores, found.loss, found.weights, slots)
-    return found._replace(loss=loss)
+        local_rollouts = Rollouts(scores, rewards, counts, local, 0)
+        result = evaluate(objective, local_rollouts, settings)
+    slots = local.slots if settings.reduction == "none" else None
+    loss: Tensor = _Attached.apply(scores, result.loss, result.weights, slots)
+    return result._replace(loss=loss)

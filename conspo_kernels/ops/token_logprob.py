@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.registry import kernels_for
 from ..registration import device_guard, op
-from ..values import LogitTransform, Statistics
+from ..values import LogitRows, LogitTransform, Statistics, Upstream
 from .derivative import no_second_derivative
 from .ranks import local_labels, statistics_over_ranks
 
@@ -50,7 +50,8 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     logits, labels, row_max, log_sum, entropy = ctx.saved_tensors
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(row_max)
-    arguments = (labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, ctx.transform, ctx.implementation)
+    upstream = [grad_logprobs] if grad_entropy is None else [grad_logprobs, grad_entropy]
+    arguments = (labels, [row_max, log_sum, entropy], upstream, ctx.transform, ctx.implementation)
     if not ctx.inplace_backward:
         return token_logprob_backward(logits, *arguments), *others
     # The op counts as a modification of the logits, so that whoever saved them, a second backward too, is told by
@@ -89,7 +90,7 @@ def token_logprob(
 
     def forward(labels: Tensor) -> Statistics:
         with device_guard(logits):
-            return kernels.forward(logits, labels.contiguous(), logit_transform, with_entropy)
+            return kernels.forward(LogitRows(logits, labels.contiguous(), logit_transform), with_entropy)
 
     if not vocab_group:
         return tensors_of(forward(labels))
@@ -97,68 +98,53 @@ def token_logprob(
     return tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group))
 
 
-def _write_gradient(
-    grad_logits: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    transform: list[float],
-    implementation: str,
-) -> None:
-    kernels = kernels_for("token_logprob", implementation, logits.device)
-    statistics = Statistics(row_max, None if grad_entropy is None else entropy, row_max, log_sum)
-    with device_guard(logits):
-        kernels.backward(
-            grad_logits, logits, labels.contiguous(), statistics, grad_logprobs.contiguous(),
-            None if grad_entropy is None else grad_entropy.contiguous(), LogitTransform.from_numbers(transform),
-        )  # fmt: skip
-
-
 def _fake_backward(logits: Tensor, *_: object) -> Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-def _fake_inplace(*_: object) -> None:
-    return None
 
 
 @op(_fake_backward, backward=no_second_derivative)
 def token_logprob_backward(
     logits: Tensor,
     labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
+    statistics: list[Tensor],
+    upstream: list[Tensor],
     transform: list[float],
     implementation: str,
 ) -> Tensor:
-    """The gradient with respect to the logits, in a new contiguous tensor."""
+    """The gradient with respect to the logits, in a new contiguous tensor.
+
+    statistics: max, log-sum and entropy (empty unless its gradient comes in).  upstream: the gradients of the
+    log-probabilities and, if there is one, of the entropies.
+    """
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _write_gradient(
-        grad_logits, logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, transform, implementation
-    )
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    _write_gradient(grad_logits, rows, statistics, upstream, implementation)
     return grad_logits
+
+
+def _fake_inplace(*_: object) -> None:
+    return None
 
 
 @op(_fake_inplace, mutates=("logits",))
 def token_logprob_backward_(
     logits: Tensor,
     labels: Tensor,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
+    statistics: list[Tensor],
+    upstream: list[Tensor],
     transform: list[float],
     implementation: str,
 ) -> None:
-    """The gradient with respect to the logits, written over the logits."""
-    _write_gradient(
-        logits, logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, transform, implementation
-    )
+    """The same, written over the logits."""
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    _write_gradient(logits, rows, statistics, upstream, implementation)
+
+
+def _write_gradient(
+    grad_logits: Tensor, rows: LogitRows, statistics: list[Tensor], upstream: list[Tensor], implementation: str
+) -> None:
+    row_max, log_sum, entropy = statistics
+    incoming = Upstream(*(x.contiguous() for x in upstream))
+    saved = Statistics(row_max, None if incoming.entropy is None else entropy, row_max, log_sum)
+    with device_guard(rows.logits):
+        kernels_for("token_logprob", implementation, rows.logits.device).backward(grad_logits, rows, saved, incoming)

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ...values import IGNORED, LogitTransform, Statistics
+from ...values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 
 CHUNK_ELEMENTS = 1 << 21
 
@@ -43,41 +43,36 @@ def _moment(p: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(p > 0, p * log_p, 0.0)
 
 
-def forward(logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics:
-    """logits [B, T, V], labels [B, T] contiguous -> statistics, each [B, T]."""
+def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
+    """Statistics, each [B, T]."""
+    logits, labels, transform = rows
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     vocab_size = logits.shape[-1]
     logprobs, row_max, log_sum = (torch.zeros(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
     entropy = torch.zeros_like(logprobs) if with_entropy else None
     active = labels != IGNORED
-    for rows in _row_chunks(active, vocab_size):
-        u, _ = _transformed(logits[rows].to(acc), transform)
+    for chunk in _row_chunks(active, vocab_size):
+        u, _ = _transformed(logits[chunk].to(acc), transform)
         m = u.amax(-1)
         d = (u - torch.where(m == -torch.inf, 0.0, m)[:, None]) * transform.scale
         e = d.exp()
         s = e.sum(-1)
         ls = s.log()
-        label = labels[rows]
+        label = labels[chunk]
         inside = (label >= 0) & (label < vocab_size)
         label_d = d.gather(1, label.clamp(0, vocab_size - 1)[:, None])[:, 0]
         values = [(logprobs, torch.where(inside, label_d, torch.nan) - ls), (row_max, m), (log_sum, ls)]
         if entropy is not None:
             values.append((entropy, ls - _moment(e, d).sum(-1) / s))
         for out, value in values:
-            out[rows] = torch.where(active[rows], value, 0.0)
+            out[chunk] = torch.where(active[chunk], value, 0.0)
     return Statistics(logprobs, entropy, row_max, log_sum)
 
 
-def backward(
-    grad_logits: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Statistics,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    transform: LogitTransform,
-) -> None:
-    """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `logits` itself."""
+def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+    """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
+    logits, labels, transform = rows
+    grad_logprobs, grad_entropy = upstream
     _logprobs, entropy, row_max, log_sum = statistics
     acc, vocab_size = row_max.dtype, logits.shape[-1]
     active = labels != IGNORED
@@ -87,29 +82,27 @@ def backward(
         entropy_coefficient_bt = torch.where(active, grad_entropy, 0.0)
         nonzero |= entropy_coefficient_bt != 0
     if _can_choose(nonzero):
-        for rows in _row_chunks(~nonzero, vocab_size):
-            grad_logits[rows] = 0.0
-    for rows in _row_chunks(nonzero, vocab_size):
-        u, slope = _transformed(logits[rows].to(acc), transform)
-        coefficient = coefficient_bt[rows][:, None]
-        log_p = (u - row_max[rows][:, None]) * transform.scale - log_sum[rows][:, None]
+        for chunk in _row_chunks(~nonzero, vocab_size):
+            grad_logits[chunk] = 0.0
+    for chunk in _row_chunks(nonzero, vocab_size):
+        u, slope = _transformed(logits[chunk].to(acc), transform)
+        coefficient = coefficient_bt[chunk][:, None]
+        log_p = (u - row_max[chunk][:, None]) * transform.scale - log_sum[chunk][:, None]
         p = log_p.exp()
         g = -coefficient * p
-        label = labels[rows][:, None]
+        label = labels[chunk][:, None]
         inside = (label >= 0) & (label < vocab_size)
         g.scatter_add_(1, label.clamp(0, vocab_size - 1), torch.where(inside, coefficient, 0.0))
         if grad_entropy is not None:
             assert entropy is not None
-            g -= entropy_coefficient_bt[rows][:, None] * (_moment(p, log_p) + p * entropy[rows][:, None])
+            g -= entropy_coefficient_bt[chunk][:, None] * (_moment(p, log_p) + p * entropy[chunk][:, None])
         g *= transform.scale
         g *= slope
-        grad_logits[rows] = torch.where(nonzero[rows][:, None], g, 0.0).to(logits.dtype)
+        grad_logits[chunk] = torch.where(nonzero[chunk][:, None], g, 0.0).to(logits.dtype)
 
 
-def forward_backward(
-    grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
-) -> Tensor:
-    """logprobs [B, T], and into `grad_logits`, which may be `logits`, the gradient of sum(coefficients * logprobs)."""
-    statistics = forward(logits, labels, transform, False)
-    backward(grad_logits, logits, labels, statistics, coefficients, None, transform)
+def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+    """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
+    statistics = forward(rows, with_entropy=False)
+    backward(grad_logits, rows, statistics, Upstream(coefficients))
     return statistics.logprobs

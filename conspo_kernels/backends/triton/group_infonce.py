@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..contract import ContrastSettings, GroupLoss, Rollouts
+from ...objective import ContrastSettings, GroupLoss, Rollouts
 from .softmax import NEG_INF, finite_max
 
 MEMBERS = 16
@@ -110,6 +110,24 @@ def _negatives(
     return num_positive, (num_positive > 0) & (num_negative > 0), finite_max(peak), total
 
 
+@triton.jit
+def _positives(
+    start, stop, lse, margin, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
+    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Of each group: the sums of softplus(x_i) and of q_i over its positives."""
+    sum_softplus = tl.zeros_like(lse)
+    sum_q = tl.zeros_like(lse)
+    for j in range(0, tl.max(stop - start), MEMBERS):
+        _rollout, _inside, score, positive, _negative = _members(
+            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+        )
+        x = lse[:, None] - (score - margin) / tau
+        sum_softplus += tl.sum(tl.where(positive, _softplus(x), tl.zeros_like(x)), axis=1)
+        sum_q += tl.sum(tl.where(positive, _sigmoid(x), tl.zeros_like(x)), axis=1)
+    return sum_softplus, sum_q
+
+
 # Reads scores, rewards and counts a few times, from the cache after the first; writes 2 numbers per rollout.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _kernel(
@@ -151,15 +169,10 @@ def _kernel(
         lse = peak + tl.log(total)
         per_positive = 1 / tl.maximum(num_positive, 1).to(acc)
 
-        sum_softplus = tl.zeros((GROUPS,), acc)
-        sum_q = tl.zeros((GROUPS,), acc)
-        for j in range(0, tl.max(stop - start), MEMBERS):
-            _rollout, _inside, score, positive, _negative = _members(
-                start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
-            )
-            x = lse[:, None] - (score - margin) / tau
-            sum_softplus += tl.sum(tl.where(positive, _softplus(x), tl.zeros_like(x)), axis=1)
-            sum_q += tl.sum(tl.where(positive, _sigmoid(x), tl.zeros_like(x)), axis=1)
+        sum_softplus, sum_q = _positives(
+            start, stop, lse, margin, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
+            RAGGED, HAS_COUNTS, MEMBERS,
+        )  # fmt: skip
         group_loss = tl.where(valid, tau * per_positive * sum_softplus, tl.zeros_like(peak))
         if REDUCTION == "none":
             k = k0 + tl.arange(0, GROUPS)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...values import LogitTransform, Statistics
+from ...values import LogitRows, LogitTransform, Statistics, Upstream
 
 logger = logging.getLogger("conspo_kernels")
 
@@ -101,20 +101,20 @@ def scratch(kernel: str, vocab_size: int, dtype: torch.dtype, device: torch.devi
     from . import token_logprob as kernels
 
     generator = torch.Generator(device).manual_seed(0)  # the caller's random numbers stay what they were
-    rows = max(SCRATCH_BYTES // (vocab_size * dtype.itemsize), 1)
-    logits = torch.empty(1, rows, vocab_size, dtype=dtype, device=device).normal_(generator=generator)
-    labels = torch.zeros(1, rows, dtype=torch.int64, device=device)
-    transform = LogitTransform(softcap=30.0 if kernel == "heavy" else None)
+    num_rows = max(SCRATCH_BYTES // (vocab_size * dtype.itemsize), 1)
+    logits = torch.empty(1, num_rows, vocab_size, dtype=dtype, device=device).normal_(generator=generator)
+    labels = torch.zeros(1, num_rows, dtype=torch.int64, device=device)
+    rows = LogitRows(logits, labels, LogitTransform(softcap=30.0 if kernel == "heavy" else None))
 
     def forward() -> Statistics:
-        return kernels.forward(logits, labels, transform, False)
+        return kernels.forward(rows, with_entropy=False)
 
     if kernel == "forward":
         return forward
     with forced(TABLE[architecture(device)]["forward"]):
-        found = forward()
+        statistics = forward()
     grad = torch.empty_like(logits)
-    return lambda: kernels.backward(grad, logits, labels, found, found.logprobs, None, transform)
+    return lambda: kernels.backward(grad, rows, statistics, Upstream(statistics.logprobs))
 
 
 def seconds(run: Callable[[], object]) -> float:

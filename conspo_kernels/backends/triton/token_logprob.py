@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...values import IGNORED as IGNORED_LABEL
-from ...values import LogitTransform, Statistics
+from ...values import LogitRows, LogitTransform, Statistics, Upstream
 from .rows import (
     UNALIGNED,
     UNSPECIALIZED,
@@ -209,8 +209,9 @@ def _backward_kernel(
             )  # fmt: skip
 
 
-def forward(logits: Tensor, labels: Tensor, transform: LogitTransform, with_entropy: bool) -> Statistics:
-    """logits [B, T, V], labels [B, T] contiguous -> statistics, each [B, T]."""
+def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
+    """Statistics, each [B, T]."""
+    logits, labels, transform = rows
     num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     logprobs, row_max, log_sum = (torch.empty(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
@@ -232,16 +233,10 @@ def forward(logits: Tensor, labels: Tensor, transform: LogitTransform, with_entr
     return Statistics(logprobs, entropy, row_max, log_sum)
 
 
-def backward(
-    grad_logits: Tensor,
-    logits: Tensor,
-    labels: Tensor,
-    statistics: Statistics,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    transform: LogitTransform,
-) -> None:
-    """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `logits` itself."""
+def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+    """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
+    logits, labels, transform = rows
+    grad_logprobs, grad_entropy = upstream
     num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
     if num_tokens == 0:
         return
@@ -261,12 +256,10 @@ def backward(
     )  # fmt: skip
 
 
-def forward_backward(
-    grad_logits: Tensor, logits: Tensor, labels: Tensor, coefficients: Tensor, transform: LogitTransform
-) -> Tensor:
-    """logprobs [B, T], and into `grad_logits`, which may be `logits`, the gradient of sum(coefficients * logprobs)."""
-    statistics = forward(logits, labels, transform, False)
-    backward(grad_logits, logits, labels, statistics, coefficients, None, transform)
+def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+    """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
+    statistics = forward(rows, with_entropy=False)
+    backward(grad_logits, rows, statistics, Upstream(coefficients))
     return statistics.logprobs
 
 
