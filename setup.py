@@ -5,6 +5,9 @@ CONSPO_BUILD says what is built:
     auto (default)   the CPU extension where torch and a C++ compiler are found; else a pure Python package, and why
     cpu              the CPU extension, or fail
     none             a pure Python package
+
+CONSPO_WERROR=1 makes a warning of the compiler an error; CFLAGS would do the same, to every other package too that pip
+compiles on the way.
 """
 
 import os
@@ -59,6 +62,8 @@ def extension():
     warnings = ["-Wall", "-Wextra", *system]
     # The exponential counts on a * b + c being rounded once where the CPU can; no NaN or order of sums is given up.
     arithmetic = ["-ffp-contract=fast", "-fno-math-errno"]
+    if os.environ.get("CONSPO_WERROR", "0") not in ("", "0"):
+        warnings.append("-Werror")
     return {
         "ext_modules": [
             cpp_extension.CppExtension(

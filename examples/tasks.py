@@ -6,15 +6,37 @@ problems. A split by index would leak; here entries are made unique by problem f
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import random
 import re
+import sys
 from typing import Any
-
-import reasoning_gym
 
 DATASET_SEED = 20_000  # fixes the problems and the split, whatever the seed of the run: accuracies compare across seeds
 
 Entry = dict[str, Any]  # a problem as reasoning-gym gives it
+
+
+def create_dataset(category: str, name: str, **config: int) -> Any:
+    """One of reasoning-gym's datasets, imported alone: of what the package depends on it needs PyYAML only.
+
+    `import reasoning_gym` imports all of its hundred datasets, and with them eleven packages. One of these, pycosat,
+    has no wheels, so pip would compile it. Here the packages above the dataset's module are made without running their
+    `__init__`.
+    """
+    for package in ("reasoning_gym", f"reasoning_gym.{category}"):
+        if package not in sys.modules:
+            spec = importlib.util.find_spec(package)
+            if spec is None:
+                raise ModuleNotFoundError(
+                    "the demo's tasks are in reasoning-gym, which it needs without its own dependencies: "
+                    "pip install --no-deps reasoning-gym==0.1.25 (`make demo` does)",
+                    name=package,
+                )
+            sys.modules[package] = importlib.util.module_from_spec(spec)
+    importlib.import_module(f"reasoning_gym.{category}.{name}")  # which registers it
+    return importlib.import_module("reasoning_gym.factory").create_dataset(name, **config)
 
 
 class Task:
@@ -24,11 +46,12 @@ class Task:
     shown of a response (`extract`).
     """
 
+    category: str
     name: str
     max_new_tokens: int  # of a response, its end of sequence among them
 
     def __init__(self, held_out: int, **config: int) -> None:
-        self._dataset = reasoning_gym.create_dataset(self.name, seed=DATASET_SEED, **config)
+        self._dataset = create_dataset(self.category, self.name, seed=DATASET_SEED, **config)
         unique: dict[str, Entry] = {}
         for entry in self._dataset:
             unique.setdefault(self.prompt(entry), entry)
@@ -64,6 +87,7 @@ class Task:
 class SpellBackward(Task):
     """Words of `min_length` to `max_length` letters."""
 
+    category = "algorithmic"
     name = "spell_backward"
 
     def __init__(self, *, min_length: int = 3, max_length: int = 7, held_out: int = 512) -> None:
@@ -83,6 +107,7 @@ class SpellBackward(Task):
 class OneDigitSums(Task):
     """`a + b` and `a - b` of two digits, 200 problems, asked as reasoning-gym asks them."""
 
+    category = "arithmetic"
     name = "chain_sum"
     max_new_tokens = 16  # "The answer to 8 + 3 is 11." and its end of sequence are 15 tokens of SmolLM2
 

