@@ -64,6 +64,16 @@ def to_odd(s: Array, error: Array) -> Array:
     return np.where(fix, bits + step, bits).view(F64)
 
 
+def f64_to_bf16(x: Array) -> Array:
+    """Rounded once: to fp32 by odd, which has bits enough for the second rounding to be the only one."""
+    single = x.astype(F32)
+    error = np.where(np.isfinite(single), x - single, 0)
+    bits = single.view(I32)
+    fix = (error != 0) & ((bits & 1) == 0)
+    step = np.where((error > 0) == (single > 0), 1, -1).astype(I32)
+    return f32_to_bf16(np.where(fix & (single != 0), bits + step, bits).view(F32))
+
+
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
     """a + b and its rounding error, exactly."""
     s = a + b

@@ -29,7 +29,7 @@ class Settings:
     target: str
     perturbation: Perturbation | None
     order: np.random.Generator
-    check_races: bool
+    races: bool
 
 
 _now: Settings | None = None  # within `executing`
@@ -116,7 +116,7 @@ class _Launcher:
                 arguments.append(np.array([value], np.dtype(SCALARS[kind])))
         arguments += [np.zeros(1, np.uint64)] * 2  # global and profiling scratch memory: none
         memory = Memory("global", list(regions.values()))
-        program.run((x, y, z), arguments, memory, self.metadata.shared, _now.perturbation, _now.order)
+        program.run((x, y, z), arguments, memory, self.metadata.shared, _now.perturbation, _now.order, _now.races)
 
 
 def _add_region(regions: dict[int, Region], name: str, tensor: Tensor) -> None:

@@ -18,6 +18,7 @@ from .arithmetic import (
     approximate,
     bf16_to_f32,
     f32_to_bf16,
+    f64_to_bf16,
     flushed,
     fma32,
     fma64,
@@ -191,8 +192,10 @@ def decode_float_conversion(modifiers: list[str], to: str, kind: str, item: Inst
         return elementwise(bf16_to_f32, [U16], item, slots)
     if (to, kind) == ("bf16", "f32"):
         return elementwise(f32_to_bf16, [F32], item, slots)
+    if (to, kind) == ("bf16", "f64"):
+        return elementwise(f64_to_bf16, [F64], item, slots)
     if "bf16" in (to, kind):
-        raise NotImplementedError("bf16 from or to anything but f32")
+        raise NotImplementedError("bf16")
     source, target = TYPES[kind], TYPES[to]
     flush = flushed if "ftz" in modifiers and kind == "f32" else None
     if target.kind != "f":
