@@ -29,7 +29,7 @@ ROOT = PACKAGE  # the package's __init__, as a module that imports or is importe
 EXTENSION = "_C"
 CORE = {"torch", "numpy"}  # the dependencies every installation has
 ANYTHING = {"*"}
-EDGES = {"integrations", "gradcheck", "__main__"}
+EDGES = {"integrations", "gradcheck", "ptx", "__main__"}
 PUBLIC = {"loss", "logprobs", "two_phase", "policy_gradient", "modules"}
 LEAVES = {"values", "registration"}  # what the layers hand to one another, and how an op is registered
 
@@ -50,6 +50,7 @@ RULES = {
     ROOT: Rule(ours=PUBLIC | {"margin"}, foreign=set(), names={"ConSPOOutput", "Parallel"}),
     "__main__": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
     "gradcheck": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
+    "ptx": Rule(ours={"ptx", "backends.registry", "backends.triton"}, foreign=CORE | {"triton"}),
     "reference": Rule(ours=set(), foreign={"torch"}),
     "margin": Rule(ours=set(), foreign={"torch"}),
     "objective": Rule(ours=set(), foreign={"torch"}),

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # that the modules keep the contract
     _: tuple[contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale]
     _ = (token_logprob, sequence_score, group_infonce, scale)
 
+executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx.compiled`
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -27,6 +28,6 @@ def obstacle(device: torch.device) -> str | None:
     """Why Triton cannot run on a device, or None."""
     if not INSTALLED:
         return "Triton is not installed"
-    if device.type != "cuda" and not _interpreting():
+    if device.type != "cuda" and not _interpreting() and not executed:
         return f"Triton runs on CUDA tensors (or, for tests, with TRITON_INTERPRET=1), the tensors are on {device}"
     return None
