@@ -162,8 +162,7 @@ def test_an_explicit_implementation_runs_or_raises() -> None:  # TRL#7253
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:  # TRL#7253
-    registry.choose.cache_clear()
-    registry.kernels_for.cache_clear()
+    registry.forget_choices()
     with caplog.at_level(logging.INFO, logger="conspo_kernels"):
         for _ in range(3):
             token_logprobs(torch.randn(2, 3, 5), torch.ones(2, 3, dtype=torch.long))

@@ -89,8 +89,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setitem(registry.BACKENDS, "toy", "toy_backend")
     CALLS.clear()
     yield "toy"
-    registry.choose.cache_clear()
-    registry.kernels_for.cache_clear()
+    registry.forget_choices()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -217,8 +217,7 @@ def run_forward(logits: Tensor, labels: Tensor) -> Statistics:
 
 
 def test_auto_is_native_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:
-    registry.choose.cache_clear()
-    registry.kernels_for.cache_clear()
+    registry.forget_choices()
     with caplog.at_level(logging.INFO, logger="conspo_kernels"):
         token_logprobs(torch.zeros(1, 2, 3), torch.zeros(1, 2, dtype=torch.int64))
     assert "token_logprob on cpu: implementation='native'" in caplog.text
@@ -229,13 +228,13 @@ def test_an_extension_that_does_not_load_is_told(
 ) -> None:
     """Not silently slower: a warning once, and an error for who asked for it."""
     monkeypatch.setattr(native, "OBSTACLE", "the native extension does not load (undefined symbol)")
-    registry.choose.cache_clear()
+    registry.forget_choices()
     with caplog.at_level(logging.WARNING, logger="conspo_kernels"):
         assert registry.choose("token_logprob", "auto", torch.device("cpu")) == "torch"
     assert "undefined symbol" in caplog.text
     with pytest.raises(ValueError, match="implementation='native' cannot run token_logprob here: the native extension"):
         registry.choose("token_logprob", "native", torch.device("cpu"))
-    registry.choose.cache_clear()
+    registry.forget_choices()
 
 
 def test_wrong_instruction_set() -> None:

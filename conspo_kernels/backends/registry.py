@@ -70,9 +70,19 @@ def kernels_for(op: Literal["sequence_score"], implementation: str, device: torc
 def kernels_for(op: Literal["group_infonce"], implementation: str, device: torch.device) -> GroupInfoNCE: ...
 @overload
 def kernels_for(op: Literal["scale"], implementation: str, device: torch.device) -> Scale: ...
-@functools.lru_cache(maxsize=64)
 def kernels_for(op: str, implementation: str, device: torch.device) -> Any:
     """The functions that run an op for tensors on a device."""
+    return _kernels_for(op, implementation, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kernels_for(op: str, implementation: str, device: torch.device) -> Any:
     name = BACKENDS[choose(op, implementation, device)]
     backend = importlib.import_module(name, __package__)
     return getattr(backend, op, None) or importlib.import_module(f"{name}.{op}", __package__)
+
+
+def forget_choices() -> None:
+    """Choose anew: what can run has changed."""
+    choose.cache_clear()
+    _kernels_for.cache_clear()

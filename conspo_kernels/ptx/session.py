@@ -41,15 +41,10 @@ def compiled(
     architecture, executed = launch.architecture, backend.executed
     launch.architecture = lambda _: target  # type: ignore[assignment]
     backend.executed = True
-    _forget_choices()
+    registry.forget_choices()
     try:
         with executing(Settings(target, perturbation, np.random.default_rng(seed), races)):
             yield
     finally:
         launch.architecture, backend.executed = architecture, executed
-        _forget_choices()
-
-
-def _forget_choices() -> None:
-    registry.choose.cache_clear()
-    registry.kernels_for.cache_clear()
+        registry.forget_choices()
