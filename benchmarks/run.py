@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from . import fused_linear, wheels
+from .host_time import measure_host
 from .interpreter import hasten
 from .logits_path import OPS, OURS, Exact, Inputs
 from .measure import environment
@@ -25,6 +26,7 @@ from .shapes import LINEAR_SUITES, SUITES
 from .tables import markdown, quartiles, write
 
 SCORES_OP = "scores + backward"
+HOST_OP = "host time"
 
 
 def table(rows: list[Row]) -> str:
@@ -70,10 +72,12 @@ def measure(suite: str, ops: Sequence[str], choice: Choice) -> Iterator[Row]:
         del hidden, exact_linear
     if SCORES_OP in ops:
         yield from measure_scores(choice)
+    if HOST_OP in ops and choice.device.type == "cpu" and choice.implementation in ("auto", "native"):
+        yield from measure_host()
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    ops = [*OPS, *fused_linear.OPS, SCORES_OP]
+    ops = [*OPS, *fused_linear.OPS, SCORES_OP, HOST_OP]
     parser = argparse.ArgumentParser(
         "python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -41,7 +41,7 @@ class Policy(nn.Module):
             return self.head(hidden[:, -1])
         if weights is None:
             return linear_conspo_scores(hidden, self.head.weight, ids, response_mask=mask, shift=True)
-        return linear_weighted_score_loss(hidden, self.head.weight, ids, weights, response_mask=mask, shift=True)  # type: ignore[return-value]
+        return linear_weighted_score_loss(hidden, self.head.weight, ids, weights, response_mask=mask, shift=True)
 
 
 @torch.no_grad()
@@ -82,7 +82,10 @@ def accumulate(
 def wrapped(model: nn.Module, parallel: str) -> nn.Module:
     if not dist.is_initialized():
         return model
-    return fully_shard(model) if parallel == "fsdp2" else DistributedDataParallel(model)  # type: ignore[return-value]
+    if parallel == "fsdp2":
+        fully_shard(model)  # in place
+        return model
+    return DistributedDataParallel(model)
 
 
 def train(args: argparse.Namespace, rank: int, ranks: int) -> None:

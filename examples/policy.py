@@ -102,6 +102,12 @@ class Policy:
         return self.read(self.forward_hidden, batch)
 
 
+def moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """The model on a device: `to` of transformers is wrapped in a way that a type checker misreads."""
+    torch.nn.Module.to(model, device)
+    return model
+
+
 def build_char_policy(device: torch.device) -> Policy:
     """A freshly initialised policy; its weights follow from torch's global seed."""
     tokenizer = CharTokenizer()
@@ -120,4 +126,4 @@ def build_char_policy(device: torch.device) -> Policy:
         eos_token_id=tokenizer.eos_id,
     )
     # Built on the CPU, then moved: the weights depend on the seed and not on the device.
-    return Policy("llama-3x128-char", LlamaForCausalLM(config).to(device), tokenizer)
+    return Policy("llama-3x128-char", moved(LlamaForCausalLM(config), device), tokenizer)

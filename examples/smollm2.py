@@ -9,9 +9,10 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from policy import Policy
+from policy import Policy, moved
 from sequences import read_prompts_once
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -29,7 +30,8 @@ class ChatTokenizer:
 
     def encode_prompt(self, text: str) -> list[int]:
         chat = [{"role": "user", "content": text}]
-        return self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+        ids: Any = self._tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+        return list(ids)
 
     def encode_response(self, text: str) -> list[int]:
         return [*self._tokenizer.encode(text, add_special_tokens=False), self.eos_id]
@@ -37,7 +39,7 @@ class ChatTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text before the first end-of-sequence token; other special tokens stay visible."""
         ids = list(ids)
-        return self._tokenizer.decode(ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids)
+        return str(self._tokenizer.decode(ids[: ids.index(self.eos_id)] if self.eos_id in ids else ids))
 
 
 def weights_folder() -> Path:
@@ -60,7 +62,7 @@ def build_smollm2_policy(device: torch.device) -> Policy:
     )
     return Policy(
         "SmolLM2-135M-Instruct",
-        model.to(device),
+        moved(model, device),
         ChatTokenizer(tokenizer),
         read=read_prompts_once,
         compute_dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,

@@ -103,22 +103,25 @@ def policy_loss(
 
     outputs: the logits, or hidden states and the lm_head's weight.
     """
+    first, *head = outputs
     # The last columns: a policy may leave out those that predict the prompt.
-    columns = slice(-outputs[0].shape[1], None)
+    columns = slice(-first.shape[1], None)
     labels, mask = rollouts.batch.input_ids[:, columns], rollouts.batch.response_mask[:, columns]
     tokens: dict[str, Any] = {"response_mask": mask, "shift": True, "implementation": args.implementation}
     contrast: dict[str, Any] = {"tau": args.tau, "margin": margin}
     if args.loss == "conspo":
-        more = {"temperature": args.temperature, "return_metrics": True, **tokens, **contrast}
-        if args.fused_linear:
-            output = linear_conspo_loss(*outputs, labels, rollouts.rewards, args.group_size, **more)
+        more = {"temperature": args.temperature, **tokens, **contrast}
+        groups = (labels, rollouts.rewards, args.group_size)
+        if head:
+            output = linear_conspo_loss(first, head[0], *groups, return_metrics=True, **more)
         else:
-            output = conspo_loss(*outputs, labels, rollouts.rewards, args.group_size, inplace_backward=True, **more)
+            output = conspo_loss(first, *groups, inplace_backward=True, return_metrics=True, **more)
+        assert output.logprobs is not None  # these are of tokens
         return output.loss, output.metrics, output.logprobs
-    if args.fused_linear:
-        logprobs = linear_token_logprobs(*outputs, labels, temperature=args.temperature, **tokens)
+    if head:
+        logprobs = linear_token_logprobs(first, head[0], labels, temperature=args.temperature, **tokens)
     else:
-        logprobs = token_logprobs(*outputs, labels, temperature=args.temperature, inplace_backward=True, **tokens)
+        logprobs = token_logprobs(first, labels, temperature=args.temperature, inplace_backward=True, **tokens)
     scores = sequence_scores(logprobs, labels, **tokens)
     # The baseline is seen through the same instruments: the ConSPO metrics of its scores, which it does not optimise.
     seen = conspo_loss_from_scores(

@@ -1,0 +1,93 @@
+"""What a call costs the host: a batch so small that dispatch, checks and the autograd graph are all that is timed.
+
+8 rollouts x 16 tokens x V 64 on one CPU thread, forward and backward, beside the same loss in eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from conspo_kernels import conspo_loss, linear_conspo_loss, linear_weighted_score_loss, weighted_score_loss
+
+from .measure import Call, interleaved
+
+EAGER = "eager from logits"
+OURS = "conspo_kernels"
+ROLLOUTS, LENGTH, VOCAB, HIDDEN, GROUP = 8, 16, 64, 32, 4
+REPEATS = 200  # of a few hundred microseconds
+# Of the time of eager PyTorch.
+LIMITS = {"conspo_loss": 1.4, "linear_conspo_loss": 2.7, "linear_weighted_score_loss": 1.8, "weighted_score_loss": 1.4}
+
+
+def losses() -> dict[str, Callable[[], Tensor]]:
+    """Each loss of one tiny batch; the leaves are the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).requires_grad_()
+
+    logits, hidden, weight = draw(ROLLOUTS, LENGTH, VOCAB), draw(ROLLOUTS, LENGTH, HIDDEN), draw(VOCAB, HIDDEN)
+    labels = torch.randint(VOCAB, (ROLLOUTS, LENGTH), generator=generator)
+    rewards, weights = torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0]), torch.linspace(-1, 1, ROLLOUTS)
+    positive = rewards.view(-1, GROUP) > 0.5
+
+    def eager() -> Tensor:
+        logprobs = torch.log_softmax(logits, -1).gather(-1, labels[..., None])[..., 0]
+        scores = logprobs.mean(1).view(-1, GROUP)
+        negatives = torch.where(positive, -torch.inf, scores).logsumexp(1, keepdim=True)
+        return ((F.softplus(negatives - scores) * positive).sum(1) / positive.sum(1)).mean()
+
+    return {
+        EAGER: eager,
+        "conspo_loss": lambda: conspo_loss(logits, labels, rewards, GROUP),
+        "linear_conspo_loss": lambda: linear_conspo_loss(hidden, weight, labels, rewards, GROUP),
+        "linear_weighted_score_loss": lambda: linear_weighted_score_loss(hidden, weight, labels, weights),
+        "weighted_score_loss": lambda: weighted_score_loss(logits, labels, weights),
+    }
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def measure_host(repeats: int = REPEATS) -> Iterator[dict[str, Any]]:
+    """A row per loss, and one for eager PyTorch; `times_eager` is what the limits are about."""
+
+    def step(loss: Callable[[], Tensor]) -> Call:
+        return Call(lambda: None, lambda _: loss().backward())
+
+    with one_thread():
+        calls = {name: step(loss) for name, loss in losses().items()}
+        timings = interleaved(calls, torch.device("cpu"), repeats, warmups=20)
+    for name, timing in timings.items():
+        ratio = timing.median / timings[EAGER].median
+        row = {
+            "op": f"host time, {name}", "shape": f"{ROLLOUTS} x {LENGTH} x {VOCAB}, one thread", "dtype": "float32",
+            "provider": EAGER if name == EAGER else OURS, "plain": True, "status": "timed", "ok": True,
+            "seconds": asdict(timing), "times_eager": ratio,
+        }  # fmt: skip
+        if name != EAGER:
+            row["note"] = f"{ratio:.2f} of eager PyTorch's time, limit {LIMITS[name]}"
+        yield row
+
+
+def main() -> None:
+    for row in measure_host():
+        print(f"{row['op']:40} {row['seconds']['median'] * 1e6:7.0f} us  {row['times_eager']:.2f}")
+
+
+if __name__ == "__main__":
+    main()
