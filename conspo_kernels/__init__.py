@@ -2,11 +2,16 @@
 
 from .contrast import ConSPOOutput
 from .inputs.parallel import Parallel
-from .logprobs import linear_token_logprobs, sequence_scores, token_logprobs
+from .logprobs import (
+    linear_token_logprobs,
+    linear_weighted_logprob_loss,
+    sequence_scores,
+    token_logprobs,
+    weighted_logprob_loss,
+)
 from .loss import conspo_loss, conspo_loss_from_scores, linear_conspo_loss
 from .margin import CosineMargin
 from .modules import ConSPOLoss, LinearConSPOLoss
-from .policy_gradient import linear_weighted_logprob_loss, weighted_logprob_loss
 from .two_phase import (
     ConSPOWeights,
     conspo_scores,

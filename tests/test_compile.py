@@ -9,21 +9,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from conspo_kernels import (
-    ConSPOLoss,
-    CosineMargin,
-    conspo_loss,
-    conspo_loss_from_scores,
-    conspo_scores,
-    conspo_weights,
-    linear_conspo_loss,
-    linear_conspo_scores,
-    linear_token_logprobs,
-    linear_weighted_score_loss,
-    sequence_scores,
-    token_logprobs,
-    weighted_score_loss,
-)
+import conspo_kernels as ck
 
 TILES = {"workspace_mib": 2.0**-12}  # 256 bytes: fewer than three rows
 
@@ -41,44 +27,44 @@ def batch(num_rollouts: int, length: int, device: torch.device) -> tuple[Tensor,
 
 
 DOORS: dict[str, Callable[..., Tensor]] = {
-    "conspo_loss": lambda z, y, r, g, i: conspo_loss(z, y, r, 2, implementation=i),
-    "ids, shift, mask, metrics": lambda z, y, r, g, i: conspo_loss(
+    "conspo_loss": lambda z, y, r, g, i: ck.conspo_loss(z, y, r, 2, implementation=i),
+    "ids, shift, mask, metrics": lambda z, y, r, g, i: ck.conspo_loss(
         z, y, r, g, shift=True, response_mask=y > 3, return_metrics=True, implementation=i
     ).loss,
-    "none": lambda z, y, r, g, i: conspo_loss(z, y, r, g, reduction="none", num_groups=None, implementation=i),
-    "in place": lambda z, y, r, g, i: conspo_loss(z, y, r, 2, inplace_backward=True, implementation=i),
-    "packed": lambda z, y, r, g, i: conspo_loss(
+    "none": lambda z, y, r, g, i: ck.conspo_loss(z, y, r, g, reduction="none", num_groups=None, implementation=i),
+    "in place": lambda z, y, r, g, i: ck.conspo_loss(z, y, r, 2, inplace_backward=True, implementation=i),
+    "packed": lambda z, y, r, g, i: ck.conspo_loss(
         z.flatten(0, 1), y.flatten(), r, 2, shift=True, implementation=i,
         cu_seqlens=torch.arange(len(r) + 1) * z.shape[1],
     ),
     "token_logprobs": lambda z, y, r, g, i: torch.stack(
-        token_logprobs(z, y, temperature=0.7, softcap=3.0, return_entropy=True, implementation=i)
+        ck.token_logprobs(z, y, temperature=0.7, softcap=3.0, return_entropy=True, implementation=i)
     ),
-    "sequence_scores": lambda z, y, r, g, i: sequence_scores(z[..., 0], y, implementation=i),
-    "conspo_scores": lambda z, y, r, g, i: conspo_scores(z, y, implementation=i) + z.sum() * 0,
-    "conspo_loss_from_scores": lambda z, y, r, g, i: conspo_loss_from_scores(z.sum((1, 2)), r, g, implementation=i),
-    "ConSPOLoss": lambda z, y, r, g, i: ConSPOLoss(tau=0.5, num_groups=3, implementation=i)(z, y, r, 2),
-    "weighted_score_loss": lambda z, y, r, g, i: weighted_score_loss(z, y, r - 0.5, implementation=i),
-    "in place, known": lambda z, y, r, g, i: weighted_score_loss(z, y, r - 0.5, inplace=True, implementation=i),
-    "conspo_weights": lambda z, y, r, g, i: conspo_weights(z[:, 0, 0], r, g, implementation=i).loss + z.sum() * 0,
+    "sequence_scores": lambda z, y, r, g, i: ck.sequence_scores(z[..., 0], y, implementation=i),
+    "conspo_scores": lambda z, y, r, g, i: ck.conspo_scores(z, y, implementation=i) + z.sum() * 0,
+    "conspo_loss_from_scores": lambda z, y, r, g, i: ck.conspo_loss_from_scores(z.sum((1, 2)), r, g, implementation=i),
+    "ConSPOLoss": lambda z, y, r, g, i: ck.ConSPOLoss(tau=0.5, num_groups=3, implementation=i)(z, y, r, 2),
+    "weighted_score_loss": lambda z, y, r, g, i: ck.weighted_score_loss(z, y, r - 0.5, implementation=i),
+    "in place, known": lambda z, y, r, g, i: ck.weighted_score_loss(z, y, r - 0.5, inplace=True, implementation=i),
+    "conspo_weights": lambda z, y, r, g, i: ck.conspo_weights(z[:, 0, 0], r, g, implementation=i).loss + z.sum() * 0,
 }  # fmt: skip
 LINEAR_DOORS: dict[str, Callable[..., Tensor]] = {
-    "linear_token_logprobs, stored": lambda x, w, y, r, g, i: linear_token_logprobs(x, w, y, implementation=i),
+    "linear_token_logprobs, stored": lambda x, w, y, r, g, i: ck.linear_token_logprobs(x, w, y, implementation=i),
     "linear_token_logprobs, tiles": lambda x, w, y, r, g, i: torch.stack(
-        linear_token_logprobs(x, w, y, return_entropy=True, implementation=i, **TILES)
+        ck.linear_token_logprobs(x, w, y, return_entropy=True, implementation=i, **TILES)
     ),
-    "linear_conspo_loss": lambda x, w, y, r, g, i: linear_conspo_loss(
+    "linear_conspo_loss": lambda x, w, y, r, g, i: ck.linear_conspo_loss(
         x, w, y, r, g, shift=True, response_mask=y > 3, return_metrics=True, implementation=i
     ).loss,
-    "frozen": lambda x, w, y, r, g, i: linear_conspo_loss(x, w.detach(), y, r, 2, implementation=i) + w.sum() * 0,
-    "packed": lambda x, w, y, r, g, i: linear_conspo_loss(
+    "frozen": lambda x, w, y, r, g, i: ck.linear_conspo_loss(x, w.detach(), y, r, 2, implementation=i) + w.sum() * 0,
+    "packed": lambda x, w, y, r, g, i: ck.linear_conspo_loss(
         x.flatten(0, 1), w, y.flatten(), r, 2, shift=True, implementation=i,
         cu_seqlens=torch.arange(len(r) + 1) * x.shape[1], **TILES,
     ),
     "linear_conspo_scores": lambda x, w, y, r, g, i: (
-        linear_conspo_scores(x, w, y, implementation=i) + (x.sum() + w.sum()) * 0
+        ck.linear_conspo_scores(x, w, y, implementation=i) + (x.sum() + w.sum()) * 0
     ),
-    "linear_weighted_score_loss": lambda x, w, y, r, g, i: linear_weighted_score_loss(
+    "linear_weighted_score_loss": lambda x, w, y, r, g, i: ck.linear_weighted_score_loss(
         x, w, y, r - 0.5, implementation=i, **TILES
     ),
 }  # fmt: skip
@@ -123,7 +109,7 @@ def test_linear_inductor(share: float, implementation: str, device: torch.device
     weight = torch.randn(17, 6, device=device, requires_grad=True)
 
     def step(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor) -> Tensor:
-        return linear_conspo_loss(
+        return ck.linear_conspo_loss(
             hidden, weight, labels, rewards, 2, workspace_mib=512 * share, implementation=implementation
         )
 
@@ -140,7 +126,9 @@ def test_inductor(inplace: bool, implementation: str, device: torch.device) -> N
     weight = torch.randn(6, 17, device=device, requires_grad=True)
 
     def step(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor) -> Tensor:
-        return conspo_loss(hidden @ weight, labels, rewards, 2, inplace_backward=inplace, implementation=implementation)
+        return ck.conspo_loss(
+            hidden @ weight, labels, rewards, 2, inplace_backward=inplace, implementation=implementation
+        )
 
     grads = [
         torch.autograd.grad(function(hidden, weight, labels, rewards), weight)[0]
@@ -154,7 +142,7 @@ def test_schedules_of_the_other_numbers_compile(implementation: str, device: tor
     scores, rewards = torch.randn(4, device=device), torch.tensor([1.0, 0.0, 0.0, 1.0], device=device)
 
     def step(scores: Tensor, value: float) -> Tensor:
-        return conspo_loss_from_scores(
+        return ck.conspo_loss_from_scores(
             scores, rewards, 2, tau=value, reward_threshold=value / 4, implementation=implementation
         )
 
@@ -170,12 +158,12 @@ def test_steps_that_differ_recompile_nothing(as_tensor: bool, implementation: st
     All but two tokens of a rollout are ignored, for the interpreter's sake.
     """
     counter = CompileCounterWithBackend("aot_eager")
-    schedule = CosineMargin(0.5, 0.9, 20)
+    schedule = ck.CosineMargin(0.5, 0.9, 20)
     weight = torch.randn(6, 17, device=device, requires_grad=True)
 
     @torch.compile(fullgraph=True, backend=counter)
     def step(hidden: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor, margin: float | Tensor) -> Tensor:
-        return conspo_loss(hidden @ weight, labels, rewards, ids, margin=margin, implementation=implementation)
+        return ck.conspo_loss(hidden @ weight, labels, rewards, ids, margin=margin, implementation=implementation)
 
     frames = []
     for i in range(20):

@@ -30,7 +30,7 @@ EXTENSION = "_C"
 CORE = {"torch", "numpy"}  # the dependencies every installation has
 ANYTHING = {"*"}
 EDGES = {"integrations", "gradcheck", "ptx", "__main__"}
-PUBLIC = {"loss", "logprobs", "two_phase", "policy_gradient", "modules"}
+PUBLIC = {"loss", "logprobs", "two_phase", "modules"}
 LEAVES = {"values", "registration"}  # what the layers hand to one another, and how an op is registered
 
 

@@ -14,19 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from conspo_kernels import (
-    Parallel,
-    conspo_loss,
-    conspo_loss_from_scores,
-    conspo_scores,
-    conspo_weights,
-    linear_conspo_loss,
-    linear_conspo_scores,
-    linear_token_logprobs,
-    linear_weighted_score_loss,
-    token_logprobs,
-    weighted_score_loss,
-)
+import conspo_kernels as ck
 
 HIDDEN, VOCAB, LENGTH = 5, 23, 6
 OPTIONS = {"tau": 0.5, "margin": 0.2}
@@ -86,7 +74,7 @@ def alone(kind: str, dtype: torch.dtype) -> Output:
     batch = Batch(dtype)
     part = batch.part(slice(None), "padded")
     first, leaves = differentiated(kind, part, batch.weight)
-    door = linear_conspo_loss if kind == "linear" else conspo_loss
+    door = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
     loss = door(*first, part["labels"], batch.rewards, batch.ids, **OPTIONS)
     return loss.detach(), *torch.autograd.grad(loss, leaves)  # type: ignore[union-attr, return-value]
 
@@ -103,10 +91,10 @@ def data_parallel(rank: int, size: int) -> dict[Any, Output]:
         batch, places = Batch(dtype), places_of(rank, size)
         part = batch.part(places, layout)
         first, leaves = differentiated(kind, part, batch.weight)
-        door = linear_conspo_loss if kind == "linear" else conspo_loss
+        door = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
         output = door(
             *first, part.pop("labels"), batch.rewards[places], batch.ids[places],
-            parallel=Parallel(data=dist.group.WORLD, grad_reduction=reduction),
+            parallel=ck.Parallel(data=dist.group.WORLD, grad_reduction=reduction),
             return_metrics=True, **part, **OPTIONS,
         )  # type: ignore[operator]  # fmt: skip
         grads = torch.autograd.grad(output.loss, leaves)
@@ -127,17 +115,17 @@ def micro_batches(rank: int, size: int) -> dict[Any, Output]:
         for place in places.split(2):
             part = batch.part(place, layout)
             first, _leaves = differentiated(kind, part, batch.weight)
-            scores.append((linear_conspo_scores if kind == "linear" else conspo_scores)(*first, **part))
+            scores.append((ck.linear_conspo_scores if kind == "linear" else ck.conspo_scores)(*first, **part))
         all_scores = torch.cat(scores) if scores else torch.empty(0, dtype=dtype)
-        weights = conspo_weights(
+        weights = ck.conspo_weights(
             all_scores, batch.rewards[places], batch.ids[places],
-            parallel=Parallel(data=dist.group.WORLD, grad_reduction=reduction),
+            parallel=ck.Parallel(data=dist.group.WORLD, grad_reduction=reduction),
             **OPTIONS,
         )  # fmt: skip
         for place, w in zip(places.split(2), weights.weights.split(2), strict=True):
             part = batch.part(place, layout)
             first, leaves = differentiated(kind, part, batch.weight)
-            door = linear_weighted_score_loss if kind == "linear" else weighted_score_loss
+            door = ck.linear_weighted_score_loss if kind == "linear" else ck.weighted_score_loss
             total += torch.autograd.grad(door(*first, part.pop("labels"), w, **part), leaves)[1]
         dist.all_reduce(total)
         found[kind, layout, reduction, dtype] = (weights.loss, total / (size if reduction == "mean" else 1))
@@ -170,42 +158,42 @@ def shards(size: int) -> list[tuple[int, int]]:
 def vocabulary(rank: int, size: int) -> dict[str, Any]:
     batch = Batch(torch.float64)
     start, stop = shards(size)[rank]
-    shard = Parallel(vocab=dist.group.WORLD, vocab_start=start)
+    shard = ck.Parallel(vocab=dist.group.WORLD, vocab_start=start)
     hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight[start:stop].clone().requires_grad_()
     found: dict[str, Any] = {}
     for name, options in {"plain": {}, "softcap": {"softcap": 2.0, "temperature": 0.7}}.items():
         logits = hidden @ weight.T
-        logprobs, entropy = token_logprobs(logits, batch.labels, return_entropy=True, parallel=shard, **options)
+        logprobs, entropy = ck.token_logprobs(logits, batch.labels, return_entropy=True, parallel=shard, **options)
         (grad,) = torch.autograd.grad((logprobs + 0.3 * entropy).square().sum(), logits)
         found[f"tokens, {name}"] = (logprobs.detach(), entropy.detach(), grad)
         for mib in (512, 2.0**-12):
-            logprobs, entropy = linear_token_logprobs(
+            logprobs, entropy = ck.linear_token_logprobs(
                 hidden, weight, batch.labels, return_entropy=True, parallel=shard, workspace_mib=mib, **options
             )
             grads = torch.autograd.grad((logprobs + 0.3 * entropy).square().sum(), (hidden, weight))
             found[f"linear, {name}, {mib}"] = (logprobs.detach(), entropy.detach(), *grads)
     arguments = (batch.labels, batch.rewards, batch.ids)
-    loss = linear_conspo_loss(hidden, weight, *arguments, parallel=shard, **OPTIONS)
+    loss = ck.linear_conspo_loss(hidden, weight, *arguments, parallel=shard, **OPTIONS)
     found["loss"] = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
     logits = hidden @ weight.T
-    loss = conspo_loss(logits * 1, *arguments, parallel=shard, inplace_backward=True, **OPTIONS)
+    loss = ck.conspo_loss(logits * 1, *arguments, parallel=shard, inplace_backward=True, **OPTIONS)
     found["in place"] = (loss.detach(), torch.autograd.grad(loss, weight)[0])
-    scores = conspo_scores((hidden @ weight.T).detach(), batch.labels, parallel=shard)
-    weights = conspo_weights(scores, batch.rewards, batch.ids, **OPTIONS).weights
+    scores = ck.conspo_scores((hidden @ weight.T).detach(), batch.labels, parallel=shard)
+    weights = ck.conspo_weights(scores, batch.rewards, batch.ids, **OPTIONS).weights
     for name, loss in {
-        "phase 2": weighted_score_loss(hidden @ weight.T, batch.labels, weights, parallel=shard),
-        "linear phase 2": linear_weighted_score_loss(hidden, weight, batch.labels, weights, parallel=shard),
+        "phase 2": ck.weighted_score_loss(hidden @ weight.T, batch.labels, weights, parallel=shard),
+        "linear phase 2": ck.linear_weighted_score_loss(hidden, weight, batch.labels, weights, parallel=shard),
     }.items():
         found[name] = (loss.detach(), torch.autograd.grad(loss, weight)[0])
-    frozen = linear_conspo_loss(hidden, weight.detach(), *arguments, parallel=shard, **OPTIONS)
+    frozen = ck.linear_conspo_loss(hidden, weight.detach(), *arguments, parallel=shard, **OPTIONS)
     found["frozen"] = (frozen.detach(), torch.autograd.grad(frozen, hidden)[0])
     try:
-        token_logprobs(logits.detach(), torch.full_like(batch.labels, VOCAB), parallel=shard)
+        ck.token_logprobs(logits.detach(), torch.full_like(batch.labels, VOCAB), parallel=shard)
     except ValueError as error:
         found["error"] = str(error)
     if size > 1:
         with pytest.raises(ValueError, match=f"must not overlap: {size} ranks have the label 0"):
-            token_logprobs(
+            ck.token_logprobs(
                 logits.detach(), torch.zeros_like(batch.labels), parallel=dataclasses.replace(shard, vocab_start=0)
             )
     return found
@@ -251,14 +239,14 @@ def sequences(rank: int, size: int) -> dict[str, Any]:
             more["cu_seqlens"] = torch.cat([torch.zeros(1, dtype=torch.long), inside.sum(1).cumsum(0)])
             hidden, labels = hidden[inside], labels[inside]
         first, leaves = differentiated(kind, {"hidden": hidden}, batch.weight)
-        more["parallel"] = Parallel(context=dist.group.WORLD, grad_reduction=reduction)
-        door = linear_conspo_loss if kind == "linear" else conspo_loss
+        more["parallel"] = ck.Parallel(context=dist.group.WORLD, grad_reduction=reduction)
+        door = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
         loss = door(*first, labels, batch.rewards, batch.ids, **more, **OPTIONS)
         (grad,) = torch.autograd.grad(loss, leaves[1:], retain_graph=True)
-        scores = (linear_conspo_scores if kind == "linear" else conspo_scores)(*first, labels, **more)
-        weights = conspo_weights(scores, batch.rewards, batch.ids, **OPTIONS).weights
+        scores = (ck.linear_conspo_scores if kind == "linear" else ck.conspo_scores)(*first, labels, **more)
+        weights = ck.conspo_weights(scores, batch.rewards, batch.ids, **OPTIONS).weights
         first, leaves = differentiated(kind, {"hidden": hidden}, batch.weight)
-        phase_two = (linear_weighted_score_loss if kind == "linear" else weighted_score_loss)(
+        phase_two = (ck.linear_weighted_score_loss if kind == "linear" else ck.weighted_score_loss)(
             *first, labels, weights, **more
         )
         (grad_two,) = torch.autograd.grad(phase_two, leaves[1:])
@@ -290,9 +278,9 @@ def both(rank: int, size: int) -> tuple[Tensor, Tensor]:
     batch, (start, stop) = Batch(torch.float64), shards(2)[part]
     places = torch.arange(replica, 13, 2)
     hidden, weight = batch.hidden[places], batch.weight[start:stop].clone().requires_grad_()
-    loss = linear_conspo_loss(
+    loss = ck.linear_conspo_loss(
         hidden, weight, batch.labels[places], batch.rewards[places], batch.ids[places],
-        parallel=Parallel(data=data_group, vocab=tensor_group, vocab_start=start, grad_reduction="sum"), **OPTIONS,
+        parallel=ck.Parallel(data=data_group, vocab=tensor_group, vocab_start=start, grad_reduction="sum"), **OPTIONS,
     )  # type: ignore[arg-type]  # fmt: skip
     (grad,) = torch.autograd.grad(loss, weight)  # type: ignore[arg-type]
     dist.all_reduce(grad, group=data_group)
@@ -315,27 +303,27 @@ def distributed_tensor(rank: int, size: int) -> tuple[Tensor, Tensor]:
     mesh, batch = init_device_mesh("cpu", (size,)), Batch(torch.float64)
     weight = distribute_tensor(batch.weight, mesh, [Shard(0)]).requires_grad_()
     logits = distribute_tensor(batch.hidden, mesh, [Replicate()]) @ weight.T
-    loss = conspo_loss(logits, batch.labels, batch.rewards, batch.ids, **OPTIONS)  # type: ignore[arg-type]
+    loss = ck.conspo_loss(logits, batch.labels, batch.rewards, batch.ids, **OPTIONS)  # type: ignore[arg-type]
     (grad,) = torch.autograd.grad(loss, weight)  # type: ignore[arg-type]
     leaf = distribute_tensor(batch.hidden @ batch.weight.T, mesh, [Shard(2)]).requires_grad_()
     plain = (batch.hidden @ batch.weight.T).requires_grad_()
     per_rollout = torch.linspace(-1, 1, 13, dtype=torch.float64)
     for door in (
-        lambda z: conspo_loss(z, batch.labels, batch.rewards, batch.ids, inplace_backward=True, **OPTIONS),  # type: ignore[arg-type]
-        lambda z: weighted_score_loss(z, batch.labels, per_rollout, inplace=True),
+        lambda z: ck.conspo_loss(z, batch.labels, batch.rewards, batch.ids, inplace_backward=True, **OPTIONS),  # type: ignore[arg-type]
+        lambda z: ck.weighted_score_loss(z, batch.labels, per_rollout, inplace=True),
     ):
         ours, exact = (torch.autograd.grad(door(x * 1), x)[0] for x in (leaf, plain))  # type: ignore[arg-type]
         assert close(ours.full_tensor(), exact)  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match="overwrites logits, which here is a leaf"):
             door(leaf)
     with pytest.raises(ValueError, match="leaves ranks without any"):
-        conspo_loss(
+        ck.conspo_loss(
             distribute_tensor(torch.randn(2, 3, 1), mesh, [Shard(2)]), batch.labels[:2, :3], batch.rewards[:2], 2
         )
     with pytest.raises(ValueError, match="must be sharded along dimension 2"):
-        conspo_loss(distribute_tensor(batch.hidden, mesh, [Shard(0)]), batch.labels, batch.rewards, 1)
+        ck.conspo_loss(distribute_tensor(batch.hidden, mesh, [Shard(0)]), batch.labels, batch.rewards, 1)
     with pytest.raises(ValueError, match="weight must be a whole tensor, got a DTensor"):
-        linear_conspo_loss(batch.hidden, weight, batch.labels, batch.rewards, batch.ids)
+        ck.linear_conspo_loss(batch.hidden, weight, batch.labels, batch.rewards, batch.ids)
     return loss.detach(), grad.full_tensor()  # type: ignore[union-attr, attr-defined]
 
 
@@ -350,9 +338,9 @@ def no_contrast(rank: int, size: int) -> tuple[Tensor, Tensor, float]:
     """No valid group anywhere, and a rank without rollouts: an exact zero with a graph."""
     number = 0 if rank else 3
     logits = torch.randn(number, 4, 7, dtype=torch.float64, requires_grad=True)
-    output = conspo_loss(
+    output = ck.conspo_loss(
         logits, torch.zeros(number, 4).long(), torch.ones(number), torch.arange(number), return_metrics=True,
-        parallel=Parallel(data=dist.group.WORLD),
+        parallel=ck.Parallel(data=dist.group.WORLD),
     )  # fmt: skip
     output.loss.backward()  # type: ignore[union-attr]
     return output.loss.detach(), logits.grad, output.metrics["conspo/valid_group_fraction"].item()  # type: ignore[union-attr, return-value]
@@ -370,21 +358,21 @@ def equal_groups(rank: int, size: int) -> tuple[Tensor, Tensor]:
     batch, mine = Batch(torch.float64), slice(0, 3) if rank == 0 else slice(3, 8)
     scores = (batch.hidden[:, 0, 0] * 1).requires_grad_()
     rewards = torch.tensor([1.0, 0, 0, 1, 0, 1, 1, 0])
-    loss = conspo_loss_from_scores(scores[mine], rewards[mine], 4, parallel=Parallel(data=dist.group.WORLD))
-    whole = conspo_loss_from_scores(scores[:8], rewards, 4)
-    per_group = conspo_loss_from_scores(
+    loss = ck.conspo_loss_from_scores(scores[mine], rewards[mine], 4, parallel=ck.Parallel(data=dist.group.WORLD))
+    whole = ck.conspo_loss_from_scores(scores[:8], rewards, 4)
+    per_group = ck.conspo_loss_from_scores(
         scores[mine],
         rewards[mine],
         4,
         reduction="none",
-        parallel=Parallel(data=dist.group.WORLD, grad_reduction="sum"),
+        parallel=ck.Parallel(data=dist.group.WORLD, grad_reduction="sum"),
     )
     assert per_group.shape == (2,)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="groups=3 rollouts per prompt must divide the number of rollouts, got 8"):
-        conspo_loss_from_scores(scores[mine], rewards[mine], 3, parallel=Parallel(data=dist.group.WORLD))
+        ck.conspo_loss_from_scores(scores[mine], rewards[mine], 3, parallel=ck.Parallel(data=dist.group.WORLD))
     groups = 4 if rank == 0 else torch.zeros(5, dtype=torch.long)
     with pytest.raises(ValueError, match="an int on all, got both"):
-        conspo_loss_from_scores(scores[mine], rewards[mine], groups, parallel=Parallel(data=dist.group.WORLD))
+        ck.conspo_loss_from_scores(scores[mine], rewards[mine], groups, parallel=ck.Parallel(data=dist.group.WORLD))
     (ours,), (all_of_them,) = (torch.autograd.grad(x, scores) for x in (loss, whole))  # type: ignore[arg-type]
     expected = torch.zeros_like(ours)
     expected[mine] = all_of_them[mine] * size
@@ -403,13 +391,15 @@ def mixed(rank: int, size: int) -> Tensor:
     rewards = rewards.half() if rank == 3 else rewards
     ids = torch.tensor([0, 0], dtype=[torch.int64, torch.int32, torch.uint8, torch.int16][rank]) + rank // 2
     scores = torch.tensor([-1.0, -2.0 - rank])
-    return conspo_loss_from_scores(scores, rewards, ids, reward_threshold=0.1, parallel=Parallel(data=dist.group.WORLD))  # type: ignore[return-value]
+    return ck.conspo_loss_from_scores(
+        scores, rewards, ids, reward_threshold=0.1, parallel=ck.Parallel(data=dist.group.WORLD)
+    )  # type: ignore[return-value]
 
 
 def test_types_that_differ_between_ranks() -> None:
     scores = torch.tensor([-1.0, -2, -1, -3, -1, -4, -1, -5])
     rewards, ids = torch.tensor([0.0, 1, 1, 0, 1, 0, 0, 1]), torch.tensor([0, 0, 0, 0, 1, 1, 1, 1])
-    expected = conspo_loss_from_scores(scores, rewards, ids)
+    expected = ck.conspo_loss_from_scores(scores, rewards, ids)
     for loss in on_ranks(4)["mixed"]:
         assert torch.equal(loss, expected)  # type: ignore[arg-type]
 
@@ -417,12 +407,12 @@ def test_types_that_differ_between_ranks() -> None:
 def killed(rank: int, size: int) -> str:
     logits = torch.randn(2, 3, 7, requires_grad=True)
     labels, rewards = torch.zeros(2, 3).long(), torch.tensor([1.0, 0.0])
-    conspo_loss(logits, labels, rewards, 2, parallel=Parallel(data=dist.group.WORLD))
+    ck.conspo_loss(logits, labels, rewards, 2, parallel=ck.Parallel(data=dist.group.WORLD))
     if rank == 1:
         dist.destroy_process_group()
         return "gone"
     try:
-        conspo_loss(logits, labels, rewards, 2, parallel=Parallel(data=dist.group.WORLD))
+        ck.conspo_loss(logits, labels, rewards, 2, parallel=ck.Parallel(data=dist.group.WORLD))
     except RuntimeError as error:
         return type(error).__module__ + str(error)
     return "no error"
@@ -442,15 +432,15 @@ def compiled(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
     columns = slice(0, 4) if rank == 0 else slice(4, LENGTH)
 
     def over_groups(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
-        return linear_conspo_loss(hidden, weight, labels, rewards, ids, parallel=Parallel(data=world), **OPTIONS)
+        return ck.linear_conspo_loss(hidden, weight, labels, rewards, ids, parallel=ck.Parallel(data=world), **OPTIONS)
 
     def over_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
-        shard = Parallel(vocab=world, vocab_start=start)
-        return conspo_loss(hidden @ weight[start:stop].T, labels, rewards, ids, parallel=shard, **OPTIONS)
+        shard = ck.Parallel(vocab=world, vocab_start=start)
+        return ck.conspo_loss(hidden @ weight[start:stop].T, labels, rewards, ids, parallel=shard, **OPTIONS)
 
     def over_tokens(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
         logits = hidden[:, columns] @ weight.T
-        return conspo_loss(logits, labels[:, columns], rewards, ids, parallel=Parallel(context=world), **OPTIONS)
+        return ck.conspo_loss(logits, labels[:, columns], rewards, ids, parallel=ck.Parallel(context=world), **OPTIONS)
 
     found = []
     for function in (over_groups, over_vocabulary, over_tokens):
