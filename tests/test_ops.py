@@ -89,4 +89,6 @@ DOORS: dict[str, Callable[[Tensor, str], Tensor]] = {
 def test_gradcheck_fp64(door: str, implementation: str, device: torch.device) -> None:
     """Through the kernels that users run."""
     logits = torch.randn(6, 11, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: DOORS[door](z, implementation), logits)
+    # Along random directions under the interpreter: entry by entry it would run forward 132 times.
+    interpreted = implementation == "triton" and device.type == "cpu"
+    assert torch.autograd.gradcheck(lambda z: DOORS[door](z, implementation), logits, fast_mode=interpreted)
