@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import json
 import re
 import subprocess
@@ -159,16 +160,19 @@ CASES: dict[str, Callable[[], None]] = {
 }
 
 
-def _nvidia(kernel: Any) -> tuple[int, int, dict[int, int], dict[int, int]]:
+@functools.lru_cache  # cases share kernels, and each of the two programs takes a third of a second to start
+def _nvidia(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
     """Registers, spilled bytes, load and store widths, from the machine code."""
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(cubin)
         file.flush()
         usage = subprocess.run(
             [binaries / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-        sass = subprocess.run([binaries / "nvdisasm", file.name], capture_output=True, text=True, check=True).stdout
+        # The code alone, without following jumps through registers, of which there are none: a quarter less time.
+        disassemble = [binaries / "nvdisasm", "--print-code", "--no-dataflow", file.name]
+        sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
 
     def widths(instruction: str) -> dict[int, int]:
         found: dict[int, int] = {}
@@ -210,7 +214,7 @@ def compiled(target: str) -> list[Compiled]:
         with offline(TARGETS[target]) as kernels:
             call()
         for kernel in kernels:
-            registers, spills, loads, stores = (_amd if "amdgcn" in kernel.asm else _nvidia)(kernel)
+            registers, spills, loads, stores = _amd(kernel) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
             shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
             table.append(
                 Compiled(

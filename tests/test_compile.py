@@ -168,7 +168,7 @@ def test_steps_that_differ_recompile_nothing(as_tensor: bool, implementation: st
     frames = []
     for i in range(20):
         margin = schedule(i + 1)
-        hidden, labels, rewards, ids = batch(4 + 2 * (i // 4), 5 + i, device)
+        hidden, labels, rewards, ids = batch(2 + i // 4, 3 + i, device)
         labels[:, 2:] = -100
         step(hidden, labels, rewards, ids, torch.tensor(margin) if as_tensor else margin).backward()
         frames.append(counter.frame_count)

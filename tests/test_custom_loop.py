@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import signal
 import subprocess
@@ -16,6 +17,20 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NUM_ROLLOUTS = 14
+
+
+RUNS = [(parallel, micro_batch) for parallel in ("ddp", "fsdp2") for micro_batch in (2, 7)]
+
+
+@functools.cache
+def on_ranks() -> dict[tuple[str, int], list[tuple[Tensor, dict[str, Tensor]]]]:
+    """What each run gives on each of two ranks; the processes are started once for all of them."""
+    found = ranks.run(2, several)
+    return {run: [of_rank[i] for of_rank in found] for i, run in enumerate(RUNS)}
+
+
+def several(rank: int, size: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
+    return [gradients(rank, size, parallel, micro_batch) for parallel, micro_batch in RUNS]
 
 
 def gradients(rank: int, size: int, parallel: str, micro_batch: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,7 +63,7 @@ def test_gradients_of_ranks_are_those_of_one_process(parallel: str) -> None:
     torch.use_deterministic_algorithms(False)
     loss, grads = gradients(0, 1, "", NUM_ROLLOUTS)
     for micro_batch in (2, 7):
-        for value, found in ranks.run(2, gradients, parallel, micro_batch):
+        for value, found in on_ranks()[parallel, micro_batch]:
             assert (value - loss).abs() <= 1e-12
             assert found.keys() == grads.keys()
             for name, exact in grads.items():

@@ -145,4 +145,6 @@ FUNCTIONS: dict[str, Callable[[Tensor, str], Tensor]] = {
 def test_gradcheck_fp64(name: str, implementation: str, device: torch.device) -> None:
     """Through the kernels that users run."""
     logits = torch.randn(6, 11, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda z: FUNCTIONS[name](z, implementation), logits)
+    # Along random directions under the interpreter: entry by entry it would run forward 132 times.
+    interpreted = implementation == "triton" and device.type == "cpu"
+    assert torch.autograd.gradcheck(lambda z: FUNCTIONS[name](z, implementation), logits, fast_mode=interpreted)
