@@ -173,7 +173,8 @@ def _backward_kernel(
     start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, last - first)
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-    label_lane = label - (first - row)
+    # Lanes are compared in 32 bits, of which a label of 2^32 + 3 has those of lane 3: such a label is no lane's.
+    label_lane = tl.where(label >> 31 == 0, label - (first - row), -1)
     has_edges = (chunk == 0) & (last - first < vocab_size)
     num_tiles = tl.maximum(stop - start, 0) // (LANES * VECTOR)
 
@@ -229,6 +230,9 @@ def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
     _combine_kernel[(triton.cdiv(num_tokens, COMBINE_ROWS),)](
         base, labels, partial, logprobs, entropy, row_max, log_sum, *row, num_tokens, labels.shape[1],
         **constants, ROWS=COMBINE_ROWS, CHUNKS=triton.next_power_of_2(num_chunks), num_warps=1,
+        # Several lanes hold a row and store it. Were `merge`'s products fused with the sum over lanes, each would have
+        # its own one unrounded, and its own last bit.
+        enable_fp_fusion=False,
     )  # fmt: skip
     return Statistics(logprobs, entropy, row_max, log_sum)
 
