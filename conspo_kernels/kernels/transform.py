@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class LogitTransform(NamedTuple):
     """y = f(z) / temperature, f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap.
@@ -23,3 +25,12 @@ class LogitTransform(NamedTuple):
     @property
     def scale(self) -> float:
         return (self.logit_scale if self.softcap is None else self.softcap) / self.temperature
+
+    def tanh(self, dtype: torch.dtype) -> str | None:
+        """Which tanh the compiled kernels need.
+
+        "short" is wrong by up to 1.5e-7, which `scale` multiplies; the limit keeps 1e-5. fp32 logits leave time for "series".
+        """
+        if self.softcap is None:
+            return None
+        return "short" if dtype.itemsize == 2 and self.scale <= 64 else "series"
