@@ -16,6 +16,7 @@ from ..kernels import native
 logger = logging.getLogger("conspo_kernels")
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+executed = False  # Triton's kernels run on CPU tensors as compiled PTX: set by `ptx.compiled`
 BEST = {"cuda": "triton", "cpu": "native"}  # where it can run; "torch" elsewhere
 
 
@@ -34,7 +35,7 @@ def unavailable(implementation: str, device: torch.device) -> str | None:
         return native.OBSTACLE
     if not HAS_TRITON:
         return "Triton is not installed"
-    if device.type != "cuda" and not _interpreting():
+    if device.type != "cuda" and not _interpreting() and not executed:
         return f"Triton runs on CUDA tensors (or, for tests, with TRITON_INTERPRET=1), the tensors are on {device}"
     return None
 

@@ -1,0 +1,145 @@
+"""Races, found in what a launch's accesses have written down.
+
+Two threads race where they touch the same bytes, one of them stores, and nothing orders them: between CTAs nothing
+does; in a CTA a barrier does, within a warp also a barrier of the warp. Two things are no race:
+
+- stores of the same bits: Triton's layouts hold replicas of a number, and each may write it;
+- the load of a replica: a thread loads, by the same instruction as the thread that stores later, a number that it then
+  does not use. What it reads there does not matter.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .arithmetic import Array
+from .memory import Access, Fault, Memory, Region
+from .threads import WARP
+
+
+class Touches(NamedTuple):
+    """One entry per granule (the narrowest access of the region) that a thread touched, in the order of time."""
+
+    granule: Array
+    thread: Array  # in the grid
+    cta: Array
+    barriers: Array
+    warp_barriers: Array
+    stores: Array
+    changed: Array
+    access: Array  # which one
+
+    def only(self, those: Array) -> Touches:
+        return Touches(*(column[those] for column in self))
+
+
+def check_races(memory: Memory, kernel: str) -> None:
+    """Raise Fault where two threads race."""
+    for region in memory.regions:
+        if region.stored:
+            _check(region, memory.name, kernel)
+
+
+def _check(region: Region, space: str, kernel: str) -> None:
+    touches = _touches(region.accesses)
+    # Nearly everything is touched by one thread alone: that is sorted out first.
+    touches = touches.only(_shared_with_a_store([touches.granule], touches.thread, touches))
+    if not len(touches.granule):
+        return
+    across = _shared_with_a_store([touches.granule], touches.cta, touches)
+    if across.any():
+        _complain("CTAs, which nothing orders,", touches.only(across), region, space, kernel)
+    warp = touches.thread // WARP
+    between = _shared_with_a_store([touches.granule, touches.barriers], warp, touches)
+    within = _shared_with_a_store(
+        [touches.granule, touches.barriers, warp, touches.warp_barriers], touches.thread, touches
+    )
+    for key, those in (
+        ([touches.granule, touches.barriers], between),
+        ([touches.granule, touches.barriers, warp, touches.warp_barriers], within),
+    ):
+        candidates = touches.only(those)
+        groups = _groups([column[those] for column in key])
+        for group in np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1]):
+            if len(group) and _matters(candidates.only(group)):
+                _complain("threads, with no barrier between them,", candidates.only(group), region, space, kernel)
+
+
+def _touches(accesses: list[Access]) -> Touches:
+    size = min(access.size for access in accesses)
+    columns: list[list[Array]] = [[] for _ in Touches._fields]
+    for number, access in enumerate(accesses):
+        per_cta = access.per_cta
+        lanes = np.arange(len(access.ctas) * per_cta) if access.lanes is None else access.lanes
+        cta = lanes // per_cta
+        pieces = access.size // size
+        stores = access.changed is not None
+        values = (
+            np.broadcast_to(access.address, lanes.shape) // size,
+            access.ctas[cta] * per_cta + lanes % per_cta,
+            access.ctas[cta],
+            access.barriers[cta],
+            access.warp_barriers[lanes // WARP],
+            np.full(lanes.shape, stores),
+            access.changed if access.changed is not None else np.zeros(lanes.shape, bool),
+            np.full(lanes.shape, number),
+        )
+        for column, value in zip(columns, values, strict=True):
+            column.append(value.repeat(pieces))
+        if pieces > 1:
+            columns[0][-1] = columns[0][-1] + np.tile(np.arange(pieces), len(lanes))
+    return Touches(*map(np.concatenate, columns))
+
+
+def _groups(key: list[Array]) -> Array:
+    """A number per entry, the same for equal keys."""
+    groups = np.zeros(len(key[0]), np.int64)
+    for column in key:
+        _, inverse = np.unique(column, return_inverse=True)
+        _, groups = np.unique(groups * (int(inverse.max(initial=0)) + 1) + inverse, return_inverse=True)
+    return groups
+
+
+def _shared_with_a_store(key: list[Array], who: Array, touches: Touches) -> Array:
+    """Which entries have a key that is touched by two of `who`, and stored to."""
+    if not len(who):
+        return np.zeros(0, bool)
+    groups = _groups(key)
+    order = np.argsort(groups, kind="stable")
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    several = np.minimum.reduceat(who[order], starts) != np.maximum.reduceat(who[order], starts)
+    stored = np.logical_or.reduceat(touches.stores[order], starts)
+    return (several & stored)[groups]
+
+
+def _matters(touches: Touches) -> bool:
+    """Whether the order of these accesses to one granule can change anything."""
+    stores = touches.only(touches.stores)
+    loads = touches.only(~touches.stores)
+    # The first of several stores may change the bits; a later one by another thread must find its own there.
+    later = stores.access > stores.access[0]
+    if len(np.unique(stores.thread)) > 1 and stores.changed[later].any():
+        return True
+    for access, thread in zip(loads.access, loads.thread, strict=True):
+        others = stores.thread != thread
+        if not others.any():
+            continue
+        if (stores.access[others] < access).any():
+            return True
+        replicas = loads.thread[loads.access == access]
+        if not np.isin(stores.thread[others], replicas).all():
+            return True
+    return False
+
+
+def _complain(who: str, touches: Touches, region: Region, space: str, kernel: str) -> None:
+    store = int(np.flatnonzero(touches.stores)[0])
+    same = touches.granule == touches.granule[store]
+    other = int(np.flatnonzero(same & (touches.thread != touches.thread[store]))[0])
+    lines = []
+    for i in (store, other):
+        access = region.accesses[int(touches.access[i])]
+        lines.append(f"thread {int(touches.thread[i]) % access.per_cta} of CTA {int(touches.cta[i])}: {access.text}")
+    raise Fault(f"{space} memory race in {kernel}: two {who} touch {region.name}\n  " + "\n  ".join(lines))

@@ -1,0 +1,54 @@
+"""The ops of this package, run by the executor: `compiled`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import numpy as np
+from triton import knobs
+
+from ..kernels import launch_triton
+from ..ops import implementation
+from .arithmetic import Perturbation
+from .driver import TARGETS, Settings, executing
+
+
+@contextlib.contextmanager
+def compiled(
+    target: str = "sm_90", *, perturb: int | str | None = None, seed: int = 0, races: bool = True
+) -> Iterator[None]:
+    """Within, `implementation="triton"` runs on CPU tensors: kernels compiled for `target`, their PTX executed.
+
+    Args:
+        target: "sm_80", "sm_90" or "sm_100".
+        perturb: None: approximate instructions (ex2.approx, div.full ...) are correctly rounded. A number: the seed of
+            errors up to what the PTX ISA allows. "up", "down": that whole error in one direction.
+        seed: of the order in which CTAs run.
+        races: look for races, which costs time and memory where kernels store.
+
+    Raises:
+        ValueError: another target.
+        RuntimeError: Triton interprets; TRITON_INTERPRET is read when its kernels are defined.
+        Fault: at a launch, a kernel that does what it must not.
+    """
+    if target not in TARGETS:
+        raise ValueError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+    if knobs.runtime.interpret:
+        raise RuntimeError("Triton interprets its kernels (TRITON_INTERPRET), so there is nothing compiled to execute")
+    perturbation = None if perturb is None else Perturbation(perturb)
+    architecture, executed = launch_triton.architecture, implementation.executed
+    launch_triton.architecture = lambda _: target  # type: ignore[assignment]
+    implementation.executed = True
+    _forget_choices()
+    try:
+        with executing(Settings(target, perturbation, np.random.default_rng(seed), races)):
+            yield
+    finally:
+        launch_triton.architecture, implementation.executed = architecture, executed
+        _forget_choices()
+
+
+def _forget_choices() -> None:
+    implementation.choose.cache_clear()
+    implementation.twin.cache_clear()
