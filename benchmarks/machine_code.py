@@ -28,7 +28,23 @@ ALU = {
     "VABSDIFF", "VHMNMX", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3", "VOTE", "CSEL", "FCHK", "IADD_64", "MOV64", "SEL64",
 }  # fmt: skip
 SPECIAL = {"MUFU", "F2F", "F2I", "FRND", "I2F", "POPC", "FLO", "BREV"}
-MEMORY = {"LDG", "LD", "LDS", "LDC", "LDL", "STG", "ST", "STS", "STL", "SHFL", "ATOMS", "ATOMG", "RED", "LDGSTS", "LDSM"}
+MEMORY = {
+    "LDG",
+    "LD",
+    "LDS",
+    "LDC",
+    "LDL",
+    "STG",
+    "ST",
+    "STS",
+    "STL",
+    "SHFL",
+    "ATOMS",
+    "ATOMG",
+    "RED",
+    "LDGSTS",
+    "LDSM",
+}
 ISSUE_ONLY = {
     "BAR", "BRA", "BSSY", "BSYNC", "CALL", "CCTL", "CS2R", "DEPBAR", "ERRBAR", "EXIT", "LDGDEPBAR", "MEMBAR", "NOP", "R2UR",
     "LDCU", "REDUX", "RET", "S2R", "S2UR", "WARPSYNC", "YIELD", "BREAK", "BMOV", "PREEXIT", "ACQBULK", "R2B", "VOTEU", "CREDUX",

@@ -15,57 +15,48 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def capped(z, inner, TANH: tl.constexpr):
-    """u = tanh(z * inner), but -inf, a masked vocabulary entry, stays -inf."""
+    """u = tanh(z * inner), inner in fp64, but -inf, a masked vocabulary entry, stays -inf."""
     u, _slope = tanh(z, inner, TANH)
     return tl.where(z == NEG_INF, NEG_INF, u)
 
 
 @triton.jit
 def tanh(z, inner, TANH: tl.constexpr):
-    """u = tanh(z * inner) and (du/dz) / (4 * inner), which is 0 at -inf.
+    """u = tanh(x) for x = z * inner, inner in fp64, and (du/dz) / (4 * inner), which is 0 at -inf.
 
-    TANH: "short" is wrong by about 1e-7 everywhere, "series" by a relative 1e-7; `transform.py` chooses.
+    With t = exp(-2 |x|) and r = -1 / (1 + t), |u| = (t - 1) r and the slope 4 t r^2, whose digits stay where u saturates.
     """
-    if TANH == "short":
-        u, t, r = _short_tanh(z, inner)
+    t = tl.exp2(tl.abs(z) * (inner * (-2 * LOG2_E)).to(z.dtype))
+    if z.dtype == tl.float64:
+        r = -1 / (1 + t)
+        u = (t - 1) * r
+        u = tl.where(z < 0, -u, u)
     else:
-        u, t, r = _series_tanh(z, inner)
+        r = _minus_reciprocal(t)
+        sign = z.to(tl.int32, bitcast=True) & -0x80000000
+        u = (((t - 1) * r).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    if TANH == "series":
+        # 1 - t cancels for small x, and a large softcap multiplies what is lost: there the Taylor series through x^13.
+        x = z * inner.to(z.dtype)
+        x2 = x * x
+        series = tl.fma(tl.fma(x2, 21844 / 6081075, -1382 / 155925), x2, 62 / 2835)
+        series = tl.fma(tl.fma(tl.fma(series, x2, -17 / 315), x2, 2 / 15), x2, -1 / 3) * x2
+        small: tl.constexpr = 0.03 if z.dtype == tl.float64 else 0.3
+        u = tl.where(tl.abs(x) < small, tl.fma(x, series, x), u)
     return u, t * r * r
 
 
 @triton.jit
-def _short_tanh(z, inner):
-    """tanh(x) = (1 - t) / (1 + t) with the sign of x = z * inner, t = exp(-2 |x|), and r = -1 / (1 + t).
+def _minus_reciprocal(t):
+    """-1 / (1 + t) in fp32 for t in [0, 1], by multiply-adds: exponentials have filled the pipe that divides.
 
-    One exponential and no division: the forward pass has less room on the pipe of both than on that of multiply-adds.
-    Those are asked for by name, so that every kernel gets the same bits and a label that is its row's maximum logp <= 0.
+    First the cubic r with the least relative error, e = 1 + (1 + t) r = T4(2t - 1) / 577; then a step that leaves
+    e^3 < 6e-9. In e, 1 + r is exact and t * r not rounded. The multiply-adds are asked for by name, so that all kernels
+    find the same bits.
     """
-    t = tl.exp2(tl.abs(z) * (inner * (-2 * LOG2_E)))
-    # -r is first the cubic with the least relative error, 1 + (1 + t) r = e = T4(2t - 1) / 577 on [0, 1]; then a step
-    # that leaves e^3 < 6e-9. In e, 1 + r is exact and t * r not rounded.
-    r = tl.fma(t, tl.full(t.shape, 128 / 577, t.dtype), tl.full(t.shape, -384 / 577, t.dtype))
-    r = tl.fma(t, r, tl.full(t.shape, 544 / 577, t.dtype))
-    r = tl.fma(t, r, tl.full(t.shape, -576 / 577, t.dtype))
+    r = tl.fma(tl.fma(tl.fma(t, 128 / 577, -384 / 577), t, 544 / 577), t, -576 / 577)
     e = tl.fma(t, r, 1 + r)
-    r = tl.fma(r, tl.fma(e, e, e), r)
-    sign = z.to(tl.int32, bitcast=True) & -0x80000000
-    u = (((t - 1) * r).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
-    return u, t, r
-
-
-@triton.jit
-def _series_tanh(z, inner):
-    """The same with a small relative error: a large softcap multiplies what 1 - t loses for small x."""
-    x = z * inner
-    t = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
-    r = 1 / (1 + t)
-    u = (1 - t) / (1 + t)
-    u = tl.where(x < 0, -u, u)
-    x2 = x * x
-    series = x2 * (-1382 / 155925 + x2 * (21844 / 6081075))  # Taylor's through x^13
-    series = x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835) + x2 * series)))
-    small: tl.constexpr = 0.03 if z.dtype == tl.float64 else 0.3
-    return tl.where(tl.abs(x) < small, x + x * series, u), t, r
+    return tl.fma(r, tl.fma(e, e, e), r)
 
 
 @triton.jit
@@ -121,7 +112,7 @@ def grad_tile(
     """c * dlogp[label]/dz + h * dH/dz for a tile of logits z."""
     if TANH is not None:
         u, slope = tanh(z, inner, TANH)
-        factor = scale * inner * 4
+        factor = (scale * inner * 4).to(z.dtype)
     else:
         u = z
         factor = scale
