@@ -76,9 +76,15 @@ class Pipes(NamedTuple):
     def per(self, count: float) -> Pipes:
         return Pipes(*(slots / count for slots in self))
 
+    def plus(self, other: Pipes) -> Pipes:
+        return Pipes(*(a + b for a, b in zip(self, other, strict=True)))
+
 
 class Walk(NamedTuple):
-    """One trip of a main loop, or a whole kernel that has none, per thread. Bytes of global memory; barriers of a block."""
+    """One trip of a main loop, or a whole kernel that has none, per thread.
+
+    load_bytes: of logits, so of the widest loads.  store_bytes: all.  barriers: of a block.
+    """
 
     pipes: Pipes
     load_bytes: int
@@ -153,18 +159,22 @@ def pipes(code: Sequence[Instruction]) -> Pipes:
     return Pipes(len(code), fma, alu, mufu, lsu)
 
 
-def main_loop(kernel: Any) -> Walk:
-    """The innermost loop that moves the most bytes of global memory between registers; the whole kernel without one."""
+def passes(kernel: Any) -> list[Walk]:
+    """The innermost loops that load the most bytes of global memory, the whole kernel where there is none.
+
+    A kernel that goes over its rows twice has two of the kind. Loops that load less are tails.
+    """
     code = instructions(disassembled(kernel.asm["cubin"]))
     walks = [_walk(body, is_loop=True) for body in loops(code)]
-    walks = [walk for walk in walks if walk.load_bytes] or [_walk(code, is_loop=False)]
-    return max(walks, key=lambda walk: walk.load_bytes)
+    most = max((walk.load_bytes for walk in walks), default=0)
+    return [walk for walk in walks if walk.load_bytes == most] if most else [_walk(code, is_loop=False)]
 
 
 def _walk(code: Sequence[Instruction], is_loop: bool) -> Walk:
+    loads = [width(it) for it in code if it.name == "LDG"]
     return Walk(
         pipes(code),
-        load_bytes=sum(width(it) for it in code if it.name == "LDG"),
+        load_bytes=sum(size for size in loads if size == max(loads)),  # narrower ones are labels and coefficients
         store_bytes=sum(width(it) for it in code if it.name == "STG"),
         barriers=sum(it.name == "BAR" for it in code),
         is_loop=is_loop,
