@@ -149,6 +149,11 @@ CASES: dict[str, Callable[[], None]] = {
     "bf16, V 50,257": lambda: call_token_logprob(_logits(50_257, torch.bfloat16)),
     "bf16, V 50,257, gradient elsewhere": lambda: call_token_logprob(_logits(50_257 * 2, torch.bfloat16)[..., :50_257]),
     "bf16, V 262,144, softcap": lambda: call_token_logprob(_logits(262_144, torch.bfloat16), softcap=30.0),
+    "bf16, V 262,144, softcap, entropy": lambda: call_token_logprob(
+        _logits(262_144, torch.bfloat16), softcap=50.0, entropy=True
+    ),
+    "bf16, V 262,144, softcap of 1,000": lambda: call_token_logprob(_logits(262_144, torch.bfloat16), softcap=1000.0),
+    "fp32, V 262,144, softcap": lambda: call_token_logprob(_logits(262_144, torch.float32), softcap=30.0),
     "bf16, V 151,936, entropy": lambda: call_token_logprob(_logits(151_936, torch.bfloat16), entropy=True),
     "fp32, V 151,936": lambda: call_token_logprob(_logits(151_936, torch.float32)),
     "fp64, V 1,000": lambda: call_token_logprob(_logits(1000, torch.float64)),

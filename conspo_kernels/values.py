@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # Behind `inputs` a label is an entry of the vocabulary or IGNORED: no response token, no result, no gradient. Any other
@@ -49,6 +50,15 @@ class LogitTransform(NamedTuple):
     @property
     def scale(self) -> float:
         return (self.logit_scale if self.softcap is None else self.softcap) / self.temperature
+
+    def tanh(self, dtype: torch.dtype) -> str | None:
+        """Which tanh the compiled kernels need.
+
+        "short" is wrong by up to 1.5e-7, which `scale` multiplies; the limit keeps 1e-5. fp32 logits leave time for "series".
+        """
+        if self.softcap is None:
+            return None
+        return "short" if dtype.itemsize == 2 and self.scale <= 64 else "series"
 
     def to_numbers(self) -> list[float]:
         """As the schema of an op takes it."""

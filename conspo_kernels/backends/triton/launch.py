@@ -25,7 +25,7 @@ REPEATS = 9
 
 
 class Launch(NamedTuple):
-    """lanes: vectors of 16 bytes per tile, lanes / (32 num_warps) of them in flight per thread of an NVIDIA warp."""
+    """lanes: vectors of 16 bytes per tile, `vectors_per_thread` of them in flight per thread."""
 
     lanes: int
     num_warps: int
@@ -70,6 +70,12 @@ def launch_of(kernel: str, logits: Tensor) -> Launch:
     if logits.is_cuda and os.environ.get("CONSPO_AUTOTUNE") == "1":
         return search(kernel, logits.shape[-1], logits.dtype, logits.device)
     return TABLE[architecture(logits.device)][kernel]
+
+
+def vectors_per_thread(launch: Launch, device: torch.device) -> int:
+    """How many vectors of a tile one thread holds."""
+    threads = launch.num_warps * (64 if architecture(device).startswith("gfx") else 32)
+    return max(launch.lanes // threads, 1)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch_of
+from .launch import launch_of, vectors_per_thread
 
 VECTOR_BYTES = 16  # the widest load of one thread
 CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,936 logits
@@ -62,8 +62,11 @@ def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
 def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
     """How the kernels that walk rows cut them. kernel: of `launch.TABLE`."""
     size = logits.element_size()
-    lanes, num_warps = launch_of(kernel, logits)
-    return {"VECTOR": VECTOR_BYTES // size, "LANES": lanes, "CHUNK": CHUNK_BYTES // size, "num_warps": num_warps}
+    launch = launch_of(kernel, logits)
+    cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes, "CHUNK": CHUNK_BYTES // size}
+    if kernel == "forward":
+        cut["PARTS"] = vectors_per_thread(launch, logits.device)
+    return cut | {"num_warps": launch.num_warps}
 
 
 def num_chunks_of(logits: Tensor) -> int:

@@ -14,19 +14,49 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def capped(z, inner):
-    """u = tanh(z * inner) and du/dz; -inf, a masked vocabulary entry, stays -inf with slope 0."""
-    x = z * inner
-    t = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
-    u = (1 - t) / (1 + t)
-    u = tl.where(x < 0, -u, u)
-    # 1 - t cancels for small x, and a large softcap multiplies what is lost: there the Taylor series through x^13.
-    x2 = x * x
-    series = x2 * (-1382 / 155925 + x2 * (21844 / 6081075))
-    series = x2 * (-1 / 3 + x2 * (2 / 15 + x2 * (-17 / 315 + x2 * (62 / 2835) + x2 * series)))
-    small: tl.constexpr = 0.03 if z.dtype == tl.float64 else 0.3
-    u = tl.where(tl.abs(x) < small, x + x * series, u)
-    return tl.where(z == NEG_INF, NEG_INF, u), 4 * t / ((1 + t) * (1 + t)) * inner
+def capped(z, inner, TANH: tl.constexpr):
+    """u = tanh(z * inner), inner in fp64, but -inf, a masked vocabulary entry, stays -inf."""
+    u, _slope = tanh(z, inner, TANH)
+    return tl.where(z == NEG_INF, NEG_INF, u)
+
+
+@triton.jit
+def tanh(z, inner, TANH: tl.constexpr):
+    """u = tanh(x) for x = z * inner, inner in fp64, and (du/dz) / (4 * inner), which is 0 at -inf.
+
+    With t = exp(-2 |x|) and r = -1 / (1 + t), |u| = (t - 1) r and the slope 4 t r^2, whose digits stay where u saturates.
+    """
+    t = tl.exp2(tl.abs(z) * (inner * (-2 * LOG2_E)).to(z.dtype))
+    if z.dtype == tl.float64:
+        r = -1 / (1 + t)
+        u = (t - 1) * r
+        u = tl.where(z < 0, -u, u)
+    else:
+        r = _minus_reciprocal(t)
+        sign = z.to(tl.int32, bitcast=True) & -0x80000000
+        u = (((t - 1) * r).to(tl.int32, bitcast=True) | sign).to(tl.float32, bitcast=True)
+    if TANH == "series":
+        # 1 - t cancels for small x, and a large softcap multiplies what is lost: there the Taylor series through x^13.
+        x = z * inner.to(z.dtype)
+        x2 = x * x
+        series = tl.fma(tl.fma(x2, 21844 / 6081075, -1382 / 155925), x2, 62 / 2835)
+        series = tl.fma(tl.fma(tl.fma(series, x2, -17 / 315), x2, 2 / 15), x2, -1 / 3) * x2
+        small: tl.constexpr = 0.03 if z.dtype == tl.float64 else 0.3
+        u = tl.where(tl.abs(x) < small, tl.fma(x, series, x), u)
+    return u, t * r * r
+
+
+@triton.jit
+def _minus_reciprocal(t):
+    """-1 / (1 + t) in fp32 for t in [0, 1], by multiply-adds: exponentials have filled the pipe that divides.
+
+    First the cubic r with the least relative error, e = 1 + (1 + t) r = T4(2t - 1) / 577; then a step that leaves
+    e^3 < 6e-9. In e, 1 + r is exact and t * r not rounded. The multiply-adds are asked for by name, so that all kernels
+    find the same bits.
+    """
+    r = tl.fma(tl.fma(tl.fma(t, 128 / 577, -384 / 577), t, 544 / 577), t, -576 / 577)
+    e = tl.fma(t, r, 1 + r)
+    return tl.fma(r, tl.fma(e, e, e), r)
 
 
 @triton.jit
@@ -37,22 +67,27 @@ def finite_max(m):
 
 @triton.jit
 def _moment(e, d):
-    """e * d with 0 * -inf = 0: what a masked vocabulary entry adds to the entropy."""
-    return tl.where(e > 0, e * d, tl.zeros_like(d))
+    """e * d with 0 * -inf = 0, what a masked vocabulary entry adds to the entropy: no d with e > 0 is that small."""
+    return e * tl.maximum(d, -1e30)
 
 
 @triton.jit
 def fold(m, s, w, u, scale2, HAS_ENTROPY: tl.constexpr):
-    """Fold a tile u [LANES, VECTOR] into the lanes' running statistics."""
-    m_new = tl.maximum(m, tl.max(u, axis=1))
+    """Fold a tile u [PARTS * LANES, VECTOR] into the running statistics [LANES].
+
+    The parts, a lane's vectors, share one maximum: so there is one rescaling of s for all of them.
+    """
+    PARTS: tl.constexpr = u.shape[0] // m.shape[0]
+    u = tl.reshape(u, (PARTS, m.shape[0], u.shape[1]))
+    m_new = tl.maximum(m, tl.max(tl.max(u, axis=2), axis=0))
     base = finite_max(m_new)
     d_old = (m - base) * scale2
     decay = tl.exp2(d_old)
-    d = (u - base[:, None]) * scale2
+    d = (u - base[None, :, None]) * scale2
     e = tl.exp2(d)
     if HAS_ENTROPY:
-        w = decay * w + _moment(decay * s, d_old) + tl.sum(_moment(e, d), axis=1)
-    s = decay * s + tl.sum(e, axis=1)
+        w = decay * w + _moment(decay * s, d_old) + tl.sum(tl.sum(_moment(e, d), axis=2), axis=0)
+    s = decay * s + tl.sum(tl.sum(e, axis=2), axis=0)
     return m_new, s, w
 
 
@@ -72,19 +107,21 @@ def merge(m, s, w, scale2, AXIS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def grad_tile(
-    z, is_label, c, h, m, log_sum, entropy, inner, scale, HAS_SOFTCAP: tl.constexpr, HAS_ENTROPY: tl.constexpr
+    z, is_label, c, h, m, log_sum, entropy, inner, scale, TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr
 ):  # fmt: skip
     """c * dlogp[label]/dz + h * dH/dz for a tile of logits z."""
-    if HAS_SOFTCAP:
-        u, slope = capped(z, inner)
+    if TANH is not None:
+        u, slope = tanh(z, inner, TANH)
+        factor = (scale * inner * 4).to(z.dtype)
     else:
         u = z
+        factor = scale
+    c *= factor
     log2_p = (u - m) * (scale * LOG2_E) - log_sum * LOG2_E
     p = tl.exp2(log2_p)
     g = tl.where(is_label, c, tl.zeros_like(z)) - c * p
     if HAS_ENTROPY:
-        g -= h * (_moment(p, log2_p) * LN_2 + p * entropy)
-    g *= scale
-    if HAS_SOFTCAP:
+        g -= h * factor * (_moment(p, log2_p) * LN_2 + p * entropy)
+    if TANH is not None:
         g *= slope
     return g
