@@ -3,10 +3,10 @@
     python -m benchmarks.counted [--json | --markdown] [--wheels FOLDER]
 
 The main loops of compiled kernels are read in machine code (`machine_code.py`). A multiprocessor issues 4 warp
-instructions per clock, 128 lanes, and its pipes take so many lanes per clock: FMA 128, ALU 64, MUFU 16, loads and stores 32
-words. The busiest of them sets the logits per second that arithmetic allows; memory's are its bandwidth over the bytes of a
-logit that are loaded and stored. Their ratio says which one limits a kernel: below 1 it is arithmetic. It is an upper bound
-for a kernel and no measurement: latencies, dependences and barriers are not in it.
+instructions per clock, which is 128 lanes, and its pipes take so many lanes per clock: FMA 128, ALU 64, MUFU 16, loads
+and stores 32 words. The busiest of them sets the logits per second that arithmetic allows; memory's are its bandwidth
+over the bytes of a logit that are loaded and stored. Their ratio says which one limits a kernel: below 1 it is
+arithmetic. It is an upper bound and no measurement: latencies, dependences and barriers are not in it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ OURS = "conspo_kernels"
 
 @dataclass(frozen=True)
 class Count:
-    """One kernel of a package. pipes: slots per logit.  ratio: per GPU, arithmetic's rate over memory's.  limit: its pipe."""
+    """One kernel of a package.
+
+    pipes: slots per logit.  ratio: arithmetic's rate over memory's, by GPU.  limit: the busiest pipe.
+    """
 
     package: str
     what: str
@@ -127,7 +130,8 @@ def counted(targets: tuple[str, ...] = ("sm_90", "sm_100")) -> tuple[list[Count]
 def table(counts: list[Count]) -> str:
     """A line per kernel and target."""
     headers = (
-        "package", "kernel: logits", "target", "instructions", "FMA", "ALU", "MUFU", "bytes", "barriers", "limit", *GPUS,
+        "package", "kernel: logits", "target", "instructions", "FMA", "ALU", "MUFU", "bytes", "barriers", "limit",
+        *GPUS,
     )  # fmt: skip
     lines = [
         (
@@ -176,15 +180,15 @@ def page(counts: list[Count], notes: list[str]) -> str:
 PAGE = """\
 # Counted, not measured
 
-No GPU has run these kernels. This page is printed by `python -m benchmarks.counted --markdown`: it counts what the main loops
-of the compiled kernels spend, and compares the rate that arithmetic allows with the rate that memory allows. The last three
-columns are that ratio: above 1 memory limits a kernel, below 1 arithmetic does. It bounds a kernel's speed from above; latency,
-dependences and barriers are not in it.
+No GPU has run these kernels. This page is printed by `python -m benchmarks.counted --markdown`: it counts what the main
+loops of the compiled kernels spend, and compares the rate that arithmetic allows with the rate that memory allows. The
+last three columns are that ratio: above 1 memory limits a kernel, below 1 arithmetic does. It bounds a kernel's speed
+from above; latency, dependences and barriers are not in it.
 
-All columns of slots are per logit. "instructions" is what is issued, 4 warp instructions per multiprocessor and clock. "FMA",
-"ALU" and "MUFU" are the lanes of three pipes, of which a multiprocessor has 128, 64 and 16. A packed instruction takes one issue
-slot and two FMA lanes; an integer multiply-add takes two FMA lanes. "bytes" are loaded and stored; a kernel that goes over its
-rows twice counts both. A backward kernel without a loop is counted whole, addresses and edges too.
+All columns of slots are per logit. "instructions" is what is issued, 4 warp instructions per multiprocessor and clock.
+"FMA", "ALU" and "MUFU" are the lanes of three pipes, of which a multiprocessor has 128, 64 and 16. A packed instruction
+takes one issue slot and two FMA lanes; an integer multiply-add takes two FMA lanes. "bytes" are loaded and stored; a
+kernel that goes over its rows twice counts both. A kernel without a loop is counted whole, addresses and edges too.
 
 {gpus}
 

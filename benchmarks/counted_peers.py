@@ -1,7 +1,7 @@
 """The Triton kernels of other packages, compiled for counting as this library's are: `counted.py`.
 
-Each is called as its package calls it, on bf16 logits of V 151,936. Within `compiled.offline` nothing is launched, so tensors
-may lie on a CPU and hold anything; where a package asks for a GPU the question is answered for it.
+Each is called as its package calls it, on bf16 logits of V 151,936. Within `compiled.offline` nothing is launched, so
+tensors may lie on a CPU and hold anything; where a package asks for a GPU the question is answered for it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ VOCAB_SIZE = 151_936
 
 
 class Peer(NamedTuple):
-    """names: of the kernels to count, first to last as they are compiled, each with what it does; None: skip it."""
+    """names: what each kernel does that the call compiles, first to last."""
 
     package: str
     call: Callable[[], None]
-    names: tuple[str | None, ...]
+    names: tuple[str, ...]
 
 
 def _logits(rows: int = 2) -> Tensor:
@@ -45,7 +45,7 @@ def _trl_chunked(softcap: float | None) -> Callable[[], None]:
 
         hidden = torch.zeros(2, 16, dtype=torch.bfloat16, requires_grad=True)
         weight = torch.zeros(32_768, 16, dtype=torch.bfloat16, requires_grad=True)
-        with mock.patch.object(chunked_logprob, "_use_triton", lambda _: True):
+        with mock.patch.object(chunked_logprob, "_use_triton", return_value=True):
             labels = torch.zeros(2, dtype=torch.int64)
             outputs = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32_768, softcap, 1.0, ())
             outputs[0].sum().backward()
@@ -81,7 +81,11 @@ PEERS = (
     Peer("trl", _trl, ("forward with entropy", "backward with entropy")),
     Peer("trl", _trl_chunked(None), ("chunked, forward", "chunked, backward")),
     Peer("trl", _trl_chunked(30.0), ("chunked, forward, softcap", "chunked, backward, softcap")),
-    Peer("liger_kernel", _liger_grpo("sequence"), ("GRPO, log-probabilities", "GRPO by sequence, forward", "GRPO by sequence, backward")),
+    Peer(
+        "liger_kernel",
+        _liger_grpo("sequence"),
+        ("GRPO, log-probabilities", "GRPO by sequence, forward", "GRPO by sequence, backward"),
+    ),
     Peer("liger_kernel", _liger_grpo("token"), ("GRPO by token, forward", "GRPO by token, backward")),
     Peer("liger_kernel", _liger_cross_entropy, ("cross-entropy, forward and gradient",)),
     Peer("flash_attn", _flash_attn, ("cross-entropy, forward", "cross-entropy, backward")),

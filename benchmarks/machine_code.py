@@ -23,9 +23,10 @@ FMA = {"FADD", "FMUL", "FFMA", "FADD2", "FMUL2", "FFMA2", "FHADD", "FHFMA", "FSW
 HALF = {"HADD2", "HMUL2", "HFMA2", "HADD2_32I", "HFMA2_32I"}
 IMAD = {"IMAD", "IMAD_X", "IDP", "UIMAD"}
 ALU = {
-    "BMSK", "F2FP", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2", "I2FP", "I2IP", "IABS", "IADD",
-    "IADD3", "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "P2R", "PLOP3", "PRMT", "R2P", "SEL", "SGXT", "SHF", "SHL", "SHR",
-    "VABSDIFF", "VHMNMX", "VIADD", "VIADDMNMX", "VIMNMX", "VIMNMX3", "VOTE", "CSEL", "FCHK", "IADD_64", "MOV64", "SEL64",
+    "BMSK", "CSEL", "F2FP", "FCHK", "FMNMX", "FMNMX3", "FSEL", "FSET", "FSETP", "HMNMX2", "HSET2", "HSETP2",
+    "I2FP", "I2IP", "IABS", "IADD", "IADD3", "IADD_64", "IMNMX", "ISETP", "LEA", "LOP3", "MOV", "MOV64", "P2R",
+    "PLOP3", "PRMT", "R2P", "SEL", "SEL64", "SGXT", "SHF", "SHL", "SHR", "VABSDIFF", "VHMNMX", "VIADD",
+    "VIADDMNMX", "VIMNMX", "VIMNMX3", "VOTE",
 }  # fmt: skip
 SPECIAL = {"MUFU", "F2F", "F2I", "FRND", "I2F", "POPC", "FLO", "BREV"}
 MEMORY = {
@@ -46,8 +47,9 @@ MEMORY = {
     "LDSM",
 }
 ISSUE_ONLY = {
-    "BAR", "BRA", "BSSY", "BSYNC", "CALL", "CCTL", "CS2R", "DEPBAR", "ERRBAR", "EXIT", "LDGDEPBAR", "MEMBAR", "NOP", "R2UR",
-    "LDCU", "REDUX", "RET", "S2R", "S2UR", "WARPSYNC", "YIELD", "BREAK", "BMOV", "PREEXIT", "ACQBULK", "R2B", "VOTEU", "CREDUX",
+    "ACQBULK", "BAR", "BMOV", "BRA", "BREAK", "BSSY", "BSYNC", "CALL", "CCTL", "CREDUX", "CS2R", "DEPBAR",
+    "ERRBAR", "EXIT", "LDCU", "LDGDEPBAR", "MEMBAR", "NOP", "PREEXIT", "R2B", "R2UR", "REDUX", "RET", "S2R",
+    "S2UR", "VOTEU", "WARPSYNC", "YIELD",
 }  # fmt: skip
 
 
@@ -62,9 +64,9 @@ class Instruction(NamedTuple):
 class Pipes(NamedTuple):
     """Slots that a piece of code takes, per thread.
 
-    issue: instructions.  fma: fp32 operations, two of a packed instruction; an integer multiply-add, whose rate is half,
-    takes two.  alu: comparisons, selections, integer and bit operations, conversions by packing.  mufu: ex2, rcp and
-    conversions of the same pipe.  lsu: loads, stores and shuffles in units of 4 bytes.
+    issue: instructions.  fma: fp32 operations, two of a packed instruction; an integer multiply-add, whose rate is
+    half, takes two.  alu: comparisons, selections, integer and bit operations, conversions by packing.  mufu: ex2, rcp
+    and conversions of the same pipe.  lsu: loads, stores and shuffles in units of 4 bytes.
     """
 
     issue: float
@@ -154,7 +156,7 @@ def pipes(code: Sequence[Instruction]) -> Pipes:
             mufu += 1
         elif it.name in MEMORY:
             lsu += max(width(it) / 4, 1)
-        elif it.name not in ISSUE_ONLY and not it.name.startswith("U"):  # U: once per warp, on a datapath of its own
+        elif it.name not in ISSUE_ONLY and not it.name.startswith("U"):  # U: once per warp, on their own datapath
             raise ValueError(f"the pipe of {it.text!r} is not known")
     return Pipes(len(code), fma, alu, mufu, lsu)
 

@@ -52,9 +52,10 @@ class LogitTransform(NamedTuple):
         return (self.logit_scale if self.softcap is None else self.softcap) / self.temperature
 
     def tanh(self, dtype: torch.dtype) -> str | None:
-        """Which tanh the compiled kernels need.
+        """Which tanh of Triton's `softmax.py` the compiled kernels need for logits of a dtype.
 
-        "short" is wrong by up to 1.5e-7, which `scale` multiplies; the limit keeps 1e-5. fp32 logits leave time for "series".
+        "short" is wrong by up to 1.5e-7, which `scale` multiplies: up to 64 that stays below 1e-5. fp32 logits, twice
+        the bytes, leave time for "series".
         """
         if self.softcap is None:
             return None

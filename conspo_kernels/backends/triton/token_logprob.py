@@ -44,6 +44,7 @@ def _statistics_kernel(
     chunk = program % num_chunks
     if tl.load(labels_ptr + token) == IGNORED:
         return
+    inner = tl.full((), inner, tl.float64)
     scale2 = tl.full((), scale, ACC) * LOG2_E
 
     row = row_offset(token, num_positions, logits_early, stride_logits_b, stride_logits_t)
@@ -96,6 +97,7 @@ def _combine_kernel(
     in_range = tokens < num_tokens
     labels = tl.load(labels_ptr + tokens, mask=in_range, other=0)
     active = in_range & (labels != IGNORED)
+    inner = tl.full((), inner, tl.float64)
     scale = tl.full((), scale, ACC)
 
     chunks = tl.arange(0, CHUNKS)
@@ -115,8 +117,8 @@ def _combine_kernel(
     row = row_offset(tokens, num_positions, logits_early, stride_logits_b, stride_logits_t)
     u = tl.load(logits_ptr + row + labels, mask=readable, other=float("nan")).to(ACC)
     if TANH is not None:
-        # A softcap of 50 makes 7e-6 of tanh's error in fp32: that of the sum is enough. The maximum is the one exception:
-        # there both errors are the same and cancel, so that logp <= 0.
+        # A softcap of 50 makes 7e-6 of tanh's error in fp32: the sum has it, the label need not. Only the maximum keeps
+        # it: there both errors are the same and cancel, so that logp <= 0.
         z, u = u, capped(u, inner, TANH)
         d = tl.where(u == m, u - m, capped(z.to(tl.float64), inner, "series") - m).to(ACC)
     else:
@@ -163,6 +165,7 @@ def _backward_kernel(
         entropy = tl.load(entropy_ptr + token)
     m = tl.load(row_max_ptr + token)
     log_sum = tl.load(log_sum_ptr + token)
+    inner = tl.full((), inner, tl.float64)
     scale = tl.full((), scale, ACC)
 
     row = row_offset(token, num_positions, logits_early, stride_logits_b, stride_logits_t)
