@@ -312,9 +312,9 @@ sys.modules["trl"] = None  # as if it were not installed
 import conspo_kernels
 from conspo_kernels.integrations import trl
 assert not {"transformers", "peft", "datasets", "accelerate"} & set(sys.modules)
-for name in ("ConSPOConfig", "ConSPOTrainer"):
+for name in ("ConSPOConfig", "ConSPOTrainer", "enable_fused_loss_head"):
     try:
-        getattr(trl, name)
+        getattr(trl, name)()
     except ImportError as error:
         assert "pip install 'conspo-kernels[trl]'" in str(error), error
     else:
