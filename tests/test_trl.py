@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -177,6 +178,8 @@ def test_a_resumed_run_goes_on_identically(name: str, tmp_path: Path) -> None:
     options |= {"learning_rate": 1e-2, "margin_warmup_ratio": 0.8}
     whole = parts.trainer(tmp_path, **options)
     whole.train()
+    saved = torch.load(tmp_path / "checkpoint-3" / "training_args.bin", weights_only=False)
+    assert (type(saved), saved.tau) == (ConSPOConfig, 0.7)
     resumed = parts.trainer(tmp_path / "resumed", policy=parts.model(seed=9), **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     for step in range(2):
@@ -265,6 +268,10 @@ def scores_of(policy: Any, it: dict[str, Any]) -> Tensor:
         ({"epsilon_high": 0.3}, "epsilon_high=0.3 has no meaning for ConSPO"),
         ({"disable_dropout": False}, "disable_dropout=False"),
         ({"use_vllm": True, "vllm_importance_sampling_correction": True}, "vllm_importance_sampling_correction=True"),
+        (
+            {"parallelism_config": SimpleNamespace(tp_enabled=True, cp_enabled=False, sp_enabled=False)},
+            "tensor parallel",
+        ),
         (FOUR | {"steps_per_generation": 6}, "steps_per_generation (6) must be a multiple of"),
         (
             {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "steps_per_generation": 8},
@@ -278,6 +285,12 @@ def test_what_would_not_be_conspo_raises(options: dict[str, Any], message: str, 
     defaults = {"num_generations": 4, "per_device_train_batch_size": 4}
     with pytest.raises(ValueError, match=re.escape(message)):
         ConSPOConfig(**parts.settings(tmp_path, **(defaults | options)))
+
+
+def test_settings_from_a_command_line(tmp_path: Path) -> None:
+    arguments = f"--output_dir {tmp_path} --use_cpu true --bf16 false --tau 0.5 --group_denominator all".split()
+    (parsed,) = trl.TrlParser((ConSPOConfig,)).parse_args_and_config(arguments)
+    assert (parsed.tau, parsed.margin, parsed.group_denominator, parsed.loss_type) == (0.5, 0.5, "all", "conspo")
 
 
 def test_another_config_raises(tmp_path: Path) -> None:
