@@ -1,4 +1,4 @@
-"""A real TRL run on a CPU, in two minutes on two cores: `ConSPOTrainer` teaches a small Llama to spell words backward.
+"""A real TRL run on a CPU, in two minutes: `ConSPOTrainer` teaches a small Llama to spell words backward.
 
 The model, the words and the verifier are those of train.py; TRL samples, shuffles and steps. Supervised steps first,
 until the model solves some words but not most. Then ConSPO: 32 words with eight rollouts each per step, in four
@@ -124,7 +124,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--warmup-accuracy", type=float, default=0.35, help="at which they stop")
     parser.add_argument("--held-out", type=int, default=512, help="words kept away from training")
     parser.add_argument("--eval-samples", type=int, default=2, help="responses per held-out word")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/trl"))
     return parser.parse_args(argv)
 

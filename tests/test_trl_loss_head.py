@@ -112,6 +112,35 @@ def test_chunked_logprobs_equal_trls(seed: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*statistics, strict=True))
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_mixed_precision(seed: int) -> None:
+    """Weights in fp32, GEMMs in bf16, TRL's default: the gradient of the weight is as good as TRL's in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    leaves = [torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((64, 16), (300, 16))]
+    targets = torch.randint(300, (64,), generator=generator).to(DEVICE)
+    seeds = [torch.rand(64, generator=generator).to(DEVICE) for _ in range(2)]
+
+    def chunked(hidden: Tensor, weight: Tensor) -> list[Tensor]:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            found = in_place("_ChunkedLogProbFunction").apply(hidden, weight, None, targets, 1.0, 128)
+        return list(found[:2])
+
+    theirs = differentiated(chunked, leaves, seeds)
+    with fused_loss_head():
+        ours = differentiated(chunked, leaves, seeds)
+    wide = [x.double() for x in leaves]
+    right = differentiated(lambda h, w: list(exact_logprobs(h @ w.T, targets, 1.0)), wide, seeds)
+    assert [x.dtype for x in ours] == [x.dtype for x in theirs] == [torch.float32] * 4
+    compare(torch.bfloat16, ours[:3], theirs[:3], right[:3], 2)
+    compare(torch.float32, ours[3:], theirs[3:], right[3:], 0)
+    assert DEVICE == "cpu" or (ours[3] != ours[3].bfloat16().float()).any()  # a CPU rounds each product of tiles
+    with fused_loss_head():
+        logprobs = chunked(leaves[0], leaves[1].requires_grad_())[0].sum()
+    logprobs.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="second backward"):
+        logprobs.backward()
+
+
 @pytest.mark.parametrize("seed", range(100))
 def test_selected_logprobs_and_entropies_equal_trls(seed: int) -> None:
     rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)

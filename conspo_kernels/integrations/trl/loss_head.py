@@ -113,8 +113,9 @@ def _chunked(function: Any) -> Callable[..., Statistics]:
                 "the fused loss head does not run under ZeRO-3: backward reads the weight of lm_head, which is not "
                 "gathered then. Use ZeRO-2 or FSDP2, or TRL's own loss head"
             )
+        head, weight_grad = _cast_weight(hidden, weight)
         result = linear_token_logprobs(
-            hidden, weight.to(hidden.dtype), targets, bias=None if bias is None else bias.to(hidden.dtype),
+            hidden, head, targets, bias=None if bias is None else bias.to(head.dtype), weight_grad=weight_grad,
             temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale,
             return_entropy="entropy" in outputs,
         )  # fmt: skip
@@ -129,6 +130,34 @@ def _chunked(function: Any) -> Callable[..., Statistics]:
         return logprobs, entropy, *statistics[2:]
 
     return fused_logprobs
+
+
+def _cast_weight(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight in the dtype of the GEMMs, and, where its gradient is of more bits, [V, H] fp32 to add it up in."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if weight.dtype != torch.float32 or dtype.itemsize > 2 or not (weight.requires_grad and torch.is_grad_enabled()):
+        return weight.to(dtype), None
+    weight_grad = torch.zeros_like(weight, requires_grad=False)
+    return UnroundedGradient.apply(weight, dtype, weight_grad), weight_grad
+
+
+class UnroundedGradient(torch.autograd.Function):
+    """A weight in 16 bits, whose gradient is handed on as the ops have summed it, in fp32. That of a cast is rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, weight_grad: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight_grad = weight_grad
+        return weight.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *_none: Tensor | None) -> tuple[Tensor, None, None]:
+        """Runs when the ops' backward has run: their gradient of this weight is in `weight_grad`."""
+        if ctx.weight_grad is None:
+            raise RuntimeError("a second backward through the loss head: its gradient was handed on by the first")
+        weight_grad, ctx.weight_grad = ctx.weight_grad, None
+        return weight_grad, None, None
 
 
 def _selective(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
