@@ -114,7 +114,7 @@ def test_chunked_logprobs_equal_trls(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(10))
 def test_mixed_precision(seed: int) -> None:
-    """Weights in fp32, GEMMs in bf16, TRL's default: the gradient of the weight is as good as TRL's in fp32."""
+    """Weights in fp32, GEMMs in bf16, TRL's default: the gradient of the weight is as good as TRL's, in fp32."""
     generator = torch.Generator().manual_seed(seed)
     leaves = [torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((64, 16), (300, 16))]
     targets = torch.randint(300, (64,), generator=generator).to(DEVICE)
