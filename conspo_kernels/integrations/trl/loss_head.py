@@ -143,7 +143,7 @@ def _cast_weight(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]
 
 
 class UnroundedGradient(torch.autograd.Function):
-    """A weight in 16 bits, whose gradient is handed on as the ops have summed it, in fp32. That of a cast is rounded."""
+    """A weight in 16 bits whose gradient is handed on as the ops have summed it, in fp32. That of a cast is rounded."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, weight_grad: Tensor) -> Tensor:
