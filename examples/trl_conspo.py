@@ -1,4 +1,4 @@
-"""A real TRL run on a CPU, in two minutes: `ConSPOTrainer` teaches a small Llama to spell words backward.
+"""A real TRL run on a CPU, in a minute or two: `ConSPOTrainer` teaches a small Llama to spell words backward.
 
 The model, the words and the verifier are those of train.py; TRL samples, shuffles and steps. Supervised steps first,
 until the model solves some words but not most. Then ConSPO: 32 words with eight rollouts each per step, in four
