@@ -25,13 +25,14 @@ from conspo_kernels.integrations.trl import ConSPOConfig, ConSPOTrainer, config
 
 CONTRAST = {"tau": 0.7, "margin": 0.3}
 FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}  # 16 rollouts, groups of 4
-# What is trained on: rollouts for one step, in four micro-batches or one, for two steps, twice, half of a step's.
+# Rollouts for one step, in four micro-batches or one; for two steps; twice; for half of a step; for a quarter of one.
 RUNS: dict[str, dict[str, Any]] = {
     "micro-batches": FOUR | {"max_steps": 2},
     "one micro-batch": {"per_device_train_batch_size": 16, "max_steps": 2},
     "two steps": FOUR | {"steps_per_generation": 8, "max_steps": 3},
     "two iterations": FOUR | {"num_iterations": 2, "max_steps": 3},
     "two generations": FOUR | {"steps_per_generation": 2, "group_denominator": "all", "max_steps": 2},
+    "four generations": FOUR | {"steps_per_generation": 1, "group_denominator": "all", "max_steps": 2},
     "lora": FOUR | {"peft_config": "lora", "learning_rate": 2.0, "max_steps": 2},
     "no tokens": FOUR | {"mask_truncated_completions": True, "max_completion_length": 16},
 }
@@ -42,11 +43,11 @@ def lora() -> peft.LoraConfig:
 
 
 @functools.cache
-def trained(name: str, folder: str = "unused") -> Any:
+def trained(name: str) -> Any:
     options = dict(RUNS[name])
     if options.pop("peft_config", None):
         options["peft_config"] = lora()
-    trainer = parts.trainer(folder, **options)
+    trainer = parts.trainer(parts.SCRATCH.name, **options)
     trainer.train()
     return trainer
 
@@ -201,11 +202,11 @@ RANK_RUNS: list[dict[str, Any]] = [
 ]
 
 
-def on_rank(rank: int, size: int, folder: str) -> list[dict[str, Any]]:
+def on_rank(rank: int, size: int) -> list[dict[str, Any]]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     found = []
     for options in RANK_RUNS:
-        trainer = parts.trainer(folder, ddp_backend="gloo", seed=4, **options)
+        trainer = parts.trainer(parts.SCRATCH.name, ddp_backend="gloo", seed=4, **options)
         assert trainer.accelerator.num_processes == size
         trainer.train()
         recorder = trainer.recorder
@@ -222,7 +223,7 @@ def on_rank(rank: int, size: int, folder: str) -> list[dict[str, Any]]:
 
 @functools.cache
 def on_ranks() -> list[list[dict[str, Any]]]:
-    return ranks.run(2, on_rank, "unused")
+    return ranks.run(2, on_rank)
 
 
 @pytest.mark.parametrize("run", range(len(RANK_RUNS)))

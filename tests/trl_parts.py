@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
+SCRATCH = tempfile.TemporaryDirectory()  # for trainers that save nothing; gone with this process
 LETTERS = "abcdefghijkl"
 SPECIALS = ["<pad>", "<eos>"]
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
