@@ -198,3 +198,17 @@ def test_equals_trl(name: str) -> None:
     exact_value, exact = trl_gradient(name, batch)
     assert (value - exact_value).abs() <= 1e-6 * exact_value.abs()
     assert (gradient - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+def test_credit_follows_the_gap_in_conspo_and_not_in_grpo() -> None:
+    """The curves of examples/credit.py, against the closed form of ConSPO's weights."""
+    from credit import CURVES, GAPS, GROUP, OTHERS, RIGHT, credit
+
+    flat = credit(*CURVES["GRPO"], 0)
+    torch.testing.assert_close(flat, flat[:1].expand_as(flat), rtol=1e-12, atol=0)
+    assert flat[0] > 0
+    tau, wrong = 0.3, GROUP - RIGHT
+    others = OTHERS + tau * torch.tensor(wrong, dtype=torch.float64).log()  # tau logsumexp_j s_j / tau
+    q = torch.sigmoid((others - (OTHERS + GAPS)) / tau)
+    torch.testing.assert_close(credit(*CURVES["ConSPO, tau 0.3, margin 0"], 0), q / RIGHT, rtol=1e-10, atol=0)
+    assert (credit(*CURVES["ConSPO, tau 1, margin 1"], RIGHT).diff() < 0).all()  # a likelier wrong one is pushed harder
