@@ -23,7 +23,10 @@ def supervised_batch(policy: Policy, task: Task, entries: Sequence[Entry]) -> Ba
     answers, answer_mask = pad(
         [tokenizer.encode_response(task.answer(e)) for e in entries], tokenizer.pad_id, left=False
     )
-    return joined(*(x.to(policy.device) for x in (prompts, prompt_mask, answers, answer_mask)))
+    prompts, prompt_mask, answers, answer_mask = (
+        x.to(policy.device) for x in (prompts, prompt_mask, answers, answer_mask)
+    )
+    return joined(prompts, prompt_mask, answers, answer_mask)
 
 
 @torch.no_grad()
