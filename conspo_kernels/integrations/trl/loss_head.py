@@ -19,7 +19,7 @@ from conspo_kernels import linear_token_logprobs, token_logprobs
 
 from .config import installed_trl
 
-# (replacement, TRL's own), by the id of the replacement and in the order of `_replacements`. Empty: the head is off.
+# Pairs (replacement, TRL's own) while the head is on; empty while it is off.
 _replaced: list[tuple[Any, Any]] = []
 
 ALL_STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # those of ChunkedLogProbFunction, in order

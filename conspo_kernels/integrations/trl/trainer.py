@@ -54,9 +54,9 @@ class ConSPOSteps(_Trainer):
     _tag_names = ("trl", "conspo")
     _name = "ConSPO"
     _paper = {  # noqa: RUF012  as TRL has it
-        "title": "ConSPO: Contrastive Sequence-level Policy Optimization",
+        "title": "Contrastive Sequence-level Policy Optimization (ConSPO)",
         "id": "2605.12969",
-        "citation": "arXiv:2605.12969",
+        "citation": "@misc{conspo, author = {Zhang and others}, year = 2026, eprint = {arXiv:2605.12969}}",
     }
 
     def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
