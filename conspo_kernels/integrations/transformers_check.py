@@ -138,7 +138,8 @@ def relative_difference(value: Tensor, expected: Tensor) -> float:
 
 def _close(value: Tensor, expected: Tensor, rounding_16: float = 1e-2) -> bool:
     """Equal up to rounding: the same operations on the same numbers, in another order perhaps."""
-    rounding = rounding_16 if torch.finfo(expected.dtype).bits == 16 else 1e-4
+    in_16_bits = torch.finfo(expected.dtype).bits == 16 or torch.is_autocast_enabled(expected.device.type)
+    rounding = rounding_16 if in_16_bits else 1e-4
     return value.shape == expected.shape and relative_difference(value, expected) <= rounding
 
 
