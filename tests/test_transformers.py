@@ -149,6 +149,25 @@ def test_a_bf16_model() -> None:
     torch.testing.assert_close(logprobs[:, :-1].double(), expected, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("layout", [dict, packed], ids=["padded", "packed"])
+def test_under_autocast(layout) -> None:
+    model, batch = tiny_model("Qwen3"), padded_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = conspo_loss_of(model, layout(batch), REWARDS, 2, **OPTIONS)
+        expected = own_loss(model, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=1e-3)
+
+
+def test_autocast_around_the_models_forward_alone_raises() -> None:
+    """As Accelerate has it: its base model, called from outside, would compute in another precision."""
+    model = tiny_model("Llama")
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with pytest.raises(ValueError, match=r"inside of accelerator.autocast\(\)"):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+
+
 def test_two_phases_give_the_gradient_of_the_whole_batch() -> None:
     model, batch = tiny_model("Granite"), padded_batch()
     parts = [{name: value[i::2] for name, value in batch.items()} for i in range(2)]  # groups come apart
@@ -190,10 +209,20 @@ def test_packed_is_padded(name: str) -> None:
     assert_gradients_equal(gradients(model, loss), gradients(model, expected))
 
 
-@pytest.mark.parametrize("name", STATE_SPACE)
+@pytest.mark.parametrize("name", [*STATE_SPACE, "GptOss", "OPT"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_state_that_runs_over_the_border_of_rollouts_raises(name: str, dtype: torch.dtype) -> None:
-    model = tiny_model(name).to(dtype)
+def test_packed_rollouts_that_see_one_another_raise(name: str, dtype: torch.dtype) -> None:
+    """A state runs on; GPT-OSS and OPT do not tell their attention masks of positions."""
+    changes = {"GptOss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}}
+    changes["OPT"] = {"word_embed_proj_dim": 32, "ffn_dim": 48}
+    model = tiny_model(name, **changes.get(name, {})).to(dtype)
+    batch = padded_batch()
+    torch.testing.assert_close(  # padded they are right
+        conspo_loss_of(model.eval(), batch, REWARDS, 2, **OPTIONS, logits_dtype=torch.float32),
+        own_loss(model, batch),
+        rtol=1e-5 if dtype == torch.float32 else 2e-2,
+        atol=1e-6,
+    )
     with pytest.raises(ValueError, match="lets packed rollouts see one another"):
         conspo_loss_of(model, packed(padded_batch()), REWARDS, 2)
 

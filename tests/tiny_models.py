@@ -35,7 +35,7 @@ ARCHITECTURES = {
     "FalconH1": {"lm_head_multiplier": 0.3, "mamba_n_groups": 1, **MAMBA_SIZES},
     "HyperCLOVAX": {"logits_scaling": 0.25},
 }
-STATE_SPACE = ("FalconH1",)  # whose state runs on over the border of packed rollouts, at least without its own kernels
+STATE_SPACE = ("FalconH1",)  # whose state runs on over the border of packed rollouts
 
 
 def tiny_model(name: str, **changes: object) -> PreTrainedModel:

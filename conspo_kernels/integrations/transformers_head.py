@@ -133,7 +133,9 @@ def last_hidden_states(model: nn.Module, inputs: dict[str, Any]) -> Tensor:
     """[B, T, H], what the model hands to its head, from the model's own keyword arguments; its head does not run."""
     lm = causal_lm_of(model)
     base = lm.base_model
-    if base is lm:
+    if base is lm:  # Llama 4's text model is under another name than its base_model_prefix
+        base = getattr(lm, "model", None)
+    if base is None:
         raise ValueError(f"{type(lm).__name__} has no base model without a head: use conspo_loss on its logits")
     output = base(**{"use_cache": False, **inputs, "return_dict": True})
     hidden: Tensor = output.last_hidden_state
