@@ -323,6 +323,20 @@ def test_what_would_be_wrong_in_silence_raises(wrap, message: str) -> None:
         conspo_loss_of(wrap(tiny_model("Llama")), padded_batch(), REWARDS, 2)
 
 
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.empty(0), r"empty here: if it is sharded \(ZeRO-3\), gather it"),
+        (torch.zeros(VOCAB, 32, dtype=torch.int8), "must be floating point, got torch.int8"),
+    ],
+)
+def test_a_weight_that_is_not_there_or_quantised_raises(weight: Tensor, message: str) -> None:
+    model = tiny_model("Llama")
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=message):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+
+
 def test_what_is_no_causal_lm_raises() -> None:
     batch = padded_batch()
     with pytest.raises(TypeError, match="must be a PreTrainedModel of transformers or PEFT's, got Linear"):
