@@ -8,6 +8,7 @@ import math
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ sys.path.insert(0, str(RECIPES))
 import math_rl  # noqa: E402
 from math_policy import build_policy, merged_weights  # noqa: E402
 from math_problems import Draws, Problem, last_number, reward, sums  # noqa: E402
-from samplers import GenerateSampler  # noqa: E402
+from samplers import GenerateSampler, VLLMSampler  # noqa: E402
 
 from conspo_kernels import conspo_loss  # noqa: E402
 
@@ -141,6 +142,51 @@ def test_without_vllm_the_setting_raises_rather_than_sample_otherwise(monkeypatc
     assert settings.sampler == "vllm"
     with pytest.raises(ImportError, match="vllm"):
         math_rl.make_sampler(build_policy("tiny", 0, "float32", "sdpa", False, "cpu"), settings)
+
+
+def test_the_vllm_sampler_on_a_stub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No vLLM runs here: a stub with the names that the sampler calls, as TRL 1.16 calls them for vLLM 0.22 to 0.31."""
+    policy = build_policy("tiny", 4, "float32", "sdpa", False, "cpu")
+    perturb(policy.model)
+    engine = build_policy("tiny", 0, "float32", "sdpa", False, "cpu").model
+    calls: list[object] = []
+
+    class StubLLM:
+        def __init__(self, **options: object) -> None:
+            calls.append(options["model"])
+            runner = SimpleNamespace(
+                model=SimpleNamespace(load_weights=lambda pairs: engine.load_state_dict(dict(pairs)))
+            )
+            worker = SimpleNamespace(driver_worker=SimpleNamespace(model_runner=runner))
+            self.llm_engine = SimpleNamespace(model_executor=worker)
+
+        def reset_prefix_cache(self) -> None:
+            calls.append("cache reset")
+
+        def generate(
+            self, requests: list[dict[str, list[int]]], params: SimpleNamespace, use_tqdm: bool
+        ) -> list[object]:
+            calls.append(params)
+            return [
+                SimpleNamespace(
+                    outputs=[SimpleNamespace(token_ids=(request["prompt_token_ids"][0], i)) for i in range(params.n)]
+                )
+                for request in requests
+            ]
+
+    stub = SimpleNamespace(LLM=StubLLM, SamplingParams=lambda **options: SimpleNamespace(**options))
+    monkeypatch.setitem(sys.modules, "vllm", stub)
+    for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "0")  # the sampler's own go with the test
+    sampler = VLLMSampler(policy, "name", 0.3, 100, seed=0)
+    assert sampler.sample([[7, 8], [9]], 2, 5, 0.7) == [[[7, 0], [7, 1]], [[9, 0], [9, 1]]]
+    params = calls[1]
+    assert (params.temperature, params.top_p, params.top_k, params.max_tokens) == (0.7, 1.0, 0, 5)
+    sampler.update()
+    assert calls[::2] == ["name", "cache reset"]
+    ids = torch.tensor([policy.tokenizer.prompt("1+2=3")])
+    with torch.no_grad():
+        torch.testing.assert_close(engine(input_ids=ids).logits, policy.model(input_ids=ids).logits, rtol=0, atol=1e-5)
 
 
 def test_the_packed_example(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -67,18 +67,19 @@ def packed(batch: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: a value that is not [B, T], by name.
 
-    Cost: one synchronisation, for the number of tokens.
+    Cost: two synchronisations, for the number of tokens and the longest length.
     """
     ids, attention_mask = _tensor(batch, "input_ids"), _tensor(batch, "attention_mask")
     keep = attention_mask != 0
     lengths = keep.sum(1, dtype=torch.int32)
     cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    indices = keep.flatten().nonzero()[:, 0]
     tokens = {}
     for name in batch.keys() - {"attention_mask", "position_ids"}:
         value = _tensor(batch, name)
         if value.shape != ids.shape or keep.shape != ids.shape:
             raise ValueError(f"batch[{name!r}] must be {list(keep.shape)}, as attention_mask, got {list(value.shape)}")
-        tokens[name] = value[keep]
+        tokens[name] = value.flatten()[indices]
     return from_unpadded(tokens.pop("input_ids"), cu_seqlens, **tokens)
 
 

@@ -30,7 +30,8 @@ def checked_head(model: nn.Module) -> CausalLMHead:
     """`causal_lm_head`, compared with the model's own logits by `check_head` the first time that a model is seen."""
     lm = causal_lm_of(model)
     head = causal_lm_head(lm)
-    state = (id(lm.get_output_embeddings()), id(lm.base_model), head.logit_scale, head.softcap)
+    parts = (weakref.ref(lm.get_output_embeddings()), weakref.ref(lm.base_model))
+    state = (*parts, head.logit_scale, head.softcap)
     if _CHECKED.get(lm) != state:
         check_head(lm)
         _CHECKED[lm] = state

@@ -1,5 +1,6 @@
 """ConSPO on grade-school mathematics with one GPU: vLLM samples, transformers trains, the logits are never whole.
 
+    pip install 'conspo-kernels[transformers]' peft pyyaml datasets vllm
     python examples/recipes/math_rl.py examples/recipes/qwen2.5-1.5b-lora.yaml
     python examples/recipes/math_rl.py examples/recipes/smollm2-1.7b-full.yaml learning_rate=2e-6
     python examples/recipes/math_rl.py examples/recipes/qwen2.5-1.5b-lora.yaml examples/recipes/small.yaml   # on a CPU
