@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import PreTrainedModel
 
 VOCAB = 67
@@ -51,3 +53,26 @@ def tiny_model(name: str, **changes: object) -> PreTrainedModel:
         if head.bias is not None:
             head.bias.normal_()
     return model.train()
+
+
+def multimodal(name: str) -> PreTrainedModel:
+    text = {"vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "final_logit_softcapping": 3.0, "model_type": "gemma2"}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "model_type": "siglip_vision_model", "projection_dim": 32}
+    if name == "Gemma3":
+        text["model_type"] = "gemma3_text"
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision, projection_dim=32)
+    config.image_token_id = config.image_token_index = 4
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    nn.init.normal_(model.get_output_embeddings().weight)
+    return model
+
+
+def lora(model: PreTrainedModel, targets: list[str], **options: object) -> nn.Module:
+    peft = get_peft_model(model, LoraConfig(r=4, target_modules=targets, **options))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)  # as they come they are zero, and the adapter does nothing
+    return peft
