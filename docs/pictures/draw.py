@@ -51,7 +51,7 @@ def idea(path: Path) -> None:
     for x, title in titles:
         ax.text(x, 32.2, title, ha="center", va="center", fontsize=9.5)
     notes = (
-        (26.5, "one read,\nno softmax\nin memory"), (83, "one read,\none write,\nin place"), (62.9, "mean over\ntokens"),
+        (26.5, "one read,\nno softmax\nin memory"), (62.9, "mean over\ntokens"), (83, "one read,\none write,\nin place")
     )  # fmt: skip
     for x, note in notes:
         ax.text(x, 4.2, note, ha="center", va="center", fontsize=8, color="#444444")
