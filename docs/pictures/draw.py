@@ -28,7 +28,7 @@ def idea(path: Path) -> None:
     """Vocabulary -> one score per rollout -> group -> one coefficient per token -> vocabulary."""
     figure, ax = plt.subplots(figsize=(11, 3.5))
     ax.set_xlim(0, 110)
-    ax.set_ylim(0, 35)
+    ax.set_ylim(0, 38)
     ax.axis("off")
     rows = [(26, 9, RIGHT), (20, 6, WRONG), (14, 11, WRONG), (8, 7, RIGHT)]  # y, tokens, color
     for y, tokens, color in rows:
@@ -49,7 +49,7 @@ def idea(path: Path) -> None:
         (73, "one coefficient\nper token"), (96, "gradient [tokens, vocabulary]"),
     )  # fmt: skip
     for x, title in titles:
-        ax.text(x, 32.2, title, ha="center", va="center", fontsize=9.5)
+        ax.text(x, 33.8, title, ha="center", va="center", fontsize=9.5)
     notes = (
         (26.5, "one read,\nno softmax\nin memory"), (62.9, "mean over\ntokens"), (83, "one read,\none write,\nin place")
     )  # fmt: skip
@@ -96,11 +96,11 @@ def speed(path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 2.9), constrained_layout=True)
     bars(left, rows, "ms")
     left.set_xlabel("ms (less is better)")
-    left.set_title("time: log-probabilities and gradient", fontsize=10)
+    left.set_title("time: log-probabilities and gradient", fontsize=10, pad=16)
     bars(right, rows, "MiB")
     right.set_yticklabels([])
     right.set_xlabel("MiB beyond the logits (less is better)")
-    right.set_title("peak memory", fontsize=10)
+    right.set_title("peak memory", fontsize=10, pad=16)
     _save(figure, path)
 
 
