@@ -37,8 +37,8 @@ class _Settings(nn.Module):
 class ConSPOLoss(_Settings):
     """`conspo_loss` with its settings kept: the call takes what changes from step to step.
 
-    loss_fn = ConSPOLoss(tau=0.5, shift=True)
-    loss = loss_fn(logits, input_ids, rewards, groups, response_mask=response_mask, margin=margin(step))
+        loss_fn = ConSPOLoss(tau=0.5, shift=True)
+        loss = loss_fn(logits, input_ids, rewards, groups, response_mask=response_mask, margin=margin(step))
 
     Args:
         All: as `conspo_loss`. A call takes the others (cu_seqlens, response_mask, return_metrics), and any of these
@@ -92,8 +92,8 @@ class ConSPOLoss(_Settings):
 class LinearConSPOLoss(_Settings):
     """`linear_conspo_loss` with its settings kept, as `ConSPOLoss`.
 
-    loss_fn = LinearConSPOLoss(shift=True)
-    loss = loss_fn(hidden, head.weight, input_ids, rewards, groups, response_mask=response_mask)
+        loss_fn = LinearConSPOLoss(shift=True)
+        loss = loss_fn(hidden, head.weight, input_ids, rewards, groups, response_mask=response_mask)
 
     Args:
         All: as `linear_conspo_loss`. A call takes the others (bias, weight_grad, cu_seqlens, response_mask,
