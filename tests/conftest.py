@@ -12,7 +12,11 @@ from hypothesis import settings
 
 from benchmarks.interpreter import hasten
 
-if not torch.cuda.is_available():
+# `CONSPO_COMPILED=sm_90 pytest`: Triton's kernels are compiled for that GPU, and their PTX is executed on the CPU.
+COMPILED = os.environ.get("CONSPO_COMPILED")
+if COMPILED:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton defines the kernels, so before their import
 
 # torch keeps traced backwards on disk, by the traced program: after a change of an op's arguments they are another's.
@@ -60,6 +64,18 @@ def _poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def _compiled_kernels() -> Iterator[None]:
+    """With CONSPO_COMPILED, what the tests launch is executed as PTX."""
+    if not COMPILED:
+        yield
+        return
+    from conspo_kernels.ptx import compiled
+
+    with compiled(COMPILED):
+        yield
+
+
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest) -> str:
     if request.param == "native":
@@ -73,4 +89,5 @@ def implementation(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(implementation: str) -> torch.device:
     """The GPU for Triton where there is one; the CPU otherwise."""
-    return torch.device("cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu")
+    on_gpu = implementation == "triton" and torch.cuda.is_available() and not COMPILED
+    return torch.device("cuda" if on_gpu else "cpu")
