@@ -46,12 +46,23 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"CONSPO_BUILD=cpu, but {native.OBSTACLE}", returncode=1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m gpu` selects, beside what is marked, every case that Triton's kernels run."""
+# Their cases of Triton run as compiled code (`test_executed_shared.py`), which takes half of the interpreter's time.
+EXECUTED = {"test_inplace.py", "test_linear.py", "test_loss.py", "test_margin.py", "test_ops.py", "test_policy_gradient.py"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`-m gpu` selects, beside what is marked, every case that Triton's kernels run.
+
+    Of a session that executes the compiled kernels, the interpreter is spared the same cases.
+    """
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("implementation") == "triton":
             item.add_marker(pytest.mark.gpu)
+    if os.environ.get("TRITON_INTERPRET") == "1" and any(item.path.name == "test_executed_shared.py" for item in items):
+        spared = [item for item in items if item.path.name in EXECUTED and item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=spared)
+        items[:] = [item for item in items if item not in set(spared)]
 
 
 @pytest.fixture(autouse=True)
