@@ -106,8 +106,11 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
 def call_token_logprob(
     logits: Tensor, softcap: float | None = None, entropy: bool = False
 ) -> tuple[LogitRows, Statistics, Tensor]:
-    """Call the launchers of forward and backward for logits [B, T, V]: their input, what forward gives, and the gradient
-    of half the squares of that. The first token's label is the first entry, the last one's the last."""
+    """Call the launchers of forward and backward for logits [B, T, V].
+
+    Returns their input, what forward gives, and the gradient of half the squares of that. The first token's label is
+    the first entry, the last one's the last.
+    """
     from conspo_kernels.backends.triton import token_logprob as kernels
 
     labels = torch.linspace(0, logits.shape[-1] - 1, logits.shape[:-1].numel()).long().view(logits.shape[:-1])

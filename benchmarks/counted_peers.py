@@ -74,7 +74,7 @@ def _liger_cross_entropy() -> None:
 
 
 def _flash_attn() -> None:
-    # Its package imports its CUDA extension first, which the Triton kernels do not use: a wheel built without it will do.
+    # The package imports its CUDA extension first. The Triton kernels do without: so will a wheel that has none.
     extension = "flash_attn_2_cuda"
     if extension not in sys.modules and importlib.util.find_spec(extension) is None:
         sys.modules[extension] = ModuleType(extension)

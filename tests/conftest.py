@@ -47,7 +47,14 @@ def pytest_sessionstart() -> None:
 
 
 # Their cases of Triton run as compiled code (`test_executed_shared.py`), which takes half of the interpreter's time.
-EXECUTED = {"test_inplace.py", "test_linear.py", "test_loss.py", "test_margin.py", "test_ops.py", "test_policy_gradient.py"}
+EXECUTED = {
+    "test_inplace.py",
+    "test_linear.py",
+    "test_loss.py",
+    "test_margin.py",
+    "test_ops.py",
+    "test_policy_gradient.py",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -164,7 +164,7 @@ def without_barriers(call: Callable[[], object], kernel: str) -> list[str]:
                 pieces = binary.decode().split("bar.sync \t0;")
                 count = len(pieces) - 1
                 gap = len(faults)
-                kept = [*pieces[: gap], pieces[gap] + pieces[gap + 1], *pieces[gap + 2 :]]
+                kept = [*pieces[:gap], pieces[gap] + pieces[gap + 1], *pieces[gap + 2 :]]
                 binary = "bar.sync \t0;".join(kept).encode()
             return decode(self, name, binary, *rest)
 

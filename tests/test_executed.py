@@ -1,4 +1,4 @@
-"""The compiled kernels, executed on the CPU (`conspo_kernels.ptx`): right values and gradients, and planted faults found.
+"""The compiled kernels, executed on the CPU by `conspo_kernels.ptx`: values, gradients, and planted faults.
 
 What is executed stands in `executed.py`, which runs in processes of its own.
 """

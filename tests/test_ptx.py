@@ -1,4 +1,4 @@
-"""The executor of PTX itself, on programs written by hand: threads, memory, arithmetic, and what it must complain of."""
+"""The executor of PTX itself, on programs written by hand: threads, memory, arithmetic, and its complaints."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def shuffled(to: str, source: str) -> str:
     return f"shfl.sync.bfly.b32 {to}, {source}, 1, 31, -1;"
 
 
-# Odd threads take a way that stands behind the point where both meet: whoever runs the lowest line first is there early.
+# The odd threads' way stands behind the point where both meet: who runs the lowest line first is there early.
 FORK = """
     and.b32 %r3, %r1, 1;
     setp.eq.u32 %p1, %r3, 1;
@@ -100,7 +100,7 @@ def test_a_shuffle_of_half_a_warp() -> None:
 
 
 def test_a_barrier_that_some_threads_do_not_reach() -> None:
-    with pytest.raises(Fault, match="bar.sync 0 that not all threads of a CTA reach: thread 0 of CTA 0 does not"):
+    with pytest.raises(Fault, match=r"bar\.sync 0 that not all threads of a CTA reach: thread 0 of CTA 0 does not"):
         run(FORK.format(at_the_meeting="mov.b32 %r5, %r4;", among_the_odd="bar.sync 0;"))
     run(FORK.format(at_the_meeting="bar.sync 0; mov.b32 %r5, %r4;", among_the_odd=""))
 
@@ -159,10 +159,16 @@ def test_ctas_run_in_any_order() -> None:
 @pytest.mark.parametrize(
     ("body", "complaint"),
     [
-        ("ld.global.b32 %r3, [%rd3 + 4];", r"load: outside of the memory that was passed, by thread 63 .* 256 bytes from"),
+        (
+            "ld.global.b32 %r3, [%rd3 + 4];",
+            r"load: outside of the memory that was passed, by thread 63 .* 256 bytes from",
+        ),
         ("st.global.b32 [%rd3 + -4], 0;", "store: outside of the memory that was passed, by thread 0"),
         ("ld.global.v2.b32 {%r3, %r4}, [%rd3];", "load: address not a multiple of 8, by thread 1 "),
-        ("ld.shared.b32 %r3, [global_smem + 1024];", "shared memory access of 4 bytes at 1024, outside of the 1024 bytes"),
+        (
+            "ld.shared.b32 %r3, [global_smem + 1024];",
+            "shared memory access of 4 bytes at 1024, outside of the 1024 bytes",
+        ),
         ("add.s32 %r3, %r4, 1;", "a register is read before it is written"),
         ("@%p3 bra $END;\n$END:", "a predicate is read before it is written"),
     ],
@@ -232,7 +238,7 @@ def test_narrow_conversions_are_rounded_once() -> None:
 
 @pytest.mark.parametrize("name", ["ex2", "lg2", "rcp", "sqrt", "rsqrt", "tanh"])
 def test_approximate_functions(name: str) -> None:
-    """Correctly rounded, or off by no more than is documented, and by most of that somewhere; equal in equal threads."""
+    """Correctly rounded, or off by no more than is documented and somewhere by most of it, alike in equal threads."""
     functions = {
         "ex2": np.exp2, "lg2": np.log2, "rcp": np.reciprocal, "sqrt": np.sqrt, "rsqrt": lambda x: 1 / np.sqrt(x),
         "tanh": np.tanh,

@@ -125,7 +125,9 @@ def print_heading(request: Request) -> None:
     if "triton" in request.implementations and request.interpreted:
         print("Triton runs under its interpreter on the CPU: the kernels' arithmetic is checked, not what a GPU makes")
     if request.compiled:
-        print(f"Triton compiles for {request.compiled}, and the PTX is executed on the CPU: no GPU and no ptxas take part")
+        print(
+            f"Triton compiles for {request.compiled}, and the PTX is executed on the CPU: no GPU and no ptxas take part"
+        )
     for name, reason in request.not_run.items():
         print(f"not run: {name}: {reason}")
     print("allowed: fp64 1e-10 of the largest number; others 2 x the error of eager PyTorch in that dtype + rounding,")
@@ -153,7 +155,8 @@ def gradcheck(request: Request, as_json: bool) -> bool:
     if as_json:
         report = {
             "ok": failed == 0, "checks": len(results), "failed": failed, "device": str(request.device),
-            "triton_interpreted": request.interpreted, "compiled": request.compiled, "not_run": request.not_run, "seconds": seconds,
+            "triton_interpreted": request.interpreted, "compiled": request.compiled, "not_run": request.not_run,
+            "seconds": seconds,
             "rows": [asdict(row) for row in results],
         }  # fmt: skip
         print(json.dumps(report, indent=1, allow_nan=False))
@@ -180,8 +183,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--compiled",
         choices=COMPILED,
-        help="without a GPU: compile Triton's kernels for this one and execute their PTX on the CPU, with checks of bounds, "
-        "alignment, barriers and races",
+        help="without a GPU: compile Triton's kernels for this one and execute their PTX on the CPU, "
+        "with checks of bounds, alignment, barriers and races",
     )
     for option, choices, default in (
         ("--dtype", DTYPES, list(DTYPES)),
