@@ -58,8 +58,8 @@ def token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token's label, without a softmax in memory.
 
-    logp[t] = y[t, label] - logsumexp_v y[t, v],  y = f(logits) / temperature,
-    f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap; -inf stays -inf.
+        logp[t] = y[t, label] - logsumexp_v y[t, v],  y = f(logits) / temperature,
+        f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap; -inf stays -inf.
 
     Args:
         logits: [B, T, V] padded, or packed [N, V] or [1, N, V]; fp16, bf16, fp32 or fp64; last stride 1, the others
@@ -207,7 +207,7 @@ def sequence_scores(
 ) -> Tensor:
     """Length-normalised score of each rollout: the mean log-probability of its response tokens.
 
-    s[i] = (1 / n_i) * sum_t logp[i, t], summed in a fixed order.
+        s[i] = (1 / n_i) * sum_t logp[i, t], summed in a fixed order.
 
     Args:
         logprobs: [B, T] padded (a row is a rollout), or packed [N] or [1, N]; floating point.

@@ -44,10 +44,10 @@ def conspo_scores(
 ) -> Tensor:
     """Scores of rollouts without a graph: phase 1 of a group that is split over micro-batches.
 
-    s[i] = (1 / n_i) * sum_t logp[i, t].
+        s[i] = (1 / n_i) * sum_t logp[i, t].
 
     Args:
-        As `conspo_loss`.
+        All: as `conspo_loss`.
 
     Returns:
         [S] fp32 (fp64 for fp64 logits), NaN for a rollout without response tokens. No gradient flows through them; for
@@ -139,8 +139,9 @@ def conspo_weights(
     """The gradient of the loss by the scores of all rollouts of a step: between the two phases.
 
     Args:
-        As `conspo_loss_from_scores`, of the whole step; with reduction "none" each weight is of its own group's loss.
-        With `parallel.data` each rank gives its own rollouts of the step, in as many micro-batches as it likes.
+        All: as `conspo_loss_from_scores`, of the whole step; with reduction "none" each weight is of its own group's
+            loss. With `parallel.data` each rank gives its own rollouts of the step, in as many micro-batches as it
+            likes.
 
     Returns:
         Weights [S] of this rank's rollouts, which sum to zero over a whole group (of all ranks) and are zero for what

@@ -75,6 +75,7 @@ RULES = {
     ),
     "sources": Rule(ours={"ops", "inputs", "values"}, foreign={"torch"}),
     "options": Rule(ours={"inputs.parallel"}, foreign={"torch"}),
+    "integrations.required": Rule(ours=set(), foreign=set(), computed=True),
     "integrations": Rule(ours={ROOT, "integrations"}, foreign=ANYTHING, lazy=True),
     # The public functions, and the modules they share.
     "*": Rule(

@@ -17,7 +17,7 @@ from ..values import LogitRows, LogitTransform, Statistics, Upstream
 from . import contract
 from .eager import scale
 
-BUILT = importlib.util.find_spec("conspo_kernels._C") is not None
+BUILT = importlib.util.find_spec(".._C", __package__) is not None
 _C: Any = None
 
 
@@ -27,7 +27,7 @@ def _load() -> str | None:
     if not BUILT:
         return "this installation has no native extension"
     try:
-        _C = importlib.import_module("conspo_kernels._C")
+        _C = importlib.import_module(".._C", __package__)
     except ImportError as error:
         return f"the native extension does not load ({error}); install it again, for torch {torch.__version__}"
     if _C.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:

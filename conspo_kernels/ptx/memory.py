@@ -27,7 +27,7 @@ class Fault(RuntimeError):
 
 
 class Accessing(Protocol):
-    """What a memory asks of the threads that access it, which are `threads.Threads`."""
+    """The threads that run an access, as far as memory looks at them: `Threads` is one."""
 
     mask: Array | None
     ctas: Array
@@ -36,6 +36,7 @@ class Accessing(Protocol):
     warp_barriers: Array
 
     def active(self) -> Array: ...
+
     def name(self, lane: int) -> str: ...
 
 

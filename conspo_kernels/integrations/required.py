@@ -1,0 +1,43 @@
+"""Packages that only some users have: imported when they are needed, with an error that says how to get them."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import re
+from types import ModuleType
+
+
+def required(package: str, minimum: str, extra: str) -> ModuleType:
+    """The package, imported.
+
+    Args:
+        package: its name, of the module and on the index.
+        minimum: the oldest version that will do, "5.0". A pre-release counts as the release that it comes before.
+        extra: the extra of conspo-kernels that installs it.
+
+    Raises:
+        ImportError: it is missing, cannot be imported, or is too old. The message names the extra.
+    """
+    remedy = f"pip install 'conspo-kernels[{extra}]'"
+    try:
+        module = importlib.import_module(package)
+    except ImportError as error:
+        raise ImportError(f"{package} >= {minimum} is needed and cannot be imported ({error}): {remedy}") from error
+    version = _version(module, package)
+    if _release(version) < _release(minimum):
+        raise ImportError(f"{package} >= {minimum} is needed, got {version}: {remedy}")
+    return module
+
+
+def _version(module: ModuleType, package: str) -> str:
+    version = getattr(module, "__version__", None)
+    return version if isinstance(version, str) else importlib.metadata.version(package)
+
+
+def _release(version: str) -> tuple[int, ...]:
+    """The numbers that order releases, without zeros at the end: "5.0" and "5.0.0rc1" are the same."""
+    match = re.match(r"\d+(\.\d+)*", version)
+    if match is None:
+        raise ImportError(f"not a version: {version!r}")
+    return tuple(int(part) for part in re.sub(r"(\.0+)+$", "", match[0]).split("."))
