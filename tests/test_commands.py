@@ -113,7 +113,7 @@ def test_gradcheck_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gradcheck", *FEW, "--json"]) == 0
     found = report(capsys)
     assert found.keys() == {
-        "ok", "checks", "failed", "device", "triton_interpreted", "not_run", "seconds", "rows",
+        "ok", "checks", "failed", "device", "triton_interpreted", "compiled", "not_run", "seconds", "rows",
     }  # fmt: skip
     assert (found["ok"], found["checks"], found["failed"]) == (True, len(found["rows"]), 0)
     assert found["triton_interpreted"] == (not HAS_CUDA)
@@ -132,6 +132,16 @@ def test_gradcheck_in_a_process() -> None:
     assert "6 checks, 0 failed" in done.stdout
     assert ("Triton runs under its interpreter" in done.stdout) == (not HAS_CUDA)
     assert run("gradcheck", "--dtype", "int8").returncode == 2
+
+
+def test_gradcheck_of_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = ("--implementation", "triton", "--dtype", "fp32", "bf16", "--op", "sequence_score", "group_infonce")
+    done = run("gradcheck", "--compiled", "sm_90", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Triton compiles for sm_90, and the PTX is executed on the CPU: no GPU and no ptxas" in done.stdout
+    assert "interpreter" not in done.stdout
+    assert " 0 failed" in done.stdout
 
 
 def test_every_function_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +171,8 @@ def test_other_shapes(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["gradcheck", "--implementation", "cuda"], "invalid choice"),
         (["gradcheck", "--implementation", "native"], "native does not run on .*"),
         (["gradcheck", "--device", "cuda:99"], "there is no cuda:99 here"),
+        (["gradcheck", "--compiled", "sm_70"], "invalid choice"),
+        (["gradcheck", "--compiled", "sm_90", "--implementation", "torch"], "is for the implementation triton"),
         (["gradcheck", "--device", "meta"], "there is no meta here"),
         (["gradcheck", "--device", "toaster"], "not a device: 'toaster'"),
         (["info", "--dtype", "fp32"], "unrecognized arguments"),

@@ -158,8 +158,7 @@ def _backward_kernel(
     label = tl.load(labels_ptr + token)
     active = label != IGNORED
     c = tl.load(grad_logprobs_ptr + token, mask=active, other=0.0)
-    h = tl.zeros_like(c)
-    entropy = tl.zeros_like(c)
+    h, entropy = tl.zeros_like(c), tl.zeros_like(c)
     if HAS_ENTROPY:
         h = tl.load(grad_entropy_ptr + token, mask=active, other=0.0)
         entropy = tl.load(entropy_ptr + token)
