@@ -232,7 +232,8 @@ def sequence_scores(
     check.logprobs(logprobs)
     check_implementation(implementation)
     split = parallel_from(parallel)
-    predictions = Predictions("logprobs", logprobs, tuple(logprobs.shape), NOT_CHECKED, split.context is not None)
+    shape = tuple(logprobs.shape)
+    predictions = Predictions("logprobs", logprobs, shape, NOT_CHECKED, split.context is not None, implementation)
     tokens = TokenLayout.from_arguments(predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     return rollout_scores(logprobs.to(dtype).view(tokens.labels.shape), tokens, split, implementation)[0]

@@ -129,7 +129,7 @@ class LogitsSource(NamedTuple):
     def predictions(self) -> Predictions:
         size = self.logits.shape[-1] if self.shard is None else ON_ALL_RANKS
         split = self.settings.parallel.context is not None
-        return Predictions("logits", self.logits, tuple(self.given.shape[:-1]), size, split)
+        return Predictions("logits", self.logits, tuple(self.given.shape[:-1]), size, split, self.settings.implementation)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -215,7 +215,7 @@ class HiddenSource(NamedTuple):
     def predictions(self) -> Predictions:
         size = self.weight.shape[0] if self.settings.parallel.vocab is None else ON_ALL_RANKS
         split = self.settings.parallel.context is not None
-        return Predictions("hidden", self.hidden, self.shape, size, split)
+        return Predictions("hidden", self.hidden, self.shape, size, split, self.settings.implementation)
 
     @property
     def dtype(self) -> torch.dtype:

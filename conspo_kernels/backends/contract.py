@@ -15,6 +15,20 @@ from ..objective import ContrastSettings, GroupLoss, Rollouts
 from ..values import LogitRows, Statistics, Upstream
 
 
+class LabelAlignment(Protocol):
+    """What `inputs` does with labels: behind it they are an index or one sentinel."""
+
+    def align(
+        self, labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int
+    ) -> Tensor:
+        """[B, T] int64 labels of the rows that predict them, `IGNORED` where there is no response token.
+
+        labels: [B, T] integers; those equal to `absent` are none; others below 0 become `ELSEWHERE`.
+        response_mask: [B, T], zero = no response token.  offsets: [S + 1] integers, of packed labels [1, N].
+        shift: labels are the input ids: position t gets the label of t + 1 of its own sequence.
+        """
+
+
 class TokenLogprob(Protocol):
     """Log-probabilities of labels, and their gradient.
 
@@ -34,16 +48,27 @@ class TokenLogprob(Protocol):
 
 
 class SequenceScore(Protocol):
-    """Mean log-probability of each rollout's response tokens, and its gradient.
+    """Mean log-probability of each rollout's response tokens, its gradient, and what known weights make of them.
 
-    offsets: [S + 1] int64 into the flattened tokens, or None: the rows are the rollouts.
+    offsets: [S + 1] int32 or int64 into the flattened tokens, or None: the rows are the rollouts.
     """
 
     def forward(self, logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         """logprobs, labels [B, T] -> scores [S], NaN where there is no response token; counts [S] int32."""
 
-    def backward(self, grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
-        """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
+    def backward(
+        self, weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of the scores, weights [S], spread over their tokens: [B, T], zero where ignored.
+
+        factor: 0-d, of all weights but those of zero, whatever it is.
+        """
+
+    def coefficients(self, weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels [B, T], `IGNORED` where that is 0."""
+
+    def weighted_sum(self, values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
+        """The sum (0-d) of weights times values, of any one shape, without those whose weight (or count) is zero."""
 
 
 class GroupInfoNCE(Protocol):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..objective import ContrastSettings, GroupLoss, Rollouts
-from ..values import LogitRows, LogitTransform, Statistics, Upstream
+from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 from . import contract
-from .eager import scale
+from .eager import label_alignment, scale
+from .eager import sequence_score as eager_sequence_score
 
 BUILT = importlib.util.find_spec("conspo_kernels._C") is not None
 _C: Any = None
@@ -94,9 +95,20 @@ class sequence_score:
         return scores, counts
 
     @staticmethod
-    def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
+    def backward(
+        weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
+    ) -> Tensor:
+        grad_scores = weights if factor is None else eager_sequence_score.scaled(weights, factor)
         grad: Tensor = _C.sequence_score_backward(grad_scores, counts, labels, offsets)
         return grad
+
+    @staticmethod
+    def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        counts = eager_sequence_score.counts_of(labels, offsets)
+        spread: Tensor = _C.sequence_score_backward(weights, counts, labels, offsets)
+        return spread, counts, torch.where(spread != 0, labels, IGNORED)
+
+    weighted_sum = staticmethod(eager_sequence_score.weighted_sum)
 
 
 class group_infonce:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
 from . import check
 
 
@@ -38,7 +39,7 @@ class GroupLayout(NamedTuple):
         """Losses of slots [K] as "none" returns them: those of ragged groups at each group's first rollout, else 0."""
         if self.order is None or self.offsets is None or self.slots is None:
             return losses
-        order, offsets, slots = (x.to(losses.device, non_blocking=True) for x in (self.order, self.offsets, self.slots))
+        order, offsets, slots = (to_device(x, losses.device) for x in (self.order, self.offsets, self.slots))
         first = order[offsets[slots]] == torch.arange(self.num_rollouts, device=losses.device)
         return torch.where(first, losses[slots], 0.0)
 
