@@ -35,15 +35,19 @@ class TokenLogprob(Protocol):
     Results are [B, T], fp32 (fp64 for fp64 logits), and 0 where the label is `IGNORED`.
     """
 
-    def forward(self, rows: LogitRows, with_entropy: bool) -> Statistics: ...
+    def forward(self, rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
+        """out: contiguous, to write the results to; whole rows of logits."""
 
     def backward(self, grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
         """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `rows.logits` itself.
 
-        `statistics.logprobs` is not read. A token whose coefficients are zero is not read, and its gradient is zero.
+        Its dtype may be narrower than that of the logits, on an accelerator. `statistics.logprobs` is not read. A token
+        whose coefficients are zero is not read, and its gradient is zero. The logits may be a slice of the columns.
         """
 
-    def forward_backward(self, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+    def forward_backward(
+        self, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """logprobs, and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
 
 
@@ -67,6 +71,9 @@ class SequenceScore(Protocol):
     def coefficients(self, weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels [B, T], `IGNORED` where that is 0."""
 
+    def masked(self, coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
+
     def weighted_sum(self, values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
         """The sum (0-d) of weights times values, of any one shape, without those whose weight (or count) is zero."""
 
@@ -82,6 +89,9 @@ class Scale(Protocol):
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient *= factor (0-d), at no cost where the factor is 1."""
+
+    def add_scaled_(self, target: Tensor, source: Tensor, factor: Tensor) -> None:
+        """target += source * factor (0-d); target and source have one shape and one dtype."""
 
 
 class Backend(Protocol):

@@ -68,22 +68,26 @@ class token_logprob:
     """Of rows spread over threads, each in parts of fixed length."""
 
     @staticmethod
-    def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
-        return Statistics(*_C.token_logprob_forward(*rows[:2], *_numbers(rows.transform), with_entropy))
+    def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
+        found = Statistics(*_C.token_logprob_forward(*rows[:2], *_numbers(rows.transform), with_entropy))
+        return found if out is None else found.copied_to(out)
 
     @staticmethod
     def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
         _logprobs, entropy, row_max, log_sum = statistics
         _C.token_logprob_backward(
-            grad_logits, *rows[:2], row_max, log_sum, entropy, *upstream, *_numbers(rows.transform)
-        )
+            grad_logits, rows.logits, rows.labels_in_slice(), row_max, log_sum, entropy, *upstream,
+            *_numbers(rows.transform),
+        )  # fmt: skip
 
     @staticmethod
-    def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+    def forward_backward(
+        grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         logprobs: Tensor = _C.token_logprob_forward_backward(
             grad_logits, *rows[:2], coefficients, *_numbers(rows.transform)
         )
-        return logprobs
+        return logprobs if out is None else out.copy_(logprobs)
 
 
 class sequence_score:
@@ -108,6 +112,7 @@ class sequence_score:
         spread: Tensor = _C.sequence_score_backward(weights, counts, labels, offsets)
         return spread, counts, torch.where(spread != 0, labels, IGNORED)
 
+    masked = staticmethod(eager_sequence_score.masked)
     weighted_sum = staticmethod(eager_sequence_score.weighted_sum)
 
 

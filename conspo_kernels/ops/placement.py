@@ -23,3 +23,14 @@ def _fake(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 def placed(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """A copy of x, which is elsewhere or of another dtype, without waiting for the device."""
     return to_device(x, device, dtype)
+
+
+def _fake_places(keep: Tensor, device: torch.device) -> Tensor:
+    number = torch.library.get_ctx().new_dynamic_size(min=0, max=keep.shape[0])
+    return torch.empty(number, dtype=torch.int64, device=device)
+
+
+@op(_fake_places)
+def token_places(keep: Tensor, device: torch.device) -> Tensor:
+    """Where `keep` [N] bool, on the CPU, is True, [n] int64 on a device: once, for forward and backward."""
+    return to_device(keep.nonzero()[:, 0], device)

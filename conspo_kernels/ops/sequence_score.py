@@ -89,3 +89,15 @@ def token_coefficients(
     with device_guard(weights):
         kernels = kernels_for("sequence_score", implementation, weights.device)
         return kernels.coefficients(weights.contiguous(), labels.contiguous(), offsets)
+
+
+def _fake_masked(coefficients: Tensor, labels: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return coefficients.new_empty(labels.shape), labels.new_empty(labels.shape)
+
+
+@op(_fake_masked)
+def masked_coefficients(coefficients: Tensor, labels: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+    """Coefficients [B, T], zero where ignored whatever they are there; and the labels of those that are not zero."""
+    with device_guard(coefficients):
+        kernels = kernels_for("sequence_score", implementation, coefficients.device)
+        return kernels.masked(coefficients.contiguous(), labels.contiguous())

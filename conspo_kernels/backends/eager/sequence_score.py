@@ -73,6 +73,12 @@ def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tup
     return spread, counts, torch.where(spread != 0, labels, IGNORED)
 
 
+def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
+    spread = torch.where(labels == IGNORED, 0.0, coefficients)
+    return spread, torch.where(spread != 0, labels, IGNORED)
+
+
 def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
     """The sum (0-d) of weights times values, without those whose weight (or count) is zero."""
     unused = weights == 0

@@ -29,10 +29,13 @@ UNSPECIALIZED = (
     "grad_early",
     "stride_grad_b",
     "stride_grad_t",
+    "vocab_start",
 )
 
-# Read a number at a time, from wherever a user's slice begins: knowing the alignment would only make for more binaries.
-UNALIGNED = ("labels_ptr", "grad_logprobs_ptr", "grad_entropy_ptr")
+# Read a number at a time, from wherever a slice begins, a user's or that of a tile: knowing the alignment would only make for more binaries.
+UNALIGNED = (
+    "labels_ptr", "grad_logprobs_ptr", "grad_entropy_ptr", "logprobs_ptr", "row_max_ptr", "log_sum_ptr", "entropy_ptr",
+)  # fmt: skip
 
 
 @triton.jit

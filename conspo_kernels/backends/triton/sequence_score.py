@@ -135,6 +135,19 @@ def _coefficients_kernel(
         start += BLOCK
 
 
+# Reads a coefficient and a label per token, and writes them.
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def _masked_kernel(
+    values_ptr, labels_ptr, coefficients_ptr, wanted_ptr, num_tokens: tl.int64, BLOCK: tl.constexpr
+):  # fmt: skip
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = tokens < num_tokens
+    label = tl.load(labels_ptr + tokens, mask=mask, other=IGNORED)
+    coefficient = tl.load(values_ptr + tokens, mask=mask & (label != IGNORED), other=0.0)
+    tl.store(coefficients_ptr + tokens, coefficient, mask=mask)
+    tl.store(wanted_ptr + tokens, tl.where(coefficient != 0, label, IGNORED), mask=mask)
+
+
 # Reads two numbers (three with counts) per value; writes one. One program: the order of the sum is fixed.
 @triton.jit(do_not_specialize=("number",), do_not_specialize_on_alignment=UNALIGNED)
 def _weighted_sum_kernel(values_ptr, weights_ptr, counts_ptr, sum_ptr, number: tl.int64, BLOCK: tl.constexpr):
@@ -188,6 +201,16 @@ def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tup
             PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return spread, counts, wanted
+
+
+def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
+    spread, wanted = torch.empty_like(coefficients), torch.empty_like(labels)
+    if labels.numel():
+        _masked_kernel[(triton.cdiv(labels.numel(), BLOCK),)](
+            coefficients, labels, spread, wanted, labels.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+    return spread, wanted
 
 
 def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:

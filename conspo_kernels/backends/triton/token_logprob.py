@@ -147,7 +147,7 @@ def _backward_kernel(
     logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
     grad_logits_ptr,
     logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_early: tl.int64,
-    stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64,
+    stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64, vocab_start: tl.int64,
     inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, SAME_ALIGNMENT: tl.constexpr, ACC: tl.constexpr,
     VECTOR: tl.constexpr, LANES: tl.constexpr, CHUNK: tl.constexpr,
@@ -178,6 +178,7 @@ def _backward_kernel(
     start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, last - first)
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    label -= vocab_start
     # Lanes are compared in 32 bits, of which a label of 2^32 + 3 has those of lane 3: such a label is no lane's.
     label_lane = tl.where(label >> 31 == 0, label - (first - row), -1)
     has_edges = (chunk == 0) & (last - first < vocab_size)
@@ -215,15 +216,16 @@ def _backward_kernel(
             )  # fmt: skip
 
 
-def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
+def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
     """Statistics, each [B, T]."""
-    logits, labels, transform = rows
+    logits, labels, transform, _start = rows
     num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    logprobs, row_max, log_sum = (torch.empty(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
-    entropy = torch.empty_like(logprobs) if with_entropy else None
+    if out is None:
+        out = Statistics.empty(tuple(labels.shape), acc, logits.device, with_entropy)
     if num_tokens == 0:
-        return Statistics(logprobs, entropy, row_max, log_sum)
+        return out
+    logprobs, entropy, row_max, log_sum = out
 
     partial = torch.empty(num_tokens * num_chunks * (3 if with_entropy else 2), dtype=acc, device=logits.device)
     base, early = aligned_base(logits)
@@ -239,12 +241,12 @@ def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
         # its own one unrounded, and its own last bit.
         enable_fp_fusion=False,
     )  # fmt: skip
-    return Statistics(logprobs, entropy, row_max, log_sum)
+    return out
 
 
 def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
     """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
-    logits, labels, transform = rows
+    logits, labels, transform, start = rows
     grad_logprobs, grad_entropy = upstream
     num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
     if num_tokens == 0:
@@ -260,14 +262,18 @@ def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstr
     light = transform.softcap is None and same_alignment
     _backward_kernel[(num_tokens * num_chunks,)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
-        labels.shape[1], **_constants(logits, transform), **tiles(logits, "backward" if light else "heavy"),
+        labels.shape[1], start, **_constants(logits, transform), **tiles(logits, "backward" if light else "heavy"),
         HAS_ENTROPY=grad_entropy is not None, SAME_ALIGNMENT=same_alignment,
     )  # fmt: skip
 
 
-def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+def forward_backward(
+    grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+) -> Tensor:
     """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
-    statistics = forward(rows, with_entropy=False)
+    statistics = Statistics.empty(tuple(rows.labels.shape), coefficients.dtype, coefficients.device, False)
+    statistics = statistics if out is None else statistics._replace(logprobs=out)
+    forward(rows, False, statistics)
     backward(grad_logits, rows, statistics, Upstream(coefficients))
     return statistics.logprobs
 
