@@ -184,12 +184,14 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 class _Selected(NamedTuple):
-    """The tokens to compute, and as `Source.logprobs` takes them; counts [S] of all; how many rollouts are left out."""
+    """The tokens to compute, and as `Source.logprobs` takes them; counts [S] of all, where some are left out or metrics
+    ask for them; how many rollouts are left out.
+    """
 
     tokens: TokenLayout
-    keep: Tensor | None
-    counts: Tensor | None
-    left_out: Tensor | None
+    keep: Tensor | None = None
+    counts: Tensor | None = None
+    left_out: Tensor | None = None
 
 
 def _selected(
@@ -197,16 +199,21 @@ def _selected(
 ) -> _Selected:
     """Those that can have a gradient, where that is known without waiting and leaving out the others saves work."""
     if not source.skips_tokens:
-        return _Selected(tokens, None, None, None)
-    counts = response_counts(tokens, contrast.parallel)
+        return _Selected(tokens)
+    on_cpu = tokens.labels.device.type == "cpu"
+    # Left out, a rollout has no tokens: the metrics, and other objectives, want to know how many it had.
+    asked = contrast.return_metrics or contrast.objective is not None
+    counts = response_counts(tokens, contrast.parallel) if on_cpu or asked else None
     whole = contrast.parallel.data is None
-    live = live_rollouts(rewards, counts, contrast.reward_threshold, groups, whole)
-    if live is None:
-        return _Selected(tokens, None, counts, torch.zeros((), dtype=torch.int64, device=counts.device))
-    keep, local = tokens.per_token(live), beside(live, counts)
-    wanted = keep if keep is not None and counts.device.type == "cpu" else tokens.per_token(local)
+    live = live_rollouts(rewards, tokens.num_rollouts, counts, contrast.reward_threshold, groups, whole)
+    if live is None or (not on_cpu and not torch.compiler.is_compiling() and live.all()):
+        left_out = torch.zeros((), dtype=torch.int64, device=tokens.labels.device) if asked else None
+        return _Selected(tokens, None, counts, left_out)
+    keep, local = tokens.per_token(live), beside(live, tokens.labels)
+    wanted = keep if keep is not None and on_cpu else tokens.per_token(local)
     assert wanted is not None
-    return _Selected(tokens.only(wanted), keep, counts, ((counts > 0) & ~local).sum())
+    left_out = ((counts > 0) & ~local).sum() if asked and counts is not None else None
+    return _Selected(tokens.only(wanted), keep, counts, left_out)
 
 
 def contrast_loss(
@@ -214,7 +221,7 @@ def contrast_loss(
 ) -> Tensor | ConSPOOutput:
     """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
     if source.synchronize:
-        check.rewards(rewards, response_counts(tokens, contrast.parallel).shape[0])
+        check.rewards(rewards, tokens.num_rollouts)
         rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups
     selected = _selected(source, tokens, contrast, rewards, groups)
     logprobs, _entropy = source.logprobs(selected.tokens, selected.keep)

@@ -42,8 +42,8 @@ class LogitSettings(NamedTuple):
 class KnownGradient(NamedTuple):
     """logprobs [B, T], and the gradients of sum(coefficients * logprobs).
 
-    inputs: what is differentiated by, logits or hidden states, weight and bias.  gradients: of each, None if not needed.
-    weight_grad: that of weight is to be added to it.
+    inputs: what is differentiated by, logits or hidden states, weight and bias.  gradients: by each, None if not
+    needed.  weight_grad: that by weight is to be added to it.
     """
 
     logprobs: Tensor
@@ -136,7 +136,9 @@ class LogitsSource(NamedTuple):
     def predictions(self) -> Predictions:
         size = self.logits.shape[-1] if self.shard is None else ON_ALL_RANKS
         split = self.settings.parallel.context is not None
-        return Predictions("logits", self.logits, tuple(self.given.shape[:-1]), size, split, self.settings.implementation)
+        return Predictions(
+            "logits", self.logits, tuple(self.given.shape[:-1]), size, split, self.settings.implementation
+        )
 
     @property
     def dtype(self) -> torch.dtype:

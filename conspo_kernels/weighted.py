@@ -9,8 +9,8 @@ from torch import Tensor
 
 from .contrast import ConSPOOutput
 from .inputs import check
-from .inputs.tokens import TokenLayout
 from .inputs.parallel import Parallel
+from .inputs.tokens import TokenLayout
 from .ops.placement import beside
 from .ops.ranks import name_of, sum_over_ranks
 from .ops.sequence_score import masked_coefficients, sequence_score_backward, token_coefficients
@@ -39,11 +39,16 @@ def weighted_scores(
         keep = None if on_cpu is None else tokens.per_token(on_cpu != 0)
     known = source.known_gradient(tokens, coefficients, keep)
     logprobs = source.logprobs(tokens, keep)[0] if known is None else known.logprobs
-    scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
     known = known or KnownGradient(logprobs)
-    value = weighted_sum(
-        scores, weights, counts, *known.inputs, *known.gradients, known.weight_grad, implementation
-    )
+    tied = (*known.inputs, *known.gradients, known.weight_grad, implementation)
+    if parallel.context is None:  # the sum over rollouts of weights times means
+        value = weighted_sum(logprobs, coefficients, None, *tied)
+        if phase_one is None and not return_metrics:
+            return value
+        scores, _counts = rollout_scores(logprobs.detach(), tokens, parallel, implementation)
+    else:
+        scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
+        value = weighted_sum(scores, weights, counts, *tied)
     scores = scores.detach()
     drifted = {}
     if phase_one is not None:
@@ -60,7 +65,7 @@ def weighted_scores(
 def _coefficients(
     tokens: TokenLayout, weights: Tensor, parallel: Parallel, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [S] as coefficients [B, T]; counts [S] of whole rollouts; labels [B, T] of coefficients that are not 0."""
+    """Weights [S] as coefficients [B, T]; counts [S] of whole rollouts; labels, where not 0."""
     if parallel.context is None:
         return token_coefficients(weights, tokens.labels, tokens.offsets, implementation)
     counts, scaled = response_counts(tokens, parallel), weights * parallel.context_factor

@@ -69,7 +69,7 @@ class SequenceScore(Protocol):
         """
 
     def coefficients(self, weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels [B, T], `IGNORED` where that is 0."""
+        """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
 
     def masked(self, coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objective import ContrastSettings, GroupLoss, Rollouts
 from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 from . import contract
-from .eager import label_alignment, scale
+from .eager import scale
 from .eager import sequence_score as eager_sequence_score
 
 BUILT = importlib.util.find_spec("conspo_kernels._C") is not None
@@ -133,6 +133,10 @@ class group_infonce:
 
 # That the classes keep the contract.
 _: tuple[
-    type[contract.TokenLogprob] | contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale
+    type[contract.TokenLogprob] | contract.TokenLogprob,
+    contract.SequenceScore,
+    contract.GroupInfoNCE,
+    contract.Scale,
+    contract.LabelAlignment,
 ]
-_ = (token_logprob, sequence_score, group_infonce, scale)
+_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment)

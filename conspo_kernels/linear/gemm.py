@@ -10,7 +10,10 @@ from torch import Tensor
 
 PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum, where GEMMs cannot do that; torch widens a copy
 WIDENS = frozenset({"cuda"})  # devices whose GEMMs write what they have summed, in fp32, of narrower matrices
-REDUCTIONS = {torch.bfloat16: "allow_bf16_reduced_precision_reduction", torch.float16: "allow_fp16_reduced_precision_reduction"}
+REDUCTIONS = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
@@ -20,7 +23,7 @@ def slices(total: int, size: int) -> Iterator[slice]:
 
 
 def _summed_in_fp32(product: Callable[..., Tensor], *matrices: Tensor, **options: Any) -> Tensor:
-    """A product on a GPU whose parts, where cuBLAS splits a long sum, are not added in 16 bits, as torch allows it to."""
+    """A product on a GPU. Where cuBLAS splits a long sum, its parts are not added in 16 bits, as torch allows."""
     name = REDUCTIONS.get(matrices[-1].dtype)
     settings = torch.backends.cuda.matmul
     if name is None or not getattr(settings, name):

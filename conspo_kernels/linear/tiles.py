@@ -22,7 +22,6 @@ class Head(NamedTuple):
     bias: Tensor | None
     logits_dtype: torch.dtype
 
-
     def narrows(self, needs_bias: bool) -> bool:
         """Whether kernels write gradients in a narrower dtype than that of the logits.
 

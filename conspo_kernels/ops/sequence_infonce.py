@@ -29,9 +29,20 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _logprobs, labels, offsets, _rewards, _counts, _order, _offsets, slots, group_size, *_, reduction, implementation = (
-        inputs
-    )
+    (
+        _logprobs,
+        labels,
+        offsets,
+        _rewards,
+        _counts,
+        _order,
+        _offsets,
+        slots,
+        group_size,
+        *_,
+        reduction,
+        implementation,
+    ) = inputs
     ctx.implementation = implementation
     _loss, scores, counts, weights, roles = output
     if reduction == "none" and slots is None:
@@ -46,7 +57,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Any, ...]
     if grad_loss is None:
         return None, *others
     labels, offsets, counts, weights, slots = ctx.saved_tensors
-    factor = grad_loss
+    factor: Tensor | None = grad_loss
     if slots is not None:
         weights, factor = score_gradient(grad_loss, weights, slots), None
     return sequence_score_backward(weights, counts, labels, offsets, ctx.implementation, factor), *others

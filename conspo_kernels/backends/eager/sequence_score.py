@@ -42,7 +42,7 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[T
 def backward(
     weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
 ) -> Tensor:
-    """The gradient of the scores, weights [S] times factor (0-d), spread over their tokens: [B, T], zero where ignored."""
+    """The gradient of the scores, weights [S] times factor, at their tokens: [B, T], zero where ignored."""
     active = labels != IGNORED
     grad_scores = weights if factor is None else scaled(weights, factor)
     per_token = torch.where(counts > 0, grad_scores / counts, 0.0)
@@ -67,7 +67,7 @@ def counts_of(labels: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """weights [S] over counts at their tokens [B, T]; counts [S] int32; the labels [B, T] whose coefficient is not 0."""
+    """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
     counts = counts_of(labels, offsets)
     spread = backward(weights, counts, labels, offsets)
     return spread, counts, torch.where(spread != 0, labels, IGNORED)

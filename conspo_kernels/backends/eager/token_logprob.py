@@ -102,9 +102,7 @@ def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstr
         grad_logits[chunk] = torch.where(nonzero[chunk][:, None], g, 0.0).to(grad_logits.dtype)
 
 
-def forward_backward(
-    grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
-) -> Tensor:
+def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
     """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
     statistics = forward(rows, with_entropy=False)
     backward(grad_logits, rows, statistics, Upstream(coefficients))

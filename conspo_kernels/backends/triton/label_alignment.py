@@ -1,4 +1,4 @@
-"""Labels as the other kernels take them, of labels as users have them: masked, shifted, packed; in one launch, in Triton.
+"""Labels as the other kernels take them, of masked, shifted, packed ones as users have them; one launch, in Triton.
 
 Names: b sequences, t positions, token = b * T + t.
 """

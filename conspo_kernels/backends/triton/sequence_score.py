@@ -180,7 +180,7 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[T
 def backward(
     weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
 ) -> Tensor:
-    """The gradient of the scores, weights [S] times factor (0-d), spread over their tokens: [B, T], zero where ignored."""
+    """The gradient of the scores, weights [S] times factor, at their tokens: [B, T], zero where ignored."""
     grad_logprobs = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
     if programs := _num_programs(labels, offsets):
         _backward_kernel[(programs,)](
@@ -191,7 +191,7 @@ def backward(
 
 
 def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """weights [S] over counts at their tokens [B, T]; counts [S] int32; the labels [B, T] whose coefficient is not 0."""
+    """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
     spread = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
     counts = torch.empty(weights.shape, dtype=torch.int32, device=labels.device)
     wanted = torch.empty_like(labels)
