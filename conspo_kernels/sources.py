@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .inputs import check
+from .inputs.autocast import cast, cast_weight
 from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
 from .inputs.tokens import ON_ALL_RANKS, Predictions, TokenLayout
 from .ops import check_implementation
 from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
-from .ops.linear_logprob import linear_logprob
+from .ops.linear_logprob import default_workspace, linear_logprob
 from .ops.placement import token_places
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
@@ -196,7 +197,7 @@ class HiddenSource(NamedTuple):
         bias: Tensor | None,
         settings: LogitSettings,
         *,
-        workspace_mib: float,
+        workspace_mib: float | None,
         logits_dtype: torch.dtype | None = None,
         weight_grad: Tensor | None = None,
         batch_invariant: bool = False,
@@ -209,14 +210,12 @@ class HiddenSource(NamedTuple):
         shape, device = tuple(hidden.shape[:-1]), hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-
-            def cast(x: Tensor) -> Tensor:
-                return x if x.dtype == torch.float64 else x.to(dtype)
-
-            hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
+            hidden, weight = cast(hidden, dtype), cast_weight(weight, dtype)
+            bias = None if bias is None else cast(bias, dtype)
         check.logits_dtype(logits_dtype, hidden)
+        workspace = default_workspace(hidden.device) if workspace_mib is None else int(workspace_mib * 2**20)
         return cls(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, shape, settings, int(workspace_mib * 2**20),
+            hidden.reshape(-1, hidden.shape[-1]), weight, bias, shape, settings, workspace,
             logits_dtype or hidden.dtype, weight_grad, batch_invariant, synchronize,
         )  # fmt: skip
 

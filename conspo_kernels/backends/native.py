@@ -15,7 +15,7 @@ from torch import Tensor
 from ..objective import ContrastSettings, GroupLoss, Rollouts
 from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 from . import contract
-from .eager import scale
+from .eager import label_alignment, scale
 from .eager import sequence_score as eager_sequence_score
 
 BUILT = importlib.util.find_spec("conspo_kernels._C") is not None

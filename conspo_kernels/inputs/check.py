@@ -126,7 +126,8 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
         _same_device(name, value, "hidden", hidden)
         if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
-    _positive("workspace_mib", workspace_mib)
+    if workspace_mib is not None:
+        _positive("workspace_mib", workspace_mib)
 
 
 def weight_grad(value: Any, weight: Tensor) -> None:

@@ -71,18 +71,17 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     return statistics.map(tokens.spread), stored
 
 
-def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
-    """Statistics [N], and the gradient of hidden [N, H] for coefficients of one: two GEMMs."""
+def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
+    """logprobs [N], and the gradient of hidden [N, H] for coefficients of one: two GEMMs."""
     tokens, head = run.tokens, run.head
     grad_hidden = tokens.hidden.new_empty(tokens.number, tokens.hidden.shape[1])
-    statistics = _empty(run, with_entropy=False)
-    ones = torch.ones_like(statistics.logprobs)
+    logprobs = _empty(run, with_entropy=False).logprobs
+    ones = torch.ones_like(logprobs)
     for rows, _hidden, z, grad in _row_tiles(run, batch_invariant, head.narrows(needs_bias=False)):
-        logit_rows, part = _logit_rows(run, z, rows), _part(statistics, rows)
-        run.kernels.forward(logit_rows, False, part)
-        run.kernels.backward(grad[None], logit_rows, part, Upstream(ones[None, rows]))
+        logit_rows = _logit_rows(run, z, rows)
+        run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
         gemms.gemm(operand(grad, head.weight), head.weight, grad_hidden[rows])
-    return statistics.map(tokens.spread), tokens.spread(grad_hidden)
+    return tokens.spread(logprobs), tokens.spread(grad_hidden)
 
 
 def backward_store(

@@ -16,6 +16,7 @@ from ..backends.registry import kernels_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
+from ..linear.tiling import workspace_of
 from ..registration import device_guard, op
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
 from .derivative import without_derivative
@@ -44,6 +45,13 @@ def run_of(
     )
 
 
+@torch.compiler.assume_constant_result
+def default_workspace(device: torch.device) -> int:
+    """Bytes for tiles of logits: by the size of a device's memory, not by what is free of it, as sums depend on it."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return workspace_of(total)
+
+
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     """An op returns tensors, and no tensor twice."""
     return like.new_empty(0) if x is None else x
@@ -67,6 +75,9 @@ def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         stored = hidden.new_empty(labels.shape[0], weight.shape[0], dtype=logits_dtype)
     elif mode == "frozen":
         stored = hidden.new_empty(labels.shape[0], hidden.shape[1])
+        logprobs, *_ = statistics_like(hidden, labels, with_entropy)
+        entropy, row_max, log_sum = (logprobs.new_empty(0) for _ in range(3))
+        return logprobs, entropy, row_max, log_sum, stored
     return *statistics_like(hidden, labels, with_entropy), stored
 
 
@@ -151,7 +162,8 @@ def linear_logprob(
         batch_invariant: a token's results do not depend on the others; not in mode "store".
 
     Returns:
-        logprobs, entropy, row_max, log_sum: [N] fp32, or fp64 for fp64 hidden; 0 where ignored.
+        logprobs, entropy, row_max, log_sum: [N] fp32, or fp64 for fp64 hidden; 0 where ignored. Of mode "frozen" the
+            last two are empty.
         stored: [N, V] for "store", [N, H] for "frozen", else empty.
     """
     del weight_grad
@@ -164,7 +176,8 @@ def linear_logprob(
             if mode == "store":
                 statistics, stored = modes.forward_store(run, with_entropy)
             elif mode == "frozen":
-                statistics, stored = modes.forward_frozen(run, batch_invariant)
+                logprobs, stored = modes.forward_frozen(run, batch_invariant)
+                statistics = Statistics(logprobs, None, logprobs.new_empty(0), logprobs.new_empty(0))
             else:
                 statistics = modes.forward_none(run, with_entropy, batch_invariant)
             return statistics

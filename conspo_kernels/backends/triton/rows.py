@@ -32,8 +32,8 @@ UNSPECIALIZED = (
     "vocab_start",
 )
 
-# Read a number at a time, from wherever a slice begins, a user's or that of a tile: knowing the alignment would only make
-# for more binaries, some of them in the middle of training.
+# Read a number at a time, from wherever a slice begins, a user's or a tile's: knowing the alignment would only make for
+# more binaries, some of them in the middle of training.
 UNALIGNED = (
     "labels_ptr",
     "coefficients_ptr",
