@@ -41,7 +41,8 @@ class ConSPOLoss(_Settings):
     loss = loss_fn(logits, input_ids, rewards, groups, response_mask=response_mask, margin=margin(step))
 
     Args:
-        All: as `conspo_loss`; keyword arguments of a call win over them.
+        All: as `conspo_loss`. A call takes the others (cu_seqlens, response_mask, return_metrics), and any of these
+            again: the call's own win.
 
     Cost, Returns, Raises, Source: as `conspo_loss`, at the call. No parameters, no buffers.
     """
@@ -95,7 +96,8 @@ class LinearConSPOLoss(_Settings):
     loss = loss_fn(hidden, head.weight, input_ids, rewards, groups, response_mask=response_mask)
 
     Args:
-        All: as `linear_conspo_loss`; keyword arguments of a call win over them.
+        All: as `linear_conspo_loss`. A call takes the others (bias, weight_grad, cu_seqlens, response_mask,
+            return_metrics), and any of these again: the call's own win.
 
     Cost, Returns, Raises, Source: as `linear_conspo_loss`, at the call. No parameters, no buffers.
     """

@@ -19,6 +19,7 @@ from conspo_kernels.__main__ import main
 from conspo_kernels.backends import native
 from conspo_kernels.backends.registry import kernels_for
 from conspo_kernels.gradcheck import cases as gradcheck_cases
+from conspo_kernels.values import LogitRows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = ["--op", "conspo_loss_from_scores", "--dtype", "fp64", "fp32"]
@@ -133,8 +134,8 @@ def test_gradcheck_in_a_process() -> None:
     assert run("gradcheck", "--dtype", "int8").returncode == 2
 
 
-def test_every_door_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Triton in one dtype only: the interpreter takes its time, and the tests of the doors run the rest."""
+def test_every_function_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Triton in one dtype only: the interpreter takes its time, and the tests of the public functions run the rest."""
     dtypes = ["fp64", "fp32", "bf16", "fp16"] if implementation != "triton" or HAS_CUDA else ["bf16"]
     assert main(["gradcheck", "--implementation", implementation, "--json", "--dtype", *dtypes]) == 0
     found = report(capsys)
@@ -179,7 +180,11 @@ def test_wrong_usage_exits_2(
 
 def without_temperature(backward: Any) -> Any:
     """Forgets the 1/T_s of the chain rule, and so also the T_s of the probabilities."""
-    return lambda *arguments: backward(*arguments[:-1], arguments[-1]._replace(temperature=1.0))
+
+    def planted(grad_logits: Tensor, rows: LogitRows, *others: Any) -> None:
+        backward(grad_logits, rows._replace(transform=rows.transform._replace(temperature=1.0)), *others)
+
+    return planted
 
 
 def scaled(factor: float) -> Any:

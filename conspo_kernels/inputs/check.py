@@ -148,6 +148,8 @@ def weight_grad(value: Any, weight: Tensor) -> None:
 
 
 def logits_dtype(value: Any, hidden: Tensor) -> None:
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype must be None or a torch.dtype, got {type(value).__name__}")
     allowed = {None, hidden.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32}
     if value not in allowed:
         words = " or ".join(sorted(str(x) for x in allowed))
