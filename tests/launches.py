@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conspo_kernels import registration, transfer
+from conspo_kernels.backends import registry
 from conspo_kernels.backends import triton as triton_backend
-from conspo_kernels.backends.registry import forget_choices
 from conspo_kernels.linear import gemm
 
 DEVICE = torch.device("meta")
@@ -99,16 +99,17 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
         patch.setattr(triton_backend, "executed", True)
         patch.setattr(registration, "_dispatch_modes", lambda: 0)  # as in eager mode
         patch.setattr(transfer, "staged", staged)
+        patch.setitem(registry.PREFERRED, "meta", "triton")
         patch.setattr(transfer, "PINNED", frozenset({"meta"}))
         patch.setattr(gemm, "WIDENS", frozenset({"meta"}))
         patch.setattr(torch, "is_autocast_enabled", lambda _device=None: False)  # which does not know "meta"
         torch.use_deterministic_algorithms(False)  # new memory is not filled
-        forget_choices()
+        registry.forget_choices()
         try:
             with Recorder(launches, pinned):
                 yield launches
         finally:
-            forget_choices()
+            registry.forget_choices()
 
 
 def launches_of(monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> list[Launch]:

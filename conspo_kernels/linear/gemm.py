@@ -28,12 +28,11 @@ def _summed_in_fp32(product: Callable[..., Tensor], *matrices: Tensor, **options
     settings = torch.backends.cuda.matmul
     if name is None or not getattr(settings, name):
         return product(*matrices, **options)
-    split = getattr(settings, f"{name}_split_k", None)  # from torch 2.10 on
     setattr(settings, name, False)
     try:
         return product(*matrices, **options)
     finally:
-        setattr(settings, name, True if split is None else (True, split))
+        setattr(settings, name, True)
 
 
 def gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -86,9 +86,10 @@ def _backward_kernel(
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    if s == num_segments:
-        _fill_outside(grad_logprobs_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
-        return
+    if PACKED:
+        if s == num_segments:
+            _fill_outside(grad_logprobs_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
+            return
     start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
     n = tl.load(counts_ptr + s)
     grad = tl.load(weights_ptr + s, mask=n > 0, other=0.0)
@@ -111,10 +112,11 @@ def _coefficients_kernel(
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    if s == num_segments:
-        _fill_outside(coefficients_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
-        _fill_outside(wanted_ptr, offsets_ptr, num_segments, num_tokens, IGNORED, BLOCK)
-        return
+    if PACKED:
+        if s == num_segments:
+            _fill_outside(coefficients_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
+            _fill_outside(wanted_ptr, offsets_ptr, num_segments, num_tokens, IGNORED, BLOCK)
+            return
     start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
     count = tl.zeros((BLOCK,), tl.int32)
     first = start
@@ -198,7 +200,7 @@ def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tup
     if programs := _num_programs(labels, offsets):
         _coefficients_kernel[(programs,)](
             weights, labels, offsets, spread, counts, wanted, labels.shape[1], labels.numel(), weights.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            PACKED=offsets is not None, BLOCK=BLOCK // 2, num_warps=NUM_WARPS,  # two loops' registers
         )  # fmt: skip
     return spread, counts, wanted
 
