@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
@@ -307,3 +308,15 @@ def test_stored_logits_are_not_cloned_under_compile() -> None:
     torch.testing.assert_close(*grads)
     assert any("linear_logprob_backward" in code for code in graphs)
     assert not any("clone" in code for code in graphs)
+
+
+def test_the_page_of_costs() -> None:
+    """It is what the command prints; an H100's known weights by hand."""
+    from benchmarks.costs import cost, page
+
+    path = Path(__file__).resolve().parent.parent / "docs" / "costs.md"
+    assert path.read_text(encoding="utf-8") == page()
+    found = cost(Problem(8192, 151_936, 4096, 2), "known", workspace_of(int(79.2 * 2**30)), "H100")
+    assert found.gemms == pytest.approx(6 * 8192 * 4096 * 151_936 / 798e12)
+    assert found.moved == pytest.approx(2 * 2 * 8192 * 151_936 / 3.0e12)  # one look from memory, one write
+    assert found.share <= 0.08
