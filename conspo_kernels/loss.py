@@ -177,7 +177,7 @@ def linear_conspo_loss(
     groups: int | Tensor,
     *,
     bias: Tensor | None = None,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
     weight_grad: Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     batch_invariant: bool = False,

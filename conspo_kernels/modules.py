@@ -107,7 +107,7 @@ class LinearConSPOLoss(_Settings):
     def __init__(
         self,
         *,
-        workspace_mib: float = 512,
+        workspace_mib: float | None = None,
         logits_dtype: torch.dtype | None = None,
         batch_invariant: bool = False,
         synchronize: bool = False,

@@ -360,7 +360,7 @@ def test_no_label_is_taken_for_an_ignored_one() -> None:
     """On a GPU, where labels are not looked at: each outside of the vocabulary gives NaN, and -2 is no exception."""
     hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
     labels = torch.tensor([-2, -1, 5, -100])
-    aligned = aligned_labels(labels, None, None, False, -100, NOT_CHECKED)[0]
+    aligned = aligned_labels(labels, None, None, False, -100, NOT_CHECKED, "torch")[0]
     tokens, head = Tokens(hidden, aligned, None), LinearHead(weight, None, hidden.dtype)
     found = modes.forward_none(modes.Run(eager_token_logprob, tokens, head, LogitTransform(), 2**20), False)
     assert found.logprobs.isnan().tolist() == [True, True, True, False]
