@@ -194,15 +194,17 @@ def _backward_kernel(
             tl.store(grad_logits_ptr + (grad_row - row) + offsets, tl.zeros_like(offsets).to(zero.dtype), mask=mask)
     else:
         for _ in range(num_tiles):
+            is_label = lanes == (label_lane - start).to(tl.int32)
             _backward_tile(
-                logits_ptr + first + start + lanes, grad_logits_ptr + grad_first + start + lanes, None,
-                lanes == (label_lane - start).to(tl.int32), c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY,
+                logits_ptr + first + start + lanes, grad_logits_ptr + grad_first + start + lanes, None, is_label,
+                c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY,
             )  # fmt: skip
             start += LANES * VECTOR
         if start < stop:
+            is_label = lanes == (label_lane - start).to(tl.int32)
             _backward_tile(
                 logits_ptr + first + start + lanes, grad_logits_ptr + grad_first + start + lanes, start + lanes < stop,
-                lanes == (label_lane - start).to(tl.int32), c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY,
+                is_label, c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY,
             )  # fmt: skip
         if has_edges:
             offsets, mask = edges(row, vocab_size, first, last, VECTOR)
