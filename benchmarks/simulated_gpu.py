@@ -87,7 +87,7 @@ class Ops(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         on_gpu = [memory.holds(x) for x in tensors]
         if any(on_gpu):
-            self._check(func, tensors, on_gpu, args, kwargs)
+            self.check(func, tensors, on_gpu, args, kwargs)
         on_gpu_after = any(on_gpu) or (not tensors and self.factory_on_gpu)
         known = {x.untyped_storage()._cdata for x in tensors}
         result = func(*args, **kwargs)
@@ -98,7 +98,7 @@ class Ops(TorchDispatchMode):
             self.recorded.append(Recorded(lambda: func(*args, **kwargs), new))
         return result
 
-    def _check(self, func: Any, tensors: list[Tensor], on_gpu: list[bool], args: Any, kwargs: Any) -> None:
+    def check(self, func: Any, tensors: list[Tensor], on_gpu: list[bool], args: Any, kwargs: Any) -> None:
         elsewhere = [x for x, there in zip(tensors, on_gpu, strict=True) if not there]
         if func is aten.copy_.default and elsewhere:
             if not (kwargs.get("non_blocking") or (len(args) > 2 and args[2])):
@@ -121,16 +121,20 @@ class Calls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func == DEVICE:
-            return CUDA if self.memory.holds(args[0]) else CPU
+            return self._device(args[0])
         if func == IS_CUDA:
             return self.memory.holds(args[0])
+        if func in (torch.mm, torch.addmm) and kwargs.get("out_dtype") is not None:
+            return self._widened(func, args, **kwargs)
         if func in READING and self.memory.holds(args[0]):
             self.memory.wait(func.__name__)
+        if func is torch.device:  # only a name
+            return func(*args, **kwargs)
         wanted = [x for x in tree_leaves((args, kwargs)) if _is_device(x)]
         if func in (Tensor.to, Tensor.cuda, Tensor.cpu):
             like = next((x for x in args[1:] if isinstance(x, Tensor)), None)
             if like is not None:
-                wanted, args = [like.device], (args[0], like.dtype, *args[2:])
+                wanted, args = [self._device(like)], (args[0], like.dtype, *args[2:])
             wanted = {Tensor.cuda: [CUDA], Tensor.cpu: [CPU]}.get(func, wanted)
             return self._moved(args[0], wanted, args[1:], kwargs) if wanted else func(*args, **kwargs)
         args, kwargs = tree_map(lambda x: CPU if _is_device(x) else x, (args, kwargs))
@@ -145,6 +149,24 @@ class Calls(TorchFunctionMode):
             return func(*args, **kwargs)
         finally:
             self.ops.factory_on_gpu = before
+
+    def _device(self, x: Tensor) -> torch.device:
+        return CUDA if self.memory.holds(x) else CPU
+
+    def _widened(
+        self, func: Any, args: tuple[Tensor, ...], out_dtype: torch.dtype, out: Tensor | None = None
+    ) -> Tensor:
+        """A GEMM whose result is wider than its operands: only GPUs have it."""
+        tensors = [x for x in (*args, out) if x is not None]
+        self.ops.check(func, tensors, [self.memory.holds(x) for x in tensors], args, {})
+        with _disable_current_modes():  # the copies are none of the GPU's
+            result = func(*(x.to(out_dtype) for x in args))
+            result = result if out is None else out.copy_(result)
+        if self.ops.recorded is not None:
+            self.ops.recorded.append(Recorded(lambda: self._widened(func, args, out_dtype, out), [result]))
+        if out is None:
+            self.memory.add(result)
+        return result
 
     def _moved(self, x: Tensor, wanted: list[Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """x.to(...) of another device: a copy there."""
@@ -292,8 +314,12 @@ def simulated() -> Iterator[Memory]:
     engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def backward(*args: Any, **kwargs: Any) -> Any:
-        with Calls(ops):  # which is off while it handles the call of `backward` or `grad` itself
-            return engine(*args, **kwargs)
+        before, ops.factory_on_gpu = ops.factory_on_gpu, any(memory.holds(x) for x in args[0])
+        try:  # what autograd makes by itself, zeros for instance, is where the roots are
+            with Calls(ops):  # which is off while it handles the call of `backward` or `grad` itself
+                return engine(*args, **kwargs)
+        finally:
+            ops.factory_on_gpu = before
 
     def forget() -> None:
         registry.forget_choices()

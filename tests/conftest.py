@@ -23,7 +23,7 @@ os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 IMPLEMENTATIONS = ("torch", "triton", "native")
 
 # A bare machine with a GPU has torch, Triton, numpy and pytest: there the files of property tests are not collected,
-# and the first lines of the report say so. In CI nothing is left out: they fail at their import.
+# and the last lines of the report say so. In CI nothing is left out: they fail at their import.
 PROPERTY_TESTS = importlib.util.find_spec("hypothesis") is not None
 
 
@@ -46,8 +46,9 @@ elif not os.environ.get("CI"):
     ]
 
 
-def pytest_report_header() -> list[str]:
-    return [f"not collected, hypothesis is not installed: {', '.join(collect_ignore)}"] if collect_ignore else []
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if collect_ignore:
+        terminalreporter.write_line(f"not collected, hypothesis is not installed: {', '.join(collect_ignore)}")
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

@@ -151,6 +151,8 @@ def no_waiting() -> Iterator[None]:
 
 def test_waiting_is_seen() -> None:
     x = torch.ones(3, device=DEVICE)
+    assert x.is_cuda
+    assert not torch.zeros(3).is_cuda
     for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: torch.tensor([1.0], device=DEVICE), x.cpu):
         with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
             wait()
