@@ -52,7 +52,7 @@ def parts(suite: str, out: Path, wheels: Path | None) -> list[Part]:
     repeats = ["--repeats", "1", "--warmups", "1"] if tiny else ["--repeats", "7"]
     run = ["-m", "benchmarks.run", "--suite", suite, "--implementation", "triton", *at, *to, *repeats]
     run += ["--wheels", str(wheels.resolve())] if wheels else []
-    tests = ["-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
+    tests = ["-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
     if importlib.util.find_spec("xdist"):
         tests += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
     check = ["-m", "conspo_kernels", "gradcheck", *at, "--implementation", "triton"]
@@ -70,12 +70,12 @@ def parts(suite: str, out: Path, wheels: Path | None) -> list[Part]:
     found = [
         Part("ceilings", ["-m", "benchmarks.ceilings", *at, *to, *(["--tiny"] * tiny)], 15),
         Part("decisive gradients", decisive, 25),
-        Part("tests of a GPU", [*tests, "tests/test_gpu.py"], 45, needs="pytest"),
+        Part("tests of a GPU", [*tests, "--stop-after", "30", "tests/test_gpu.py"], 45, needs="pytest"),
         Part("logits", [*run, "--name", "logits", *only, "--op", *OPS, "scores + backward"], 95),
         Part("linear", [*run, "--name", "linear", *only, "--op", *LINEAR_OPS], 80),
         Part("behaviour", ["-m", "benchmarks.behaviour", "--suite", suite, *to], 25),
         Part("all gradients", check, 40),
-        Part("shared tests", [*tests, "--ignore", "tests/test_gpu.py"], 45, "pytest"),
+        Part("shared tests", [*tests, "--stop-after", "30", "--ignore", "tests/test_gpu.py"], 45, "pytest"),
         Part("compiled", compiled, 25),
         Part("report", ["-m", "benchmarks.report", str(out), *to, "--no-plots"], 5),
     ]

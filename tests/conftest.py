@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,21 @@ elif not os.environ.get("CI"):
     collect_ignore = [
         path.name for path in sorted(Path(__file__).parent.glob("test_*.py")) if _imports_hypothesis(path)
     ]
+
+
+START = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stop-after", type=float, metavar="SECONDS", help="skip what would begin later: a summary, not a killed run"
+    )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--stop-after")
+    if limit is not None and time.monotonic() - START > limit:
+        pytest.skip("out of time")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

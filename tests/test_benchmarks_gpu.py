@@ -34,8 +34,8 @@ def test_the_gpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = json.loads((tmp_path / "targets.json").read_text())
     names = ["L1", "L2", "L3", "L4", "L5", "F1", "F2", "F3", "F4", "M1", "C1"]
     assert list(dict.fromkeys(v["target"] for v in found)) == names
-    unmeasured = {v["what"] for v in found if v["met"] is None}
-    assert all("TRL" in what or "Liger" in what for what in unmeasured)  # other packages
+    unmeasured = {v["what"] for v in found if v["met"] is None}  # other packages, and what compiles
+    assert all(any(word in what for word in ("TRL", "Liger", "recompilations")) for what in unmeasured)
     text = (tmp_path / "summary.md").read_text()
     assert "figures mean nothing" in text
     assert "`python -m benchmarks.wheels --out DIR` collects wheels" in text
