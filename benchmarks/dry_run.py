@@ -56,8 +56,8 @@ def _run_module(name: str, arguments: list[str]) -> int:
 
 @contextlib.contextmanager
 def _as_on_a_gpu() -> Iterator[None]:
-    if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":  # read when Triton defines the kernels
-        raise RuntimeError("the dry run needs TRITON_INTERPRET=1 from the start")
+    if os.environ.get("TRITON_INTERPRET") != "1":  # read when Triton defines the kernels
+        raise RuntimeError("a simulated GPU needs TRITON_INTERPRET=1 from the start")
     hasten()
     measure.flush_buffer.cache_clear()
     with (

@@ -28,6 +28,7 @@ def test_the_gpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     The suite's own code is what is tried: PyTorch's ops stand in for the kernels, which `test_gpu.py` interprets.
     """
     monkeypatch.setitem(registry.BACKENDS, "triton", ".eager")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert suite.run("gpu-tiny", tmp_path, None) == 0, (tmp_path / "summary.md").read_text()
     outcomes = json.loads((tmp_path / "parts.json").read_text())
     assert {outcome["part"] for outcome in outcomes} >= {"decisive gradients", "logits", "linear", "behaviour"}
@@ -36,6 +37,8 @@ def test_the_gpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert list(dict.fromkeys(v["target"] for v in found)) == names
     unmeasured = {v["what"] for v in found if v["met"] is None}  # other packages, and what compiles
     assert all(any(word in what for word in ("TRL", "Liger", "recompilations")) for what in unmeasured)
+    checks = [row["what"] for row in json.loads((tmp_path / "behaviour.json").read_text())["rows"]]
+    assert checks == ["synchronisation", "memory", "memory", "recompilations"]  # the dearest last
     text = (tmp_path / "summary.md").read_text()
     assert "figures mean nothing" in text
     assert "`python -m benchmarks.wheels --out DIR` collects wheels" in text
