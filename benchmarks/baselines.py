@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ class Rival(NamedTuple):
 
     rounds_to: the precision its softmax is kept in, None: that of the logits; what the correctness gate allows.
     ignores: takes labels of -100 itself; the others are given label 0 there, and their result is masked.
+    with_entropy: the same to log-probabilities and entropies, stacked; None where it has none.
+    softcap: what the two above cap the logits with.
     package: what has to be installed, None where PyTorch is enough.
     """
 
@@ -26,29 +29,51 @@ class Rival(NamedTuple):
     rounds_to: torch.dtype | None = torch.float32
     compiled: bool = False
     ignores: bool = False
+    with_entropy: TokenLogprobs | None = None
+    softcap: float | None = None
     package: str | None = None
 
 
-def eager(logits: Tensor, labels: Tensor) -> Tensor:
+def log_softmax(logits: Tensor, softcap: float | None) -> Tensor:
+    """Of the logits [B, T, V] as the model's head caps them."""
+    return torch.log_softmax(logits if softcap is None else softcap * torch.tanh(logits / softcap), dim=-1)
+
+
+def eager(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
     """In the dtype of the logits."""
-    return torch.log_softmax(logits, dim=-1).gather(-1, labels[..., None])[..., 0]
+    return log_softmax(logits, softcap).gather(-1, labels[..., None])[..., 0]
 
 
-def eager_fp32(logits: Tensor, labels: Tensor) -> Tensor:
-    return eager(logits.float(), labels)
+def eager_fp32(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    return eager(logits.float(), labels, softcap)
+
+
+def eager_entropy(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """Log-probabilities and entropies, stacked."""
+    y = log_softmax(logits, softcap)
+    return torch.stack([y.gather(-1, labels[..., None])[..., 0], -(y.exp() * y).sum(-1)])
+
+
+def eager_entropy_fp32(logits: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    return eager_entropy(logits.float(), labels, softcap)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(labels.shape)
 
 
-def rivals(dtype: torch.dtype) -> Iterator[Rival]:
+def rivals(dtype: torch.dtype, softcap: float | None = None) -> Iterator[Rival]:
     """The rivals for logits of a dtype."""
-    yield Rival("eager", eager, rounds_to=None)
+
+    def rival(name: str, logprobs: TokenLogprobs, entropy: TokenLogprobs, **about: Any) -> Rival:
+        capped = [partial(function, softcap=softcap) for function in (logprobs, entropy)]
+        return Rival(name, capped[0], with_entropy=capped[1], softcap=softcap, **about)
+
+    yield rival("eager", eager, eager_entropy, rounds_to=None)
     if dtype != torch.float32:
-        yield Rival("eager, fp32", eager_fp32)
+        yield rival("eager, fp32", eager_fp32, eager_entropy_fp32)
     yield Rival("F.cross_entropy", cross_entropy, rounds_to=None, ignores=True)
-    yield Rival("torch.compile", eager_fp32, compiled=True)
+    yield rival("torch.compile", eager_fp32, eager_entropy_fp32, compiled=True)
 
 
 def infonce(scores: Tensor, rewards: Tensor, group_size: int, tau: float, margin: float) -> Tensor:
@@ -88,7 +113,7 @@ def conspo_loss_of(token_logprobs: TokenLogprobs) -> Callable[..., Tensor]:
 
 
 def masked(token_logprobs: TokenLogprobs) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
-    """Zero where the mask is."""
+    """Zero where the mask is; entropies, stacked on log-probabilities, too."""
 
     def logprobs(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
         found = token_logprobs(logits, labels)

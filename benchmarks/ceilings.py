@@ -22,7 +22,7 @@ TINY = (2**16, 32, torch.float32)
 def ceilings(device: torch.device, tiny: bool = False, repeats: int = 11) -> dict[str, Row]:
     """Medians of interleaved repeats; bytes count what is read and what is written, operations 2 n^3."""
     size, n, dtype = TINY if tiny else SIZES[device.type]
-    source = torch.ones(size // 4, dtype=torch.int32, device=device)
+    source = torch.randint(2**31 - 1, (size // 4,), dtype=torch.int32, device=device)  # constants may cost less
     target = torch.empty_like(source)
     a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
     product = torch.empty_like(a)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from conspo_kernels import linear_conspo_loss, linear_weighted_score_loss
 from conspo_kernels.ops.linear_logprob import linear_logprob
 from conspo_kernels.values import IGNORED, LogitTransform
 
-from .baselines import IGNORE
+from .baselines import IGNORE, log_softmax
 from .linear_peers import linear_peers
 from .measure import Call
 from .shapes import LinearShape
@@ -93,27 +93,27 @@ def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
     labels, shape = inputs.labels, inputs.shape
     aligned = torch.where(labels == IGNORE, IGNORED, labels).flatten()
     workspace = shape.workspace_mib * 2**20
+    transform = LogitTransform(softcap=shape.softcap).to_numbers()
+    options: dict[str, Any] = {"softcap": shape.softcap, "implementation": implementation}
     weights = torch.full((shape.rollouts,), COEFFICIENT * shape.length)
 
     def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_logprob(
-            hidden.flatten(0, 1), weight, None, aligned, None, None, hidden.dtype, LogitTransform().to_numbers(), False,
-            op.mode, workspace, implementation, 0, "", False,
+            hidden=hidden.flatten(0, 1), weight=weight, bias=None, labels=aligned, keep=None, weight_grad=None,
+            logits_dtype=hidden.dtype, transform=transform, with_entropy=False, mode=op.mode, workspace=workspace,
+            implementation=implementation, vocab_start=0, vocab_group="", batch_invariant=False,
         )[0]  # fmt: skip
 
     def known(hidden: Tensor, weight: Tensor) -> Tensor:
-        return linear_weighted_score_loss(
-            hidden, weight, labels, weights, workspace_mib=shape.workspace_mib,
-            implementation=implementation,
-        )  # fmt: skip
+        options["workspace_mib"] = shape.workspace_mib
+        return linear_weighted_score_loss(hidden, weight, labels, weights, **options)  # type: ignore[arg-type]
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:
         # A third of the logits: the mode that is chosen is "recompute", as for any larger batch.
         mib = shape.tokens * shape.vocab_size * shape.dtype.itemsize / 3 / 2**20
         return linear_conspo_loss(
-            hidden, weight, labels, inputs.rewards, shape.group_size, tau=0.5, workspace_mib=mib,
-            implementation=implementation,
-        )  # type: ignore[return-value]  # fmt: skip
+            hidden, weight, labels, inputs.rewards, shape.group_size, tau=0.5, workspace_mib=mib, **options
+        )  # type: ignore[call-overload]
 
     return {"known": known, "loss": loss}.get(op.mode, tokens)
 
@@ -121,7 +121,7 @@ def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
 def eager(inputs: Inputs) -> Compute:
     def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
         logits = F.linear(hidden.flatten(0, 1), weight)
-        return torch.log_softmax(logits, dim=-1).gather(-1, inputs.labels.flatten()[:, None])[:, 0]
+        return log_softmax(logits, inputs.shape.softcap).gather(-1, inputs.labels.flatten()[:, None])[:, 0]
 
     return tokens
 
@@ -144,10 +144,14 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
     if op.mode == "loss":
         return {**found, OURS_HALF: Candidate(ours(op, inputs.half_valid(), implementation))}
     found["eager"] = Candidate(eager(inputs))
-    if op.mode == "known" and hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
+    softcap = inputs.shape.softcap
+    if op.mode == "known" and softcap is None and hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
         found["F.linear_cross_entropy"] = Candidate(linear_cross_entropy(inputs))
     labels = inputs.labels.flatten()
-    for peer in linear_peers(inputs.hidden.device, COEFFICIENT, (inputs.shape.rollouts, inputs.shape.length)):
+    sizes = (inputs.shape.rollouts, inputs.shape.length)
+    for peer in linear_peers(inputs.hidden.device, COEFFICIENT, sizes, softcap):
+        if peer.softcap != softcap:
+            continue
         if op.mode == "store" or (peer.summed and op.mode != "known"):
             continue  # what it does under "recompute"; its coefficients are known beforehand, ours there are not
         compute = lambda hidden, weight, peer=peer: peer.compute(hidden.flatten(0, 1), weight, labels)  # noqa: E731
@@ -198,18 +202,21 @@ class Exact(NamedTuple):
     @staticmethod
     def of(inputs: Inputs) -> Exact:
         hidden, weight = inputs.hidden.flatten(0, 1).double(), inputs.weight.double()
-        labels = inputs.labels.flatten()
-        logprobs, grad_hidden, grad_weight = [], [], torch.zeros(GATE_ROWS, hidden.shape[1], dtype=torch.float64)
+        labels, softcap = inputs.labels.flatten(), inputs.shape.softcap
+        logprobs, grad_hidden, grad_weight = [], [], hidden.new_zeros(GATE_ROWS, hidden.shape[1])
         for start in range(0, len(hidden), EXACT_ROWS):
             part = slice(start, start + EXACT_ROWS)
-            y = (hidden[part] @ weight.T).log_softmax(-1)
+            z = hidden[part] @ weight.T
+            y = log_softmax(z, softcap)
             logprobs.append(y.gather(1, labels[part, None])[:, 0])
             slope = -y.exp()
-            slope[torch.arange(len(y)), labels[part]] += 1
+            slope.scatter_add_(1, labels[part, None], torch.ones_like(slope[:, :1]))
             slope *= COEFFICIENT
+            if softcap is not None:  # d softcap tanh(z / softcap) / dz
+                slope *= 1 - torch.tanh(z / softcap) ** 2
             if start == 0:
                 grad_hidden.append(slope[:GATE_ROWS] @ weight)
-            grad_weight = grad_weight.to(slope) + slope[:, :GATE_ROWS].T @ hidden[part]
+            grad_weight += slope[:, :GATE_ROWS].T @ hidden[part]
         return Exact(torch.cat(logprobs), grad_hidden[0], grad_weight)
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def measure_host(repeats: int = REPEATS) -> Iterator[dict[str, Any]]:
         row = {
             "op": f"host time, {name}", "shape": f"{ROLLOUTS} x {LENGTH} x {VOCAB}, one thread", "dtype": "float32",
             "provider": EAGER if name == EAGER else OURS, "plain": True, "status": "timed", "ok": True,
-            "seconds": asdict(timing), "times_eager": ratio,
+            "times_eager": ratio, **timing.fields(),
         }  # fmt: skip
         if name != EAGER:
             row["note"] = f"{ratio:.2f} of eager PyTorch's time, limit {LIMITS[name]}"

@@ -1,6 +1,7 @@
 """The rivals in other packages that start from hidden states. A package is imported when its rival is first called.
 
-Signatures were read in the sources of trl 1.16, liger-kernel 0.8.5, cut-cross-entropy 25.1, verl 0.9 and quack 0.6.5.
+Signatures were read in the sources of trl 1.16, liger-kernel 0.8.5, cut-cross-entropy 25.1, fla-core 0.6.0, verl 0.9
+and quack 0.6.5.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class LinearPeer(NamedTuple):
     """compute: hidden [N, H], weight [V, H], labels [N] to log-probabilities [N] (or, summed, to their sum).
 
     same_value: the value is compared; else it is another loss's, and only its gradient is.
+    softcap: what it caps the logits with.
     """
 
     name: str
@@ -30,19 +32,25 @@ class LinearPeer(NamedTuple):
     summed: bool = False
     same_value: bool = True
     compiled: bool = False
+    softcap: float | None = None
 
 
-def linear_peers(device: torch.device, coefficient: float, shape: tuple[int, int]) -> Iterator[LinearPeer]:
+def linear_peers(
+    device: torch.device, coefficient: float, shape: tuple[int, int], softcap: float | None = None
+) -> Iterator[LinearPeer]:
     """Those that run on a device. coefficient: of every log-probability in a sum.  shape: rollouts, length."""
     yield LinearPeer("TRL chunked log-probs", _trl, "trl")
     yield LinearPeer("Liger fused scaled CE", _liger_scaled, "liger_kernel")
     grpo = _liger_chunked(coefficient, shape)
     yield LinearPeer("Liger chunked GRPO", grpo, "liger_kernel", summed=True, same_value=False, compiled=True)
     if device.type != "cuda":
-        compiled = _cut_cross_entropy("torch_compile")
-        yield LinearPeer("CCE, torch_compile", compiled, "cut_cross_entropy", compiled=True)
+        compiled = _cut_cross_entropy("torch_compile", softcap)
+        yield LinearPeer("CCE, torch_compile", compiled, "cut_cross_entropy", compiled=True, softcap=softcap)
         return
-    yield LinearPeer("CCE", _cut_cross_entropy("cce"), "cut_cross_entropy")
+    yield LinearPeer("CCE", _cut_cross_entropy("cce", softcap), "cut_cross_entropy", softcap=softcap)
+    liger = _liger_cross_entropy(coefficient, softcap)
+    yield LinearPeer("Liger fused linear CE", liger, "liger_kernel", summed=True, softcap=softcap)
+    yield LinearPeer("FLA fused linear CE", _fla(coefficient, softcap), "fla", summed=True, softcap=softcap)
     yield LinearPeer("verl linear_cross_entropy", _verl, "verl")
     yield LinearPeer("quack linear_cross_entropy", _quack, "quack")
     yield LinearPeer("quack chunked linear CE", _quack_chunked(coefficient), "quack", summed=True)
@@ -77,13 +85,40 @@ def _liger_chunked(coefficient: float, shape: tuple[int, int]) -> Callable[[Tens
     return summed
 
 
-def _cut_cross_entropy(implementation: str) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+def _cut_cross_entropy(implementation: str, softcap: float | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     def logprobs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         from cut_cross_entropy import linear_cross_entropy
 
-        return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl=implementation)
+        return -linear_cross_entropy(hidden, weight, labels, softcap=softcap, reduction="none", impl=implementation)
 
     return logprobs
+
+
+def _liger_cross_entropy(coefficient: float, softcap: float | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """In chunks, with the gradients computed in the forward pass."""
+
+    def summed(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
+
+        found = LigerFusedLinearCrossEntropyFunction.apply(
+            hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum", softcap
+        )
+        return -coefficient * found[0]
+
+    return summed
+
+
+def _fla(coefficient: float, softcap: float | None) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    """In chunks, with the gradients computed in the forward pass."""
+
+    def summed(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        from fla.modules.fused_linear_cross_entropy import fused_linear_cross_entropy_loss
+
+        return -coefficient * fused_linear_cross_entropy_loss(
+            hidden, labels, weight, logit_softcapping=softcap, reduction="sum"
+        )
+
+    return summed
 
 
 def _verl(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:

@@ -12,13 +12,14 @@ from conspo_kernels import conspo_loss, conspo_loss_from_scores, token_logprobs
 from conspo_kernels.backends.registry import kernels_for
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform
 
-from .baselines import IGNORE, conspo_loss_of, infonce, masked, rivals, scores_of
+from .baselines import IGNORE, conspo_loss_of, eager_entropy, infonce, masked, rivals, scores_of
 from .measure import Call
 from .peers import advantages_of, group_losses, peers
 from .shapes import SCORES, Shape
 
 OURS = "conspo_kernels"
 TAU, MARGIN = 0.5, 0.25
+ENTROPY_SHARE = 0.25
 GATE = 1e-4  # nats: ten times what the library promises
 GATE_ROWS = 8  # rows of the gradient that are compared with fp64
 EXACT_ROWS = 64  # rows of logits that are in fp64 at a time
@@ -28,7 +29,7 @@ class Op(NamedTuple):
     """What is timed.
 
     alone: only the backward, after a forward that is not timed.  known: the coefficients are, so that forward computes
-    the gradient too.
+    the gradient too.  entropy: of each distribution, and its gradient.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Op(NamedTuple):
     loss: bool = False
     known: bool = False
     alone: bool = False
+    entropy: bool = False
 
     def bytes(self, shape: Shape) -> int:
         """What has to be read and written: ignored rows and those without a gradient are written only."""
@@ -48,10 +50,10 @@ class Op(NamedTuple):
         return rows * shape.row_bytes
 
     def operations(self, shape: Shape) -> int:
-        """Four per logit in forward (maximum, difference, exponential, sum), and in backward."""
+        """Four per logit in forward (maximum, difference, exponential, sum), and in backward; two more for entropy."""
         forward = 0 if self.alone else shape.response_tokens
         used = shape.contrasted_tokens if self.loss else shape.response_tokens
-        return 4 * (forward + (used if self.backward else 0)) * shape.vocab_size
+        return (6 if self.entropy else 4) * (forward + (used if self.backward else 0)) * shape.vocab_size
 
 
 OPS = {
@@ -63,19 +65,25 @@ OPS = {
         Op("in-place backward", backward=True, inplace=True, alone=True),
         Op("known coefficients, in place", backward=True, inplace=True, known=True),
         Op("loss + backward", backward=True, inplace=True, loss=True),
+        Op("forward with entropy", entropy=True),
+        Op("in-place backward with entropy", backward=True, inplace=True, alone=True, entropy=True),
     )
 }
 
 
 class Inputs(NamedTuple):
-    """labels: IGNORE where no response token is.  mask: where they are, None if everywhere."""
+    """labels: IGNORE where no response token is.  mask: where they are, None if everywhere.
+
+    grad: of the log-probabilities; that of the entropies is `ENTROPY_SHARE` of it.
+    """
 
     logits: Tensor
     labels: Tensor
     rewards: Tensor
-    grad: Tensor  # of the log-probabilities
+    grad: Tensor
     group_size: int
     mask: Tensor | None
+    softcap: float | None = None
 
     @staticmethod
     def of(shape: Shape, device: torch.device) -> Inputs:
@@ -93,7 +101,11 @@ class Inputs(NamedTuple):
             mask = torch.arange(shape.length, device=device) < torch.tensor(shape.lengths, device=device)[:, None]
             labels, grad = labels.masked_fill(~mask, IGNORE), grad * mask
         rewards = torch.tensor(shape.rights, device=device).float()
-        return Inputs(logits, labels, rewards, grad, shape.group_size, mask)
+        return Inputs(logits, labels, rewards, grad, shape.group_size, mask, shape.softcap)
+
+    def upstream(self, op: Op) -> Tensor:
+        """The gradient that comes in: [B, T], or with entropies [2, B, T]."""
+        return torch.stack([self.grad, ENTROPY_SHARE * self.grad]) if op.entropy else self.grad
 
 
 class Candidate(NamedTuple):
@@ -114,27 +126,31 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
     """Who computes an op: the library, then its rivals."""
     if op.known:  # which no rival has
         return _known(inputs, implementation)
-    logits, labels, rewards, _grad, group_size, mask = inputs
+    logits, labels, rewards, _grad, group_size, mask, softcap = inputs
+    options = {"softcap": softcap, "inplace_backward": op.inplace, "implementation": implementation}
 
     def ours(logits: Tensor) -> Tensor:
         if op.loss:
-            return conspo_loss(
-                logits, labels, rewards, group_size, tau=TAU, margin=MARGIN, inplace_backward=op.inplace,
-                implementation=implementation,
-            )  # type: ignore[return-value]  # fmt: skip
-        return token_logprobs(logits, labels, inplace_backward=op.inplace, implementation=implementation)  # type: ignore[return-value]
+            numbers = {"tau": TAU, "margin": MARGIN}
+            return conspo_loss(logits, labels, rewards, group_size, **numbers, **options)  # type: ignore[arg-type, return-value]
+        if op.entropy:
+            return torch.stack(token_logprobs(logits, labels, return_entropy=True, **options))  # type: ignore[call-overload]
+        return token_logprobs(logits, labels, **options)  # type: ignore[call-overload]
 
     found = {OURS: Candidate(ours, torch.float32)}
     readable = labels.clamp(min=0)
-    for rival in (*rivals(logits.dtype), *peers(logits.device, op.inplace)):
-        function = (conspo_loss_of if op.loss else masked)(rival.token_logprobs)
+    for rival in (*rivals(logits.dtype, softcap), *peers(logits.device, op.inplace, softcap)):
+        logprobs = rival.with_entropy if op.entropy else rival.token_logprobs
+        if logprobs is None or rival.softcap != softcap:
+            continue
+        function = (conspo_loss_of if op.loss else masked)(logprobs)
         function = torch.compile(function) if rival.compiled else function
         arguments = (labels if rival.ignores else readable, mask)
         arguments += (rewards, group_size, TAU, MARGIN) if op.loss else ()
         compute = lambda logits, function=function, arguments=arguments: function(logits, *arguments)  # noqa: E731
         found[rival.name] = Candidate(compute, rival.rounds_to or logits.dtype, package=rival.package)
     advantages = advantages_of(rewards, group_size)
-    for peer in group_losses(logits.device) if op.loss else ():
+    for peer in group_losses(logits.device) if op.loss and softcap is None else ():
         compute = lambda logits, peer=peer: peer.loss(logits, readable, advantages, mask)  # noqa: E731
         objective = lambda logprobs, peer=peer: peer.of_logprobs(logprobs, advantages, mask)  # noqa: E731
         found[peer.name] = Candidate(compute, torch.float32, objective, peer.package)
@@ -146,9 +162,10 @@ def _known(inputs: Inputs, implementation: str) -> dict[str, Candidate]:
     kernels = kernels_for("token_logprob", implementation, logits.device)
     aligned = torch.where(labels == IGNORE, IGNORED, labels)
     coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    transform = LogitTransform(softcap=inputs.softcap)
 
     def known(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.forward_backward(logits, LogitRows(logits, aligned, LogitTransform()), coefficients), logits
+        return kernels.forward_backward(logits, LogitRows(logits, aligned, transform), coefficients), logits
 
     return {OURS: Candidate(known, torch.float32)}
 
@@ -167,7 +184,7 @@ def call(op: Op, candidate: Candidate, inputs: Inputs) -> Call:
 
     def backward(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         logits, out = state
-        (grad,) = torch.autograd.grad(out, logits, None if op.loss else inputs.grad.to(out.dtype))
+        (grad,) = torch.autograd.grad(out, logits, None if op.loss else inputs.upstream(op).to(out.dtype))
         return out.detach(), grad
 
     if op.alone:
@@ -176,24 +193,31 @@ def call(op: Op, candidate: Candidate, inputs: Inputs) -> Call:
 
 
 class Exact(NamedTuple):
-    """In fp64: all log-probabilities, and the slopes d logprob / d logits of the first rows."""
+    """In fp64: all log-probabilities and entropies, and of the first rows their slopes by the logits."""
 
     logprobs: Tensor
+    entropies: Tensor
     slopes: Tensor
+    entropy_slopes: Tensor
     inputs: Inputs
 
     @staticmethod
     def of(inputs: Inputs) -> Exact:
-        rows = inputs.logits.flatten(0, 1)
+        rows = inputs.logits.detach().flatten(0, 1)
         labels = inputs.labels.flatten().clamp(min=0)
         parts = [
-            part.double().log_softmax(-1).gather(1, label[:, None])[:, 0]
+            eager_entropy(part.double(), label, inputs.softcap)
             for part, label in zip(rows.split(EXACT_ROWS), labels.split(EXACT_ROWS), strict=True)
         ]
-        logprobs = torch.cat(parts).view(inputs.labels.shape)
-        slopes = -rows[:GATE_ROWS].double().softmax(-1)
-        slopes[torch.arange(len(slopes)), labels[:GATE_ROWS]] += 1
-        return Exact(logprobs if inputs.mask is None else logprobs * inputs.mask, slopes, inputs)
+        logprobs, entropies = torch.cat(parts, dim=1).view(2, *inputs.labels.shape)
+        if inputs.mask is not None:
+            logprobs, entropies = logprobs * inputs.mask, entropies * inputs.mask
+        first = rows[:GATE_ROWS].double().requires_grad_()
+        values = eager_entropy(first, labels[:GATE_ROWS], inputs.softcap)
+        slopes, entropy_slopes = (
+            torch.autograd.grad(value.sum(), first, retain_graph=True)[0] for value in values
+        )  # a row's values depend on no other row
+        return Exact(logprobs, entropies, slopes, entropy_slopes, inputs)
 
     def loss(self, objective: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
         """An objective, None for ConSPO's, and its derivatives by the log-probabilities."""
@@ -230,13 +254,17 @@ def errors(op: Op, candidate: Candidate, inputs: Inputs, exact: Exact) -> Errors
     found = timed.run(timed.prepare())
     value, grad = found if op.backward else (found, None)  # type: ignore[misc]
     expected, coefficients = exact.loss(candidate.objective) if op.loss else (exact.logprobs, inputs.grad)
+    if op.entropy:
+        expected = torch.stack([expected, exact.entropies])
     allowed = GATE + torch.finfo(candidate.rounds_to).eps * exact.logprobs.abs().max().item()
     value_error = (value.double() - expected).abs().max().item()
     if grad is None:
         return Errors(value_error, allowed, None, None)
     rows = grad.flatten(0, 1)[:GATE_ROWS].double()
-    expected_rows = exact.slopes * coefficients.flatten()[:GATE_ROWS, None]
-    allowed_gradient = (torch.finfo(inputs.logits.dtype).eps + allowed) * coefficients.abs().max().item()
+    slopes = exact.slopes + ENTROPY_SHARE * exact.entropy_slopes if op.entropy else exact.slopes
+    expected_rows = slopes * coefficients.flatten()[:GATE_ROWS, None]
+    largest = max(coefficients.abs().max().item(), expected_rows.abs().max().item())
+    allowed_gradient = (torch.finfo(inputs.logits.dtype).eps + allowed) * largest
     return Errors(value_error, allowed, (rows - expected_rows).abs().max().item(), allowed_gradient)
 
 

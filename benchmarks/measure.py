@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import os
 import platform
 import random
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,8 +18,10 @@ from typing import Any, NamedTuple
 import torch
 
 FLUSH_BYTES = 256 * 2**20  # more than any GPU's L2
-PATIENCE = 10.0  # seconds: what takes longer is timed once
-SPIN_CYCLES = 2_000_000  # about a millisecond: the host queues the whole call while the GPU waits
+PATIENCE = {"cpu": 10.0, "cuda": 0.5}  # seconds: what takes longer is timed once
+WALL_WARMUPS = 3
+SPIN, LONGEST_SPIN = 1e-3, 20e-3  # seconds that the GPU waits while the host queues a call
+CYCLES_PER_SECOND = 1.98e9  # of a spin, assumed beforehand; what it took says what the clock was
 
 
 class Call(NamedTuple):
@@ -27,19 +31,56 @@ class Call(NamedTuple):
     run: Callable[[Any], object]
 
 
+class Sample(NamedTuple):
+    """One repeat: seconds of the device, and on a GPU what can mislead.
+
+    host: seconds until everything was queued.  hidden: the GPU had not begun by then, so that it never waited for the
+    host.  clock: cycles per second of the multiprocessors, just before.
+    """
+
+    seconds: float
+    host: float | None = None
+    hidden: bool = True
+    clock: float | None = None
+
+
 @dataclass(frozen=True)
 class Timing:
-    """Seconds: the median, the quartiles around it, and of how many repeats."""
+    """Seconds: the median, the quartiles around it, and of how many repeats; the rest as in `Sample`, medians.
+
+    outlasted: repeats whose queueing outlasted the spin: their time may be the host's.
+    """
 
     median: float
     low: float
     high: float
     repeats: int
+    host: float | None = None
+    outlasted: int = 0
+    clock: float | None = None
 
     @staticmethod
-    def of(seconds: list[float]) -> Timing:
+    def of(samples: Sequence[Sample]) -> Timing:
+        seconds = [sample.seconds for sample in samples]
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
-        return Timing(statistics.median(seconds), low, high, len(seconds))
+
+        def median(values: Iterable[float | None]) -> float | None:
+            found = [value for value in values if value is not None]
+            return statistics.median(found) if found else None
+
+        return Timing(
+            statistics.median(seconds), low, high, len(seconds), median(sample.host for sample in samples),
+            sum(not sample.hidden for sample in samples), median(sample.clock for sample in samples),
+        )  # fmt: skip
+
+    def fields(self) -> dict[str, Any]:
+        """Of a row."""
+        found: dict[str, Any] = {
+            "seconds": {"median": self.median, "low": self.low, "high": self.high, "repeats": self.repeats}
+        }
+        if self.host is not None and self.clock is not None:
+            found |= {"host_seconds": self.host, "outlasted": self.outlasted, "sm_mhz": round(self.clock / 1e6)}
+        return found
 
 
 def interleaved(
@@ -49,39 +90,58 @@ def interleaved(
 
     A call that takes longer than `PATIENCE` is left out once it has been timed; its `Timing.repeats` says so.
     """
-    once = _once_cuda if device.type == "cuda" else _once_cpu
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    samples: dict[str, list[Sample]] = {name: [] for name in calls}
+    spins = dict.fromkeys(calls, SPIN)
     shuffle = random.Random(seed).shuffle
     for i in range(warmups + repeats):
         order = list(calls)
         shuffle(order)
         for name in order:
-            if max(seconds[name], default=0.0) > PATIENCE:
+            if any(sample.seconds > PATIENCE[device.type] for sample in samples[name]):
                 continue
-            elapsed = once(calls[name])
+            sample = _once_cuda(calls[name], spins[name]) if device.type == "cuda" else _once_cpu(calls[name])
+            if sample.host is not None:
+                spins[name] = min(max(2 * sample.host, SPIN), LONGEST_SPIN)
             if i >= warmups:
-                seconds[name].append(elapsed)
-    return {name: Timing.of(values) for name, values in seconds.items()}
+                samples[name].append(sample)
+    return {name: Timing.of(found) for name, found in samples.items()}
 
 
-def _once_cpu(call: Call) -> float:
+def _once_cpu(call: Call) -> Sample:
     state = call.prepare()
     start = time.perf_counter()
     call.run(state)
-    return time.perf_counter() - start
+    return Sample(time.perf_counter() - start)
 
 
-def _once_cuda(call: Call) -> float:
-    """Device time with a cold L2; the host's time is hidden as long as it is below that of the spin."""
+def _once_cuda(call: Call, spin: float) -> Sample:
+    """Device time with a cold L2, while the host's time is hidden behind a spin."""
     state = call.prepare()
-    torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda").zero_()
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda._sleep(SPIN_CYCLES)
+    flush_cache()
+    before, start, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    cycles = int(spin * CYCLES_PER_SECOND)
+    before.record()
+    torch.cuda._sleep(cycles)
     start.record()
+    began = time.perf_counter()
     call.run(state)
+    host = time.perf_counter() - began
     end.record()
+    hidden = not start.query()  # the GPU still spins
     end.synchronize()
-    return start.elapsed_time(end) / 1000
+    seconds, spun = start.elapsed_time(end) / 1000, before.elapsed_time(start) / 1000
+    return Sample(seconds, host, hidden, cycles / spun)
+
+
+@functools.lru_cache(maxsize=1)
+def flush_buffer(size: int) -> torch.Tensor:
+    return torch.zeros(size // 4, dtype=torch.int32, device="cuda")
+
+
+def flush_cache() -> None:
+    """Fill the L2 with what nobody wants, by reading: lines that a write left there would be written back later, on
+    the time of what is measured."""
+    flush_buffer(FLUSH_BYTES).max()
 
 
 def wall(call: Call, device: torch.device, repeats: int) -> Timing:
@@ -93,7 +153,7 @@ def wall(call: Call, device: torch.device, repeats: int) -> Timing:
             torch.cuda.synchronize()
 
     timed = Call(call.prepare, synchronised)
-    for _ in range(3):
+    for _ in range(WALL_WARMUPS):
         _once_cpu(timed)
     return Timing.of([_once_cpu(timed) for _ in range(repeats)])
 
@@ -134,10 +194,9 @@ def environment(device: torch.device) -> dict[str, Any]:
     except ImportError:
         triton_version = None
     root = Path(__file__).resolve().parent
-    git = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     found: dict[str, Any] = {
-        "commit": commit or None,
+        "commit": output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"),
+        "sources": digest(root.parent / "conspo_kernels"),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": triton_version,
@@ -150,10 +209,27 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit", "--format=csv,noheader"]
-        smi = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+        query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
+        smi = output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
         found |= {"gpu": gpu.name, "gpu_memory_gib": gpu.total_memory / 2**30, "cuda": torch.version.cuda, "smi": smi}
     return found
+
+
+def output(*command: str) -> str | None:
+    """What a command prints; None where it is missing, fails, says nothing or hangs."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return (done.returncode == 0 and done.stdout.strip()) or None
+
+
+def digest(folder: Path) -> str:
+    """Of a folder's Python files: what a figure was measured on, where there is no git."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return found.hexdigest()[:12]
 
 
 def _cpu_name() -> str:

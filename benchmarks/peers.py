@@ -1,6 +1,6 @@
 """The rivals in other packages that start from logits. A package is imported when its rival is first called.
 
-Signatures were read in the sources of trl 1.16, liger-kernel 0.8.5, quack-kernels 0.6.5 and flash-attn 2.
+Signatures were read in the sources of trl 1.16, liger-kernel 0.8.5, fla-core 0.6.0, quack-kernels 0.6.5, flash-attn 2.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .baselines import Rival
+from .baselines import IGNORE, Rival
 
 
 class GroupLoss(NamedTuple):
@@ -27,7 +27,7 @@ class GroupLoss(NamedTuple):
     package: str
 
 
-def peers(device: torch.device, inplace: bool) -> Iterator[Rival]:
+def peers(device: torch.device, inplace: bool, softcap: float | None = None) -> Iterator[Rival]:
     """The packages that compute log-probabilities on a device; in place where the op is and they can."""
 
     def trl_selective(logits: Tensor, labels: Tensor) -> Tensor:
@@ -39,8 +39,13 @@ def peers(device: torch.device, inplace: bool) -> Iterator[Rival]:
         yield Rival("TRL selective_log_softmax", trl_selective, rounds_to=None, package="trl")
         return
 
-    def trl_kernel(logits: Tensor, labels: Tensor) -> Tensor:
+    def trl_entropy(logits: Tensor, labels: Tensor) -> Tensor:
         from trl.kernels import selective_log_softmax_and_entropy  # what selective_log_softmax calls on a GPU
+
+        return torch.stack(selective_log_softmax_and_entropy(logits, labels)[:2])
+
+    def trl_kernel(logits: Tensor, labels: Tensor) -> Tensor:
+        from trl.kernels import selective_log_softmax_and_entropy
 
         return selective_log_softmax_and_entropy(logits, labels)[0]
 
@@ -50,6 +55,22 @@ def peers(device: torch.device, inplace: bool) -> Iterator[Rival]:
         losses, _z = cross_entropy_loss(logits.flatten(0, 1), labels.flatten(), inplace_backward=inplace)
         return -losses.view(labels.shape)
 
+    def fla(logits: Tensor, labels: Tensor) -> Tensor:
+        from fla.modules.fused_cross_entropy import cross_entropy_loss
+
+        rows = logits.flatten(0, 1)
+        losses, _z = cross_entropy_loss(rows, labels.flatten(), logit_softcapping=softcap, inplace_backward=inplace)
+        return -losses.view(labels.shape)
+
+    def liger(logits: Tensor, labels: Tensor) -> Tensor:
+        """Its gradient is computed in forward, always over the logits."""
+        from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
+
+        found = LigerCrossEntropyFunction.apply(
+            logits.flatten(0, 1), labels.flatten(), None, IGNORE, 0.0, 0.0, "none", softcap
+        )
+        return -found[0].view(labels.shape)
+
     def quack(logits: Tensor, labels: Tensor) -> Tensor:
         from quack.cross_entropy import cross_entropy
 
@@ -57,8 +78,10 @@ def peers(device: torch.device, inplace: bool) -> Iterator[Rival]:
         losses = cross_entropy(rows, labels.flatten(), reduction="none", inplace_backward=inplace)
         return -losses.view(labels.shape)
 
-    yield Rival("TRL kernel", trl_kernel, package="trl")
+    yield Rival("TRL kernel", trl_kernel, with_entropy=trl_entropy, package="trl")
     yield Rival("flash-attn cross-entropy", flash_attn, ignores=True, package="flash_attn")
+    yield Rival("FLA cross-entropy", fla, ignores=True, softcap=softcap, package="fla")
+    yield Rival("Liger cross-entropy", liger, rounds_to=None, ignores=True, softcap=softcap, package="liger_kernel")
     yield Rival("quack cross_entropy", quack, ignores=True, package="quack")
 
 

@@ -12,11 +12,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .rows import Row
+from .rows import Row, outlasted
 from .tables import markdown, quartiles
 
 ENVIRONMENT = (
     "commit",
+    "sources",
     "gpu",
     "cpu",
     "cpu_capability",
@@ -45,19 +46,21 @@ def line(row: Row) -> list[str | None]:
     """A provider's row: times in ms, memory in MiB, rates in G/s."""
     seconds = row.get("seconds")
     if seconds is None:
-        return [row["provider"], row.get("note", row.get("status")), *[None] * 6]
+        return [row["provider"], row.get("note", row.get("status")), *[None] * 8]
     rate = row.get("bytes_per_second", row.get("operations_per_second"))
     unit = "GB/s" if "bytes_per_second" in row else "GFLOP/s"
     fraction = row.get("copy_fraction", row.get("gemm_fraction"))
     return [
         row["provider"],
-        f"{seconds['median'] * 1e3:.3g}",
+        f"{seconds['median'] * 1e3:.3g}" + "!" * bool(outlasted(row)),
         quartiles(seconds),
         f"{row['times_ours']:.2f}" if "times_ours" in row else None,
         f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else None,
         f"{rate / 1e9:,.1f} {unit}" if rate else None,
         f"{fraction:.0%}" if fraction else None,
         f"{row['wall_seconds']['median'] * 1e6:.0f} us" if "wall_seconds" in row else None,
+        f"{row['host_seconds'] * 1e6:.0f} us" if "host_seconds" in row else None,
+        f"{row['sm_mhz']} MHz" if "sm_mhz" in row else None,
     ]
 
 
@@ -73,7 +76,7 @@ def sections(report: dict[str, Any]) -> Iterator[str]:
     if rivals := facts.get("rivals"):
         facts["rivals"] = ", ".join(f"{package} {version}" for package, version in rivals.items())
     yield "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-    headers = ["provider", "ms", "quartiles", "x ours", "peak MiB", "rate", "of limit", "wall"]
+    headers = ["provider", "ms", "quartiles", "x ours", "peak MiB", "rate", "of limit", "wall", "host", "SM clock"]
     for (op, shape), rows in groupby(sorted(report["rows"], key=key), key):
         lines = [line(row) for row in rows]
         used = [i for i in range(len(headers)) if any(cells[i] for cells in lines)]
@@ -81,7 +84,10 @@ def sections(report: dict[str, Any]) -> Iterator[str]:
         if first := next((row for row in report["rows"] if key(row) == (op, shape) and "bytes" in row), None):
             yield f"{first['bytes'] / 1e9:,.4g} GB to move at least, {first['operations'] / 1e9:,.4g} GFLOP."
         yield markdown([headers[i] for i in used], [[cells[i] for i in used] for cells in lines])
-    yield "ms: medians, interleaved. of limit: of what a copy, or the bare GEMMs, reach in the same run."
+    yield (
+        "ms: medians, interleaved. of limit: of what a copy, or the bare GEMMs, reach in the same run. host: until a "
+        "call was queued. !: the GPU had begun by then, so that the time may be the host's."
+    )
 
 
 def plots(report: dict[str, Any], out: Path) -> list[Path]:
@@ -166,6 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, nargs="+", help="files, or folders of them")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--no-plots", action="store_true", help="tables only")
     arguments = parser.parse_args()
     reports = load(arguments.results)
     if not reports:
@@ -174,6 +181,8 @@ def main() -> None:
     texts = []
     for report in reports:
         texts.append("\n\n".join(sections(report)))
+        if arguments.no_plots:
+            continue
         try:
             files = plots(report, arguments.out)
         except ImportError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +14,7 @@ from .measure import Call, interleaved, peak_bytes, wall
 from .shapes import SCORES, LinearShape, Shape
 
 COPY, READ = "limit: copy", "limit: read"
+FEW = (OURS, "eager")  # of a shape that is there for its own sake
 Row = dict[str, Any]
 
 
@@ -31,6 +31,12 @@ class Choice(NamedTuple):
 
     def __contains__(self, provider: object) -> bool:
         return (not self.only or provider in self.only) and provider not in self.skip
+
+
+def outlasted(row: Row) -> str:
+    """Why a figure may be the host's time and not the GPU's; empty where it is not."""
+    count = row.get("outlasted", 0)
+    return f"queueing outlasted the spin in {count} of {row['seconds']['repeats']}" if count else ""
 
 
 def gated(row: Row, package: str | None, gate: Callable[[], Row]) -> bool:
@@ -67,18 +73,18 @@ def limits(op: Op, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Call
 
 
 def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choice) -> Iterator[Row]:
-    """One row per provider; those that are wrong, absent or do not fit are not timed, and their row says so."""
+    """One row per provider; those that are wrong, absent or do not fit are not timed, and their row says so at once."""
     about = {
         "op": op.name, "shape": str(shape), "target": shape.target, "dtype": str(shape.dtype).removeprefix("torch."),
         "rollouts": shape.rollouts, "tokens": shape.tokens, "vocab_size": shape.vocab_size,
-        "plain": not (shape.peaked or shape.skewed or shape.half), "operations": op.operations(shape),
+        "plain": shape.plain, "operations": op.operations(shape),
     }  # fmt: skip
     target = torch.empty_like(inputs.logits)  # there from the first, so that what passes the gate fits beside it
     torch._dynamo.reset()  # past eight shapes of one function it would fall back to eager, and not say so
     calls: dict[str, Call] = {}
     rows: dict[str, Row] = {}
     for name, candidate in logits_path.candidates(op, inputs, choice.implementation).items():
-        if name not in choice:
+        if name not in choice or (shape.few and name not in FEW):
             continue
         rows[name] = row = {**about, "provider": name}
         timed = logits_path.call(op, candidate, inputs)
@@ -92,12 +98,14 @@ def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choic
 
         if gated(row, candidate.package, gate):
             calls[name] = timed
+        else:
+            yield rows.pop(name)
     timings = interleaved({**calls, **limits(op, inputs.logits, target)}, choice.device, choice.repeats, choice.warmups)
     copy_bandwidth = 2 * shape.logits_bytes / timings[COPY].median
     for name, timing in timings.items():
         row = rows.setdefault(name, {**about, "provider": name, "ok": True, "status": "timed"})
         moved = shape.logits_bytes * {COPY: 2, READ: 1}[name] if name in (COPY, READ) else op.bytes(shape)
-        row |= {"seconds": asdict(timing), "bytes": moved, "bytes_per_second": moved / timing.median}
+        row |= {**timing.fields(), "bytes": moved, "bytes_per_second": moved / timing.median}
         row["copy_fraction"] = row["bytes_per_second"] / copy_bandwidth
         if OURS in timings:
             row["times_ours"] = timing.median / timings[OURS].median
@@ -111,7 +119,8 @@ def measure_linear(
     about = {
         "op": op.name, "shape": str(shape), "target": shape.target, "dtype": str(shape.dtype).removeprefix("torch."),
         "gemms": op.gemms, "tokens": shape.tokens, "hidden_size": shape.hidden_size, "vocab_size": shape.vocab_size,
-        "plain": True, "operations": op.gemms * shape.gemm_operations, "bytes": op.gemms * shape.gemm_bytes,
+        "plain": shape.softcap is None, "operations": op.gemms * shape.gemm_operations,
+        "bytes": op.gemms * shape.gemm_bytes,
     }  # fmt: skip
     gemms = f"limit: {op.gemms} GEMM{'s' * (op.gemms > 1)}"
     calls: dict[str, Call] = {}
@@ -133,15 +142,16 @@ def measure_linear(
 
         if gated(row, candidate.package, gate):
             calls[name] = timed
+        else:
+            yield rows.pop(name)
     calls[gemms] = fused_linear.bare_gemms(op, inputs)
     for name, timing in interleaved(calls, choice.device, choice.linear_repeats, choice.warmups).items():
         row = rows.setdefault(name, {**about, "provider": name, "ok": True, "status": "timed"})
-        row |= {"seconds": asdict(timing), "operations_per_second": row["operations"] / timing.median}
+        row |= {**timing.fields(), "operations_per_second": row["operations"] / timing.median}
     for row in rows.values():
-        if "seconds" in row:
-            row["gemm_fraction"] = rows[gemms]["seconds"]["median"] / row["seconds"]["median"]
-            if "seconds" in rows.get(OURS, {}):
-                row["times_ours"] = row["seconds"]["median"] / rows[OURS]["seconds"]["median"]
+        row["gemm_fraction"] = rows[gemms]["seconds"]["median"] / row["seconds"]["median"]
+        if OURS in rows:
+            row["times_ours"] = row["seconds"]["median"] / rows[OURS]["seconds"]["median"]
     yield from rows.values()
 
 
@@ -158,7 +168,7 @@ def measure_scores(choice: Choice) -> Iterator[Row]:
             "op": "scores + backward", "shape": "{} groups x {}".format(*SCORES), "target": "L5", "dtype": "float32",
             "provider": name, "plain": True, "status": "timed",
             "ok": torch.allclose(values[name], exact, rtol=1e-5, atol=1e-8),
-            "seconds": asdict(timings[name]), "wall_seconds": asdict(wall(call, device, choice.repeats)),
+            **timings[name].fields(), "wall_seconds": wall(call, device, choice.repeats).fields()["seconds"],
         }  # fmt: skip
         if OURS in timings:
             row["times_ours"] = timings[name].median / timings[OURS].median

@@ -10,6 +10,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ from .host_time import measure_host
 from .interpreter import hasten
 from .logits_path import OPS, OURS, Exact, Inputs
 from .measure import environment
-from .rows import Choice, Row, measure_linear, measure_op, measure_scores
-from .shapes import LINEAR_SUITES, SUITES
+from .rows import Choice, Row, measure_linear, measure_op, measure_scores, outlasted
+from .shapes import LINEAR_SUITES, SUITES, LinearShape, Shape
 from .tables import markdown, quartiles, write
 
 SCORES_OP = "scores + backward"
@@ -30,45 +31,53 @@ HOST_OP = "host time"
 
 
 def table(rows: list[Row]) -> str:
-    """The rows for people, medians and the quartiles around them in milliseconds."""
+    """The rows for people, medians and the quartiles around them in milliseconds; on a GPU the host's time beside."""
     lines = []
     for row in rows:
         seconds = row.get("seconds")
         line = [row["op"], row["shape"], row["provider"]]
         if seconds is None:
-            lines.append([*line, row["note"], *[None] * 5])
+            lines.append([*line, row["note"], *[None] * 7])
             continue
         moved, rate = row.get("bytes_per_second"), row.get("operations_per_second")
         fraction = row.get("copy_fraction", row.get("gemm_fraction"))
         lines.append(
             [
                 *line,
-                f"{seconds['median'] * 1e3:.3g}",
+                f"{seconds['median'] * 1e3:.3g}" + "!" * bool(outlasted(row)),
                 quartiles(seconds),
                 f"{row['times_ours']:.2f}" if "times_ours" in row else None,
                 f"{(moved or rate) / 1e9:.1f}" if moved or rate else None,
                 f"{fraction:.0%}" if fraction else None,
                 f"{row['peak_bytes'] / 2**20:.1f}" if "peak_bytes" in row else None,
+                f"{row['host_seconds'] * 1e6:.0f}" if "host_seconds" in row else None,
+                row.get("sm_mhz"),
             ]
         )
-    headers = ["op", "shape", "provider", "ms", "quartiles", "x ours", "G/s", "of limit", "peak MiB"]
+    headers = ["op", "shape", "provider", "ms", "quartiles", "x ours", "G/s", "of limit", "peak MiB", "host us", "MHz"]
     return markdown(headers, lines, text_columns=3)
 
 
-def measure(suite: str, ops: Sequence[str], choice: Choice) -> Iterator[Row]:
-    for shape in SUITES[suite] if any(name in OPS for name in ops) else ():
+def measure(suite: str, ops: Sequence[str], choice: Choice, targets: Sequence[str] = ()) -> Iterator[Row]:
+    """The rows of a suite, shape by shape.  targets: only the shapes of these; all if empty."""
+
+    def wanted(shape: Shape | LinearShape) -> bool:
+        return not targets or bool({*targets} & {*shape.target.split()})
+
+    for shape in filter(wanted, SUITES[suite]) if any(name in OPS for name in ops) else ():
         inputs = Inputs.of(shape, choice.device)
         exact = Exact.of(inputs)
         for name in ops:
-            if name in OPS:
-                yield from measure_op(OPS[name], shape, inputs, exact, choice)
+            if name in OPS and (shape.entropy or not OPS[name].entropy):
+                yield from _surviving(name, shape, measure_op(OPS[name], shape, inputs, exact, choice))
         del inputs, exact
-    for linear_shape in LINEAR_SUITES[suite] if any(name in fused_linear.OPS for name in ops) else ():
-        hidden = fused_linear.Inputs.of(linear_shape, choice.device)
+    for linear in filter(wanted, LINEAR_SUITES[suite]) if any(name in fused_linear.OPS for name in ops) else ():
+        hidden = fused_linear.Inputs.of(linear, choice.device)
         exact_linear = fused_linear.Exact.of(hidden)
         for name in ops:
             if name in fused_linear.OPS:
-                yield from measure_linear(fused_linear.OPS[name], linear_shape, hidden, exact_linear, choice)
+                rows = measure_linear(fused_linear.OPS[name], linear, hidden, exact_linear, choice)
+                yield from _surviving(name, linear, rows)
         del hidden, exact_linear
     if SCORES_OP in ops:
         yield from measure_scores(choice)
@@ -76,14 +85,27 @@ def measure(suite: str, ops: Sequence[str], choice: Choice) -> Iterator[Row]:
         yield from measure_host()
 
 
+def _surviving(op: str, shape: Shape | LinearShape, rows: Iterator[Row]) -> Iterator[Row]:
+    """The rows of an op; what ends it is a row too, and the next op has its turn. That it ended is no success."""
+    try:
+        yield from rows
+    except RuntimeError as error:
+        traceback.print_exc()
+        note = f"failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        about = {"op": op, "shape": str(shape), "provider": OURS, "target": shape.target}
+        yield {**about, "ok": False, "status": "failed", "note": note}
+        torch.cuda.empty_cache()  # does nothing where there is no GPU
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     ops = [*OPS, *fused_linear.OPS, SCORES_OP, HOST_OP]
     parser = argparse.ArgumentParser(
         "python -m benchmarks.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--suite", choices=SUITES, default="quick", help="gpu-tiny: gpu for Triton's interpreter")
+    parser.add_argument("--suite", choices=SUITES, default="quick", help="gpu-tiny: gpu on a simulated one")
     parser.add_argument("--out", type=Path, help="folder for SUITE.json, written anew after every op")
     parser.add_argument("--op", nargs="+", choices=ops, help="only these, without the rest of the gpu suite")
+    parser.add_argument("--target", nargs="+", default=[], help="only the shapes of these targets")
     parser.add_argument("--provider", nargs="+", default=[], help="only these, by the names of the table")
     parser.add_argument("--skip", nargs="+", default=[], help="not these")
     parser.add_argument("--implementation", default="auto", help="of ours")
@@ -95,8 +117,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels of rivals, unpacked for this run")
     parser.add_argument("--name", help="of the JSON file in place of the suite's")
     parsed = parser.parse_args(arguments)
-    parsed.device = parsed.device or torch.device("cuda" if parsed.suite == "gpu" else "cpu")
-    parsed.whole = parsed.suite.startswith("gpu") and parsed.op is None
+    gpu = parsed.suite.startswith("gpu")
+    parsed.device = parsed.device or torch.device("cuda" if gpu else "cpu")
+    parsed.whole = gpu and parsed.op is None
     parsed.op = parsed.op or ops
     parsed.linear_repeats = parsed.linear_repeats or parsed.repeats
     if parsed.whole and parsed.out is None:
@@ -122,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed.device, parsed.implementation, tuple(parsed.provider), tuple(parsed.skip), parsed.repeats,
         parsed.linear_repeats, parsed.warmups,
     )  # fmt: skip
-    for row in measure(parsed.suite, parsed.op, choice):
+    for row in measure(parsed.suite, parsed.op, choice, parsed.target):
         report["rows"].append(row)
         report["seconds"] = time.perf_counter() - started
         if parsed.out is not None:
@@ -131,9 +154,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(table(report["rows"]))
     print(
         f"\nms: medians of {parsed.repeats} (linear: {parsed.linear_repeats}), interleaved. G/s: GB/s of the bytes "
-        "that have to move, and of what a copy reaches; or GFLOP/s, and of what the bare GEMMs reach"
+        "that have to move, and of what a copy reaches; or GFLOP/s, and of what the bare GEMMs reach. host: until a\n"
+        "call was queued; !: the GPU had begun by then, so that the time may be the host's. MHz: of the multiprocessors"
     )
-    return 0 if all(row["ok"] for row in report["rows"] if row["provider"] == OURS) else 1
+    wrong = [row for row in report["rows"] if row["provider"] == OURS and not row["ok"]]
+    timed = sum("seconds" in row for row in report["rows"])
+    print(f"\n{timed} of {len(report['rows'])} rows timed; of ours wrong or failed: {len(wrong)}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

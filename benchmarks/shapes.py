@@ -14,6 +14,7 @@ MODELS = {
     "Qwen3-8B": (4096, 151_936),
     "Llama-3-8B": (4096, 128_256),
     "Gemma-3-4B": (2560, 262_144),
+    "Gemma-3-12B": (3840, 262_144),
     "Qwen3.5": (2048, 248_320),
     "SmolLM2-135M": (576, 49_152),
     "GPT-2": (768, 50_257),
@@ -27,6 +28,9 @@ class Shape:
     peaked: one logit of a row is far above the rest, as a trained policy's are; else they are normal, and too flat.
     skewed: one rollout in four is whole, and the others stop after 1/4, 1/2 and 1/8 of the length.
     half: the rollouts of every second group are all right, so that its tokens get no gradient.
+    softcap: of the logits, as Gemma's heads have it.
+    entropy: the ops with entropy are timed too.
+    few: timed beside eager PyTorch alone.
     target: of the targets that the shape is there for, none if empty.
     """
 
@@ -38,11 +42,19 @@ class Shape:
     peaked: bool = False
     skewed: bool = False
     half: bool = False
+    softcap: float | None = None
+    entropy: bool = False
+    few: bool = False
     target: str = ""
 
     @property
     def tokens(self) -> int:
         return self.rollouts * self.length
+
+    @property
+    def plain(self) -> bool:
+        """Normal logits of whole rollouts, as they are: what is drawn over N and V."""
+        return not (self.peaked or self.skewed or self.half or self.softcap)
 
     @property
     def lengths(self) -> list[int]:
@@ -75,7 +87,7 @@ class Shape:
         return self.tokens * self.row_bytes
 
     def __str__(self) -> str:
-        kinds = [name for name in ("peaked", "skewed", "half") if getattr(self, name)]
+        kinds = [name for name in ("peaked", "skewed", "half", "softcap") if getattr(self, name)]
         return ", ".join([f"{self.tokens:,} x {self.vocab_size:,} {str(self.dtype).removeprefix('torch.')}", *kinds])
 
 
@@ -90,6 +102,7 @@ class LinearShape:
     dtype: torch.dtype
     group_size: int = 8
     workspace_mib: int = 512
+    softcap: float | None = None
     target: str = ""
 
     @property
@@ -108,10 +121,12 @@ class LinearShape:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.tokens:,} x {self.hidden_size:,} x {self.vocab_size:,} {dtype}"
+        return f"{self.tokens:,} x {self.hidden_size:,} x {self.vocab_size:,} {dtype}{', softcap' * bool(self.softcap)}"
 
 
 QWEN, LLAMA, GEMMA, GPT2 = (MODELS[name][1] for name in ("Qwen3-8B", "Llama-3-8B", "Gemma-3-4B", "GPT-2"))
+
+GEMMA_SOFTCAP = 30.0
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -121,6 +136,7 @@ SUITES = {
         Shape(4, 3, 1000, FP32, 4),
         Shape(4, 3, 1003, BF16, 4),
         Shape(8, 8, 300, FP32, 4, peaked=True, skewed=True, half=True),
+        Shape(4, 3, 200, BF16, 4, softcap=GEMMA_SOFTCAP, entropy=True),
     ),
     # Larger than the caches of most CPUs; few enough rows for minutes.
     "cpu": (
@@ -131,23 +147,24 @@ SUITES = {
         Shape(16, 4, QWEN, BF16),
         Shape(16, 16, QWEN, BF16, peaked=True, skewed=True, half=True),
     ),
-    # What settles the targets, and beside it each thing that random logits of whole rollouts do not show.
+    # What settles the targets first, and then each thing that random logits of whole rollouts do not show.
     "gpu": (
-        Shape(8, 1024, QWEN, BF16, target="L1 L2"),
-        Shape(8, 4096, QWEN, BF16, target="L3"),
-        Shape(8, 1024, LLAMA, BF16, target="L4-Llama"),
+        Shape(8, 1024, QWEN, BF16, entropy=True, target="L1 L2"),
+        Shape(8, 64, QWEN, BF16, target="L4-rows"),
         Shape(8, 1024, GEMMA, BF16, target="L4-Gemma"),
         Shape(8, 1024, GPT2, BF16, target="L4-GPT-2"),
-        Shape(8, 64, QWEN, BF16, target="L4-rows"),
-        Shape(8, 1024, QWEN, BF16, peaked=True),
-        Shape(8, 1024, QWEN, BF16, skewed=True),
-        Shape(16, 512, QWEN, BF16, half=True),
-        Shape(8, 1024, QWEN, FP32),
+        Shape(8, 1024, LLAMA, BF16, target="L4-Llama"),
+        Shape(8, 1024, GEMMA, BF16, softcap=GEMMA_SOFTCAP, entropy=True),
+        Shape(8, 4096, QWEN, BF16, target="L3"),
+        Shape(8, 1024, QWEN, BF16, peaked=True, few=True),
+        Shape(8, 1024, QWEN, BF16, skewed=True, few=True),
+        Shape(16, 512, QWEN, BF16, half=True, few=True),
+        Shape(8, 1024, QWEN, FP32, few=True),
     ),
-    # The same for Triton's interpreter.
+    # The same for a simulated one.
     "gpu-tiny": (
-        Shape(2, 2, 60, BF16, 2, target="L1 L2 L3 L4-Llama L4-Gemma L4-rows"),
-        Shape(2, 1, 37, BF16, 2, target="L4-GPT-2"),
+        Shape(2, 2, 61, BF16, 2, target="L1 L2 L3 L4-Llama L4-Gemma L4-GPT-2 L4-rows"),
+        Shape(2, 2, 40, BF16, 2, skewed=True, half=True, few=True, softcap=GEMMA_SOFTCAP, entropy=True),
     ),
 }
 
@@ -163,10 +180,14 @@ LINEAR_SUITES = {
     "gpu": (
         _linear("Qwen3-8B", 32, 256, BF16, target="F1 F2 F3 F4"),
         LinearShape(32, 256, 4096, 131_072, BF16, target="F1-Liger"),
-        _linear("Qwen2.5-1.5B", 32, 256, BF16),
+        LinearShape(32, 256, *MODELS["Gemma-3-12B"], BF16, softcap=GEMMA_SOFTCAP),
         _linear("Gemma-3-4B", 32, 256, BF16),
+        _linear("Qwen2.5-1.5B", 32, 256, BF16),
     ),
-    "gpu-tiny": (LinearShape(4, 1, 16, 40, BF16, 2, target="F1 F2 F3 F4 F1-Liger"),),
+    "gpu-tiny": (
+        LinearShape(4, 1, 16, 40, BF16, 2, target="F1 F2 F3 F4 F1-Liger"),
+        LinearShape(4, 1, 16, 40, BF16, 2, softcap=GEMMA_SOFTCAP),
+    ),
 }
 # Tokens, at which the fused-linear path may hold the same memory beyond its gradients (M1); hidden size, vocabulary.
 MEMORY = {"gpu": ((2048, 8192, 32_768), 2048, QWEN, 512), "gpu-tiny": ((8,), 16, 40, 1)}

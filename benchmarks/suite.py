@@ -1,21 +1,23 @@
-"""The gpu suite: all that a GPU has to settle, each part in a process of its own, in under eight minutes.
+"""The gpu suite: all that a GPU has to settle, each part in a process of its own, in at most seven minutes.
 
-python -m benchmarks.run --suite gpu --out DIR            # needs PyTorch, Triton and a checkout, no more
-python -m benchmarks.run --suite gpu-tiny --out DIR       # the same on tiny shapes under Triton's interpreter
+python -m benchmarks.run --suite gpu --out DIR            # needs PyTorch, Triton, numpy and a checkout, no more
+python -m benchmarks.run --suite gpu-tiny --out DIR       # the same on tiny shapes and a simulated GPU
 
-A part ends at its time: what it has written by then counts, and time it leaves goes to the parts after it. A process
-that a broken kernel takes down takes no other part with it.
+What is cheap and decides most comes first. A part ends at its time: what it has written by then counts, and time it
+leaves goes to the parts after it. A process that a broken kernel takes down takes no other part with it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +27,13 @@ from .tables import markdown, write
 from .targets import Rows, table, verdicts
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+SECONDS = 420  # of the whole suite
+START = 20  # seconds until the first part: `import torch` on a cold disk
+WORKERS = 8  # of the tests; each compiles for itself, and holds a few GB
 SLOW = ["torch.compile", "Liger chunked GRPO"]  # inductor takes seconds for each op and shape: a part of their own
+LONG = ["tests of a GPU", "all gradients", "shared tests"]  # part of the tests without a GPU, too
+# What tells most about right and wrong, in two dtypes.
+DECISIVE = ["conspo_loss", "linear_conspo_loss", "weighted_score_loss", "linear_weighted_score_loss"]
 
 
 class Part(NamedTuple):
@@ -40,47 +48,44 @@ class Part(NamedTuple):
 def parts(suite: str, out: Path, wheels: Path | None) -> list[Part]:
     """What is run, in this order, as `python ARGUMENTS`."""
     tiny = suite == "gpu-tiny"
-    device = "cpu" if tiny else "cuda"
-    to, at = ["--out", str(out)], ["--device", device]
-    repeats = ["--repeats", "1", "--warmups", "0"] if tiny else ["--repeats", "7"]
+    to, at = ["--out", str(out)], ["--device", "cuda"]
+    repeats = ["--repeats", "1", "--warmups", "1"] if tiny else ["--repeats", "7"]
     run = ["-m", "benchmarks.run", "--suite", suite, "--implementation", "triton", *at, *to, *repeats]
     run += ["--wheels", str(wheels.resolve())] if wheels else []
-    tests = [
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        *(["tests/test_gpu.py", "-k", "views"] * tiny),
+    tests = ["-m", "pytest", "-q", "-m", "gpu and not slow", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("xdist"):
+        tests += ["-n", str(min(WORKERS, os.cpu_count() or 1)), "--dist", "worksteal"]
+    check = ["-m", "conspo_kernels", "gradcheck", *at, "--implementation", "triton"]
+    decisive = [
+        *check,
+        "--dtype",
+        "bf16",
+        *(["fp32"] * (not tiny)),
+        "--op",
+        *(["sequence_scores"] if tiny else DECISIVE),
     ]
-    if not tiny and importlib.util.find_spec("xdist"):
-        tests += ["-n", "4"]  # each worker compiles for itself, and holds a few GB
-    check = ["-m", "conspo_kernels", "gradcheck", "--device", device, "--implementation", "triton"]
-    check += ["--op", "sequence_scores", "--dtype", "fp32"] if tiny else []
-    some = ["eager"] if tiny else []  # of the interpreter's rivals one is enough
-    only = ["--provider", OURS, *some] if tiny else ["--skip", *SLOW]
-    half = ["conspo_kernels, half of the groups valid"] if tiny else []
-    timed = [name for name in OPS if not OPS[name].known]  # what Triton has
-    timed = ["forward", "in-place backward", "loss + backward"] if tiny else [*timed, "scores + backward"]
-    slow = ["forward + backward", "loss + backward", "linear, known weights"]
+    only = ["--provider", OURS, "eager", f"{OURS}, half of the groups valid"] if tiny else ["--skip", *SLOW]
+    slow = ["forward", "loss + backward", "linear, known weights"]
+    compiled = [*run, "--name", "compiled", "--target", "L1", "F2", "--provider", OURS, *SLOW, "--op", *slow]
     found = [
-        Part("build", ["setup.py", "-q", "build_ext", "--inplace"], 60),
-        Part("ceilings", ["-m", "benchmarks.ceilings", *at, *to, *(["--tiny"] * tiny)], 20),
-        Part("gradient check", check, 40),
-        Part("tests", tests, 80, needs="pytest"),
-        Part("logits", [*run, "--name", "logits", *only, "--op", *timed], 110),
-        Part("linear", [*run, "--name", "linear", *only, *half, "--op", *LINEAR_OPS], 100),
+        Part("ceilings", ["-m", "benchmarks.ceilings", *at, *to, *(["--tiny"] * tiny)], 15),
+        Part("decisive gradients", decisive, 25),
+        Part("tests of a GPU", [*tests, "--stop-after", "30", "tests/test_gpu.py"], 45, needs="pytest"),
+        Part("logits", [*run, "--name", "logits", *only, "--op", *OPS, "scores + backward"], 95),
+        Part("linear", [*run, "--name", "linear", *only, "--op", *LINEAR_OPS], 80),
         Part("behaviour", ["-m", "benchmarks.behaviour", "--suite", suite, *to], 25),
-        Part("compiled", [*run, "--name", "compiled", "--provider", OURS, *SLOW, "--op", *slow], 30),
-        Part("report", ["-m", "benchmarks.report", str(out), *to], 10),
+        Part("all gradients", check, 40),
+        Part("shared tests", [*tests, "--stop-after", "30", "--ignore", "tests/test_gpu.py"], 45, "pytest"),
+        Part("compiled", compiled, 25),
+        Part("report", ["-m", "benchmarks.report", str(out), *to, "--no-plots"], 5),
     ]
-    built = any((REPOSITORY / "conspo_kernels").glob("_C*.so"))
-    return [part for part in found if not (part.name == "build" and built) and not (part.name == "compiled" and tiny)]
+    return [part for part in found if not (tiny and part.name in LONG)]
 
 
-def run_part(part: Part, log: Path, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
+Outcome = dict[str, Any]
+
+
+def run_part(part: Part, log: Path, seconds: float, environment: dict[str, str]) -> Outcome:
     """The part's process, its output in a log; what became of it."""
     if part.needs is not None and importlib.util.find_spec(part.needs) is None:
         return {"part": part.name, "status": "not run", "note": f"{part.needs} is not installed", "seconds": 0.0}
@@ -95,13 +100,15 @@ def run_part(part: Part, log: Path, seconds: float, environment: dict[str, str])
             status = "done" if code == 0 else f"failed with exit code {code}"
         except subprocess.TimeoutExpired:
             status = f"stopped after {seconds:.0f} s"
-            os.killpg(process.pid, 9)  # workers too; the group is this part's own
-            process.wait()
-    note = _last_line(log)
+        finally:  # also where this process is told to end
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # workers too; the group is this part's own
+                process.wait()
+    note = last_line(log)
     return {"part": part.name, "status": status, "note": note, "seconds": round(time.monotonic() - started, 1)}
 
 
-def _last_line(log: Path) -> str:
+def last_line(log: Path) -> str:
     lines = [line.strip("= \n") for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
     return next((line for line in reversed(lines) if line), "")[:100]
 
@@ -115,7 +122,20 @@ def interpreted(out: Path) -> bool:
     return path.exists() and json.loads(path.read_text(encoding="utf-8"))["triton_interpreted"]
 
 
-def summary(out: Path, outcomes: Sequence[dict[str, Any]]) -> str:
+def rivals(measured: Sequence[dict[str, Any]]) -> str:
+    """Who was timed beside us, or why nobody but PyTorch was."""
+    others = [row for row in measured if not row["provider"].startswith((OURS, "limit"))]
+    timed = dict.fromkeys(row["provider"] for row in others if row["status"] == "timed")
+    absent = dict.fromkeys(row["note"] for row in others if row["status"] == "not installed")
+    lines = [f"Timed beside ours: {', '.join(timed) or 'nobody'}."]
+    if absent:
+        lines.append(
+            f"{'; '.join(absent)}. `python -m benchmarks.wheels --out DIR` collects wheels for `--wheels DIR`."
+        )
+    return " ".join(lines)
+
+
+def summary(out: Path, outcomes: Sequence[Outcome]) -> str:
     """What ran, and the targets; also written as targets.json and summary.md."""
     measured = [row for name in ("logits", "linear", "compiled") for row in read(out / f"{name}.json")]
     found = verdicts(Rows(measured, read(out / "behaviour.json")))
@@ -124,12 +144,15 @@ def summary(out: Path, outcomes: Sequence[dict[str, Any]]) -> str:
     count = {word: sum(v.word == word for v in found) for word in ("met", "missed", "not measured")}
     ceilings = json.loads((out / "ceilings.json").read_text()) if (out / "ceilings.json").exists() else {}
     limits = "; ".join(f"{row['what']} {row['rate'] / 1e9:,.1f} G{row['unit']}" for row in ceilings.values())
-    stand_in = "Triton's interpreter stood in for a GPU: the figures mean nothing." if interpreted(out) else ""
+    exposed = sum(row.get("outlasted", 0) > 0 for row in measured)
+    stand_in = "A simulated GPU stood in for a real one: the figures mean nothing." if interpreted(out) else ""
     text = "\n\n".join(
         [
             *filter(None, [stand_in]),
             markdown(("part", "status", "s", "last line"), lines, text_columns=2),
             f"Ceilings: {limits or 'not measured'}",
+            rivals(measured),
+            f"Queueing outlasted the spin in {exposed} of {len(measured)} rows: their time may be the host's.",
             table(found),
             ", ".join(f"{number} {word}" for word, number in count.items()),
         ]
@@ -138,21 +161,39 @@ def summary(out: Path, outcomes: Sequence[dict[str, Any]]) -> str:
     return text
 
 
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Who ends the suite ends the part that is running: it is no child that outlives its parent."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def run(suite: str, out: Path, wheels: Path | None) -> int:
     """All parts; 0 if each of them ended well, whatever the targets."""
+    started = time.monotonic()
     out = out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     environment["TRITON_INTERPRET"] = "1" if suite == "gpu-tiny" else "0"
-    outcomes: list[dict[str, Any]] = []
-    deadline = time.monotonic()
-    for part in parts(suite, out, wheels):
-        deadline += part.seconds
-        log = out / f"{part.name.replace(' ', '_')}.log"
-        print(f"{part.name} ...", end=" ", flush=True)
-        outcomes.append(run_part(part, log, deadline - time.monotonic(), environment))
-        print(f"{outcomes[-1]['status']} in {outcomes[-1]['seconds']} s", flush=True)
-        write(out / "parts.json", outcomes)
-        text = summary(out, outcomes)
-    print(f"\n{text}")
+    environment.pop("CONSPO_BUILD", None)  # nothing here needs the CPU's extension
+    runner: Callable[..., Outcome] = run_part
+    if suite == "gpu-tiny":
+        if "triton" not in sys.modules:
+            os.environ["TRITON_INTERPRET"] = "1"  # read when Triton defines the kernels
+        from .dry_run import run_part as runner
+    outcomes: list[Outcome] = []
+    deadline = started
+    with _ended_by_signals():
+        for part in parts(suite, out, wheels):
+            deadline += part.seconds
+            log = out / f"{part.name.replace(' ', '_')}.log"
+            print(f"{part.name} ...", end=" ", flush=True)
+            outcomes.append(runner(part, log, deadline - time.monotonic(), environment))
+            print(f"{outcomes[-1]['status']} in {outcomes[-1]['seconds']} s", flush=True)
+            write(out / "parts.json", outcomes)
+            text = summary(out, outcomes)
+    print(f"\n{text}\n\n{time.monotonic() - started:.0f} s")
     return 0 if all(outcome["status"] in ("done", "not run") for outcome in outcomes) else 1

@@ -1,16 +1,15 @@
-"""What a GPU has to pass beyond the shared cases: real sizes, streams, no synchronisation, memory, the two commands.
+"""What a GPU has to pass beyond the shared cases: real sizes, streams, no synchronisation, memory, the gradient check.
 
-Without a GPU the same tests run on tiny shapes under Triton's interpreter, so that what they say is known to run; what
-only a GPU has (its allocator, its streams, its graphs) is skipped.
+Without a GPU the same tests run on tiny shapes on a simulated one (`benchmarks/simulated_gpu.py`), so that what they
+say is known to run; what fills a GPU's memory is skipped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -19,23 +18,29 @@ from torch import Tensor
 from benchmarks.logits_path import OPS, OURS, Exact, Inputs, call, candidates, errors
 from benchmarks.measure import peak_bytes
 from benchmarks.shapes import GEMMA, GPT2, QWEN, Shape
+from benchmarks.simulated_gpu import simulated
 from conspo_kernels import conspo_loss, linear_conspo_loss, linear_weighted_score_loss, token_logprobs
 from conspo_kernels.__main__ import main
 
 pytestmark = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()
-DEVICE = torch.device("cuda" if ON_GPU else "cpu")
+DEVICE = torch.device("cuda")
 TIMED = [op for op in OPS.values() if not op.known]  # what Triton has
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 
+@pytest.fixture(autouse=True)
+def _gpu() -> Iterator[None]:
+    torch.use_deterministic_algorithms(False)  # filling new memory with NaN is an allocation and a launch too
+    if ON_GPU:
+        yield
+        return
+    with simulated():
+        yield
+
+
 def size(real: int, tiny: int) -> int:
     return real if ON_GPU else tiny
-
-
-@pytest.fixture(autouse=True)
-def _no_poison() -> None:
-    torch.use_deterministic_algorithms(False)  # filling new memory with NaN is an allocation and a launch too
 
 
 @pytest.mark.parametrize("op", TIMED, ids=lambda op: op.name)
@@ -87,7 +92,6 @@ def test_more_than_2_to_the_31_logits() -> None:
     assert (grad[:, -2:].double() - expected).abs().max() <= 2**-8
 
 
-@needs_gpu
 def test_a_bad_label_is_not_read() -> None:
     labels = torch.tensor([[0, 10**12, -5]], device=DEVICE)
     logits = torch.randn(1, 3, 100, device=DEVICE, requires_grad=True)
@@ -103,97 +107,131 @@ def loss_of(logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tenso
     return loss
 
 
-def step(where: str, packed: bool) -> tuple[Tensor, Tensor]:
-    """One loss and gradient; rewards, ids and offsets on the CPU or beside the logits."""
-    torch.manual_seed(0)
-    vocab_size = size(10_000, 50)
-    beside = DEVICE if where == "beside" else torch.device("cpu")
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device=beside)
-    ids = torch.tensor([3, 5, 3, 5], device=beside)
-    sizes = (12,) if packed else (4, 3)
-    logits = torch.randn(*sizes, vocab_size, device=DEVICE, requires_grad=True) * 1
-    labels = torch.randint(vocab_size, sizes, device=DEVICE)
-    options = {"cu_seqlens": torch.tensor([0, 3, 6, 9, 12], device=beside)} if packed else {}
-    loss = loss_of(logits, labels, rewards, ids, shift=True, margin=0.1, **options)
-    return loss, torch.autograd.grad(loss, logits)[0]
+class Batch(NamedTuple):
+    """Everything that a step is given; it lies on the device before the step begins."""
+
+    logits: Tensor
+    labels: Tensor
+    rewards: Tensor
+    ids: Tensor
+    offsets: Tensor | None
+
+    @classmethod
+    def make(cls, where: str, packed: bool) -> Batch:
+        """Rewards, ids and offsets on the CPU or "beside" the logits."""
+        torch.manual_seed(0)
+        vocab_size = size(10_000, 50)
+        beside = DEVICE if where == "beside" else torch.device("cpu")
+        sizes = (12,) if packed else (4, 3)
+        return cls(
+            logits=torch.randn(*sizes, vocab_size, device=DEVICE, requires_grad=True),
+            labels=torch.randint(vocab_size, sizes, device=DEVICE),
+            rewards=torch.tensor([1.0, 0.0, 0.0, 1.0], device=beside),
+            ids=torch.tensor([3, 5, 3, 5], device=beside),
+            offsets=torch.tensor([0, 3, 6, 9, 12], device=beside) if packed else None,
+        )
+
+    def step(self) -> tuple[Tensor, Tensor]:
+        """One loss and gradient."""
+        logits, labels, rewards, ids, offsets = self
+        loss = loss_of(logits * 1, labels, rewards, ids, cu_seqlens=offsets, shift=True, margin=0.1)
+        return loss, torch.autograd.grad(loss, logits)[0]
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """Within, what makes the host wait for the device is an error."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_waiting_is_seen() -> None:
+    x = torch.ones(3, device=DEVICE)
+    assert x.is_cuda
+    assert not torch.zeros(3).is_cuda
+    for wait in (lambda: x.sum().item(), lambda: x.nonzero(), lambda: torch.tensor([1.0], device=DEVICE), x.cpu):
+        with no_waiting(), pytest.raises(RuntimeError, match="synchronizing"):
+            wait()
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_rewards_ids_and_offsets_anywhere(packed: bool) -> None:
-    for ours, other in zip(step("cpu", packed), step("beside", packed), strict=True):
+    for ours, other in zip(Batch.make("cpu", packed).step(), Batch.make("beside", packed).step(), strict=True):
         assert torch.equal(ours, other)
 
 
-@needs_gpu
+@pytest.mark.parametrize("where", ["cpu", "beside"])
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-def test_no_synchronisation(packed: bool) -> None:
-    """Rewards and ids on the GPU, and everything warmed up: nothing waits."""
-    step("beside", packed)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        loss, grad = step("beside", packed)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+def test_no_synchronisation(packed: bool, where: str) -> None:
+    """Everything warmed up: nothing waits, wherever rewards and ids lie."""
+    batch = Batch.make(where, packed)
+    batch.step()
+    with no_waiting():
+        loss, grad = batch.step()
     assert loss.isfinite()
     assert grad.isfinite().all()
 
 
-def linear_step(mode: str) -> tuple[Tensor, ...]:
-    """One fused-linear loss and its gradients, everything beside the hidden states."""
-    torch.manual_seed(0)
-    vocab_size = size(10_000, 50)
-    hidden = torch.randn(4, 3, 16, device=DEVICE, requires_grad=True)
-    weight = torch.randn(vocab_size, 16, device=DEVICE, requires_grad=mode != "frozen")
-    labels = torch.randint(vocab_size, (4, 3), device=DEVICE)
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device=DEVICE)
-    mib = {"store": 512, "recompute": 2.0**-10}.get(mode, 512)
-    more = {"workspace_mib": mib, "implementation": "triton"}
-    if mode == "known":
-        loss = linear_weighted_score_loss(hidden, weight, labels, rewards - 0.5, **more)  # type: ignore[arg-type]
-    else:
-        loss = linear_conspo_loss(hidden, weight, labels, rewards, 2, **more)  # type: ignore[arg-type]
-    assert isinstance(loss, Tensor)
-    return loss, *torch.autograd.grad(loss, [x for x in (hidden, weight) if x.requires_grad])
+class LinearBatch(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    labels: Tensor
+    rewards: Tensor
+    mode: str
+
+    @classmethod
+    def make(cls, mode: str) -> LinearBatch:
+        """Everything beside the hidden states."""
+        torch.manual_seed(0)
+        vocab_size = size(10_000, 50)
+        hidden = torch.randn(4, 3, 16, device=DEVICE, requires_grad=True)
+        weight = torch.randn(vocab_size, 16, device=DEVICE, requires_grad=mode != "frozen")
+        labels = torch.randint(vocab_size, (4, 3), device=DEVICE)
+        return cls(hidden, weight, labels, torch.tensor([1.0, 0.0, 0.0, 1.0], device=DEVICE), mode)
+
+    def step(self) -> tuple[Tensor, ...]:
+        """One fused-linear loss and its gradients."""
+        hidden, weight, labels, rewards, mode = self
+        mib = {"store": 512, "recompute": 2.0**-10}.get(mode, 512)
+        more = {"workspace_mib": mib, "implementation": "triton"}
+        if mode == "known":
+            loss = linear_weighted_score_loss(hidden, weight, labels, rewards - 0.5, **more)  # type: ignore[arg-type]
+        else:
+            loss = linear_conspo_loss(hidden, weight, labels, rewards, 2, **more)  # type: ignore[arg-type]
+        assert isinstance(loss, Tensor)
+        return loss, *torch.autograd.grad(loss, [x for x in (hidden, weight) if x.requires_grad])
 
 
-MODES = pytest.mark.parametrize("mode", ["recompute", "store", "known", "frozen"])
-
-
-@MODES
-def test_fused_linear(mode: str) -> None:
-    assert all(x.isfinite().all() for x in linear_step(mode))
-
-
-@needs_gpu
-@MODES
+@pytest.mark.parametrize("mode", ["recompute", "store", "known", "frozen"])
 def test_fused_linear_without_synchronisation(mode: str) -> None:
-    linear_step(mode)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        found = linear_step(mode)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    batch = LinearBatch.make(mode)
+    before = batch.step()
+    with no_waiting():
+        found = batch.step()
     assert all(x.isfinite().all() for x in found)
+    assert all(torch.equal(ours, other) for ours, other in zip(found, before, strict=True))
 
 
-@needs_gpu
 def test_another_stream() -> None:
-    expected = step("beside", False)
+    batch = Batch.make("beside", False)
+    expected = batch.step()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        found = step("beside", False)
+        found = batch.step()
     stream.synchronize()
     assert all(torch.equal(ours, other) for ours, other in zip(found, expected, strict=True))
 
 
-@needs_gpu
 def test_cuda_graph() -> None:
     """Loss and backward captured; the margin and the logits are live in replays."""
-    logits = torch.randn(4, 8, 1000, device=DEVICE)
-    labels = torch.randint(1000, (4, 8), device=DEVICE)
+    vocab_size = size(1000, 50)
+    logits = torch.randn(4, 8, vocab_size, device=DEVICE)
+    labels = torch.randint(vocab_size, (4, 8), device=DEVICE)
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device=DEVICE)
     margin = torch.zeros((), device=DEVICE)
 
@@ -227,19 +265,8 @@ def test_memory(op: object) -> None:
 
 
 def test_gradcheck_command(capsys: pytest.CaptureFixture[str]) -> None:
-    # Interpreted, test_commands.py has every door in every dtype.
-    what = ["--shape", "small", "wide", "model"] if ON_GPU else ["--op", "conspo_loss", "linear_conspo_loss"]
+    # Interpreted, test_commands.py has every function in every dtype.
+    what = ["--shape", "small", "wide", "model"] if ON_GPU else ["--op", "linear_conspo_loss", "--dtype", "bf16"]
     assert main(["gradcheck", "--device", DEVICE.type, "--implementation", "triton", "--json", *what]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["triton_interpreted"] is not ON_GPU
-
-
-def test_benchmarks_run(tmp_path: Path) -> None:
-    command = ["-m", "benchmarks.run", "--suite", "quick", "--repeats", "1", "--device", DEVICE.type]
-    some = ["forward + in-place backward", "linear, recompute", "linear, known weights", "scores + backward"]
-    only = [] if ON_GPU else ["--provider", OURS, "--op", *some]  # the rest takes a minute on a CPU
-    result = subprocess.run(
-        [sys.executable, *command, "--implementation", "triton", "--out", str(tmp_path), *only],
-        capture_output=True, text=True, cwd=Path(__file__).resolve().parent.parent, env=dict(os.environ), check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
