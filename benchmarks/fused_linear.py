@@ -99,7 +99,7 @@ def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
 
     def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_logprob(
-            hidden=hidden.flatten(0, 1), weight=weight, bias=None, labels=aligned, keep=None, weight_grad=None,
+            hidden=hidden.flatten(0, 1), weight=weight, bias=None, labels=aligned, places=None, weight_grad=None,
             logits_dtype=hidden.dtype, transform=transform, with_entropy=False, mode=op.mode, workspace=workspace,
             implementation=implementation, vocab_start=0, vocab_group="", batch_invariant=False,
         )[0]  # fmt: skip

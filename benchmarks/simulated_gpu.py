@@ -119,7 +119,7 @@ class Calls(TorchFunctionMode):
         self.ops, self.memory = ops, ops.memory
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}  # needs a real GPU
         if func == DEVICE:
             return self._device(args[0])
         if func == IS_CUDA:
