@@ -1,0 +1,320 @@
+"""ConSPO in verl's own code: its registries, `compute_advantage`, `ppo_loss` on its tensors, its model forwards."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import verl
+import verl.trainer.ppo.v1.utils
+from tensordict import TensorDict
+from torch import Tensor
+from verl import DataProto
+from verl.models.transformers.dense_common import forward_with_torch_backend, forward_with_triton_backend
+from verl.trainer.config import AlgoConfig
+from verl.trainer.ppo import core_algos, ray_trainer
+from verl.utils import tensordict_utils as tu
+from verl.utils.kernel import linear_cross_entropy as head_module
+from verl.utils.skip.skip_manager import SkipManager
+from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.utils.losses import ppo_loss
+
+from conspo_kernels import CosineMargin, conspo_loss, conspo_weights, token_logprobs
+from conspo_kernels.integrations.verl import fused_loss_head, register, replace_loss_head
+
+VOCAB, PROMPT, RESPONSE = 23, 2, 6
+UIDS = np.array(["a", "b", "c", "d"] * 4, dtype=object)  # groups lie across micro-batches and ranks
+LENGTHS = [6, 1, 3, 4, 2, 5, 6, 6, 1, 3, 4, 2, 6, 5, 4, 0]  # the last is padding, which verl adds: no response token
+TAU, MARGIN = 0.4, 0.3
+
+
+class Batch:
+    """Rollouts as verl holds them, and as `conspo_loss` takes them."""
+
+    def __init__(self, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.lengths = torch.tensor(LENGTHS)
+        self.rows = len(LENGTHS)
+        self.ids = torch.randint(VOCAB, (self.rows, PROMPT + RESPONSE), generator=generator)
+        self.logits = torch.randn(self.rows, PROMPT + RESPONSE, VOCAB, generator=generator).mul_(2).requires_grad_()
+        self.mask = torch.arange(RESPONSE) < self.lengths[:, None]
+        self.mask[3, 1] = False  # a tool's token
+        self.rewards = torch.tensor(
+            [1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0], dtype=torch.float32
+        )  # c: no right
+        self.groups = torch.tensor([0, 1, 2, 3] * 4)
+
+    def response_logprobs(self) -> Tensor:
+        logp = token_logprobs(self.logits, self.ids, shift=True)
+        return logp[:, PROMPT - 1 : -1]
+
+    def proto(self) -> DataProto:
+        token_rewards = torch.zeros(self.rows, RESPONSE)
+        token_rewards[torch.arange(self.rows), self.lengths.clamp(min=1) - 1] = self.rewards
+        tensors = {
+            "token_level_rewards": token_rewards,
+            "response_mask": self.mask.long(),
+            "old_log_probs": self.response_logprobs().detach(),
+        }
+        return DataProto.from_dict(tensors=tensors, non_tensors={"uid": UIDS})
+
+    def loss(self, **options) -> Tensor:
+        """The whole batch's loss, in one call."""
+        mask = torch.cat([torch.zeros(self.rows, PROMPT, dtype=torch.bool), self.mask], dim=1)
+        return conspo_loss(
+            self.logits, self.ids, self.rewards, self.groups, response_mask=mask, shift=True, tau=TAU,
+            **{"margin": MARGIN, **options},
+        )  # fmt: skip
+
+
+def nested(x: Tensor, lengths: Tensor) -> Tensor:
+    return torch.nested.as_nested_tensor(
+        [row[:n] for row, n in zip(x, lengths.tolist(), strict=True)], layout=torch.jagged
+    )
+
+
+def micro_batch(batch: Batch, data: DataProto, rows: Tensor, ranks: int, mini_batch: int) -> TensorDict:
+    """A micro-batch as verl's engines hand it to a loss: nested tensors, and the size of the whole mini-batch."""
+    lengths = batch.lengths[rows].clamp(min=1)  # verl's padding has one response token, which is masked
+    responses = {
+        name: nested(data.batch[name][rows], lengths) for name in ("response_mask", "old_log_probs", "advantages")
+    }
+    return tu.get_tensordict(
+        {
+            "prompts": nested(batch.ids[rows, :PROMPT], torch.full_like(rows, PROMPT)),
+            "responses": nested(batch.ids[rows, PROMPT:], lengths),
+            **responses,
+        },
+        non_tensor_dict={
+            "dp_size": ranks, "batch_num_tokens": int(batch.mask.sum()), "global_batch_size": mini_batch,
+        },
+    )  # fmt: skip
+
+
+def actor_config(**options) -> ActorConfig:
+    return ActorConfig(
+        strategy="fsdp", rollout_n=4, ppo_micro_batch_size_per_gpu=2, policy_loss=PolicyLossConfig(loss_mode="conspo"),
+        **options,
+    )  # fmt: skip
+
+
+def verl_loss(batch: Batch, data: DataProto, rows: Tensor, config: ActorConfig, ranks: int, mini_batch: int):
+    lengths = batch.lengths[rows].clamp(min=1) + PROMPT
+    logp = token_logprobs(batch.logits[rows], batch.ids[rows], shift=True)
+    output = {"log_probs": nested(logp, lengths)}
+    return ppo_loss(config, output, micro_batch(batch, data, rows, ranks, mini_batch))
+
+
+def verl_gradient(batch: Batch, data: DataProto, config: ActorConfig, ranks: int, per_micro_batch: int) -> Tensor:
+    """The gradient that an optimizer step would see: summed over micro-batches, averaged over ranks as FSDP does."""
+    batch.logits.grad = None
+    for rank in range(ranks):
+        for rows in torch.arange(batch.rows)[rank::ranks].split(per_micro_batch):
+            loss, metrics = verl_loss(batch, data, rows, config, ranks, batch.rows)
+            loss.backward()
+            assert metrics["actor/conspo_logprob_drift"].values == [0.0]
+    return batch.logits.grad / ranks
+
+
+def relative(x: Tensor, reference: Tensor) -> float:
+    return float((x - reference).abs().max() / reference.abs().max())
+
+
+@pytest.fixture(autouse=True)
+def step():
+    SkipManager.set_step(1)
+    yield
+    SkipManager.set_step(-1)
+
+
+@pytest.mark.parametrize("loss_agg_mode", ["token-mean", "token-sum", "seq-mean-token-sum", "seq-mean-token-mean"])
+@pytest.mark.parametrize(("ranks", "per_micro_batch"), [(1, 16), (1, 4), (2, 2), (4, 1)])
+def test_gradient_of_a_step(ranks, per_micro_batch, loss_agg_mode):
+    batch = Batch()
+    (expected,) = torch.autograd.grad(batch.loss(), batch.logits)
+    with register(tau=TAU, margin=MARGIN):
+        data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig(adv_estimator="conspo"))
+        found = verl_gradient(batch, data, actor_config(loss_agg_mode=loss_agg_mode), ranks, per_micro_batch)
+    assert relative(found, expected) < 1e-6
+
+
+def test_mini_batches_average_to_the_step():
+    """Two mini-batches at the same parameters: the mean of their gradients is the whole batch's."""
+    batch = Batch()
+    (expected,) = torch.autograd.grad(batch.loss(), batch.logits)
+    with register(tau=TAU, margin=MARGIN):
+        data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
+        for rows in torch.arange(batch.rows).split(8):
+            verl_loss(batch, data, rows, actor_config(), 1, 8)[0].backward()
+    assert relative(batch.logits.grad / 2, expected) < 1e-6
+
+
+def test_second_mini_batch_has_the_weights_of_the_first():
+    batch = Batch()
+    with register(tau=TAU, margin=MARGIN):
+        data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
+        old = batch.response_logprobs().detach()
+        moved = batch.logits.detach() + torch.randn(batch.logits.shape, generator=torch.Generator().manual_seed(1))
+        batch.logits = moved.requires_grad_()
+        loss, metrics = verl_loss(batch, data, torch.arange(batch.rows), actor_config(), 1, batch.rows)
+        loss.backward()
+    counts = batch.mask.sum(1)
+    scores = torch.where(batch.mask, old, 0.0).sum(1) / counts
+    weights = conspo_weights(scores, batch.rewards, batch.groups, tau=TAU, margin=MARGIN).weights
+    now = batch.response_logprobs()
+    linear = (torch.where(batch.mask, now, 0.0).sum(1) / counts.clamp(min=1) * weights).sum()
+    (expected,) = torch.autograd.grad(linear, batch.logits)
+    assert relative(batch.logits.grad, expected) < 1e-6
+    drift = float((now.detach() - old).abs()[batch.mask].max())
+    assert metrics["actor/conspo_logprob_drift"].values[0] == pytest.approx(drift, rel=1e-6)
+
+
+def test_entropy_and_kl_terms_are_verls():
+    batch = Batch()
+    config = actor_config(use_kl_loss=True, kl_loss_coef=0.1, loss_agg_mode="token-mean")
+    rows = torch.arange(batch.rows)
+    with register(tau=TAU, margin=MARGIN):
+        data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
+        plain, _ = verl_loss(batch, data, rows, actor_config(), 1, batch.rows)
+        micro = micro_batch(batch, data, rows, 1, batch.rows)
+        reference = data.batch["old_log_probs"] - 0.5
+        micro["ref_log_prob"] = nested(reference, batch.lengths.clamp(min=1))
+        lengths = batch.lengths.clamp(min=1) + PROMPT
+        output = {"log_probs": nested(token_logprobs(batch.logits, batch.ids, shift=True), lengths)}
+        loss, metrics = ppo_loss(config, output, micro)
+    kl = float(np.exp(-0.5) - 1 + 0.5)  # low_var_kl of a difference that is 0.5 everywhere
+    assert float((loss - plain).detach()) == pytest.approx(0.1 * kl, rel=1e-4)
+    assert "kl_loss" in metrics
+
+
+def test_margin_follows_the_step_and_metrics_are_handed_on():
+    batch, seen = Batch(), []
+    schedule = CosineMargin(target=0.8, warmup_ratio=1.0, total_steps=10)
+    with register(tau=TAU, margin=schedule, on_step=lambda step, metrics: seen.append((step, metrics))):
+        for step in (1, 6):
+            SkipManager.set_step(step)
+            data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
+            (expected,) = torch.autograd.grad(batch.loss(margin=schedule(step - 1)), batch.logits)
+            assert relative(verl_gradient(batch, data, actor_config(), 2, 4), expected) < 1e-6
+        assert [step for step, _ in seen] == [0, 5]
+        assert float(seen[1][1]["conspo/margin"]) == pytest.approx(0.4)
+        assert float(seen[1][1]["conspo/loss"]) == pytest.approx(float(batch.loss(margin=0.4).detach()), rel=1e-6)
+        SkipManager.set_step(-1)
+        with pytest.raises(ValueError, match="the margin is a schedule"):
+            ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
+
+
+def test_trainer_of_this_release_goes_through_the_same_function():
+    batch = Batch()
+    keys = [f"{uid}_{row}_0" for row, uid in enumerate(UIDS)]
+    with register(tau=TAU, margin=MARGIN):
+        data = verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories(
+            batch.proto(), keys, "conspo", config=AlgoConfig()
+        )
+        (expected,) = torch.autograd.grad(batch.loss(), batch.logits)
+        assert relative(verl_gradient(batch, data, actor_config(), 1, 4), expected) < 1e-6
+
+
+def test_registration_undoes_itself():
+    originals = ray_trainer.compute_advantage, verl.trainer.ppo.v1.utils.compute_advantage
+    names = set(core_algos.ADV_ESTIMATOR_REGISTRY), set(core_algos.POLICY_LOSS_REGISTRY)
+    registration = register()
+    assert ray_trainer.compute_advantage is not originals[0]
+    assert verl.trainer.ppo.v1.utils.compute_advantage is ray_trainer.compute_advantage
+    with pytest.raises(ValueError, match="registered in verl already"):
+        register()
+    registration.undo()
+    registration.undo()
+    assert (ray_trainer.compute_advantage, verl.trainer.ppo.v1.utils.compute_advantage) == originals
+    assert (set(core_algos.ADV_ESTIMATOR_REGISTRY), set(core_algos.POLICY_LOSS_REGISTRY)) == names
+
+
+def test_other_estimators_are_untouched():
+    batch = Batch()
+    expected = ray_trainer.compute_advantage(batch.proto(), "rloo", config=AlgoConfig()).batch["advantages"]
+    with register():
+        found = ray_trainer.compute_advantage(batch.proto(), "rloo", config=AlgoConfig()).batch["advantages"]
+    assert torch.equal(found, expected)
+
+
+def test_batch_without_old_log_probs_raises():
+    data = Batch().proto()
+    data.pop(batch_keys=["old_log_probs"])
+    with register(), pytest.raises(ValueError, match="old_log_probs"):
+        ray_trainer.compute_advantage(data, "conspo", config=AlgoConfig())
+
+
+def tiny_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def outputs_and_gradients(forward, model, ids):
+    model.zero_grad()
+    output = forward(model, input_ids=ids, return_dict=True, temperature=0.7)
+    weight = torch.randn(output.log_probs.numel(), generator=torch.Generator().manual_seed(2))
+    logp, entropy = output.log_probs.flatten(), output.entropy.flatten()
+    ((logp * weight).sum() - 0.3 * (entropy * weight).sum()).backward()
+    return [logp.detach(), entropy.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def test_loss_head_in_verls_forward():
+    """verl's forward for its Triton head, here on a CPU, beside its PyTorch head: values, entropies, all gradients."""
+    model, ids = tiny_model(), torch.randint(97, (1, 12), generator=torch.Generator().manual_seed(0))
+    expected = outputs_and_gradients(forward_with_torch_backend, model, ids)
+    with fused_loss_head():
+        found = outputs_and_gradients(forward_with_triton_backend, model, ids)
+    for x, reference in zip(found, expected, strict=True):
+        assert relative(x, reference) < 2e-5
+
+
+def test_loss_head_undoes_itself():
+    original = head_module.linear_cross_entropy
+    holder = sys.modules["holder"] = type(sys)("holder")
+    holder.linear_cross_entropy = original  # as verl's Megatron modules, which import the function by name
+    try:
+        with fused_loss_head():
+            assert head_module.linear_cross_entropy is not original
+            assert holder.linear_cross_entropy is head_module.linear_cross_entropy
+            with pytest.raises(ValueError, match="replaced already"):
+                replace_loss_head()
+        assert head_module.linear_cross_entropy is original
+        assert holder.linear_cross_entropy is original
+    finally:
+        del sys.modules["holder"]
+
+
+def test_a_module_that_verl_imports_registers(tmp_path, monkeypatch):
+    """verl's `external_lib`: it imports a module of the user's by name, in the trainer's process and in the workers'."""
+    (tmp_path / "my_conspo.py").write_text(
+        "from conspo_kernels.integrations.verl import register\nregistration = register(tau=0.5)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    verl.utils.import_utils.import_external_libs("my_conspo")
+    try:
+        assert {"conspo"} <= set(core_algos.POLICY_LOSS_REGISTRY) & set(core_algos.ADV_ESTIMATOR_REGISTRY)
+    finally:
+        sys.modules["my_conspo"].registration.undo()
+
+
+def test_estimator_is_given_what_verl_gives():
+    """The keyword arguments of this release's `compute_advantage`: a change there has to fail here."""
+    seen = {}
+    core_algos.ADV_ESTIMATOR_REGISTRY["probe"] = lambda **options: (seen.update(options), (None, None))[1]
+    data = SimpleNamespace(batch=Batch().proto().batch, non_tensor_batch={"uid": UIDS})
+    try:
+        ray_trainer.compute_advantage(data, "probe", config=AlgoConfig())
+    except Exception as error:  # advantages of None do not go into a batch
+        assert seen, error
+    finally:
+        del core_algos.ADV_ESTIMATOR_REGISTRY["probe"]
+    assert set(seen) == {"token_level_rewards", "response_mask", "config", "index"}
