@@ -1,8 +1,8 @@
 """ConSPO in NeMo-RL: an advantage estimator; its own policy-gradient loss, set to be linear, does the rest.
 
 NeMo-RL's GRPO hands its estimator all rollouts of a step, on one process, with the policy's log-probabilities. With
-`disable_ppo_ratio` its loss is -advantage * logp, and without `token_level_loss` the mean over rollouts of the mean over
-tokens: the advantage of rollout i is -w_i, times the number of rollouts. The first optimizer step of a batch has
+`disable_ppo_ratio` its loss is -advantage * logp, and without `token_level_loss` the mean over rollouts of the mean
+over tokens: the advantage of rollout i is -w_i, times the number of rollouts. The first optimizer step of a batch has
 ConSPO's gradient exactly, whatever micro-batches and ranks its rollouts lie in.
 
     loss_fn:
@@ -21,17 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import Margin, Objective
+from .coefficients import Objective
 
-# Fields of NeMo-RL's loss configuration, and what they have to be for its loss to be linear in the log-probabilities.
-LINEAR: dict[str, Any] = {
-    "disable_ppo_ratio": True,
-    "token_level_loss": False,
-    "use_importance_sampling_correction": False,
-    "force_on_policy_ratio": False,
-    "use_kl_in_reward": False,
-    "ratio_clip_c": None,
-    "positive_example_nll_weight": 0.0,
+# Fields of NeMo-RL's loss configuration: its default, and the only value with which its loss is the linear one.
+DEFAULT_AND_NEEDED: dict[str, tuple[Any, Any]] = {
+    "disable_ppo_ratio": (False, True),
+    "token_level_loss": (True, False),
+    "use_importance_sampling_correction": (False, False),
+    "force_on_policy_ratio": (False, False),
+    "use_kl_in_reward": (False, False),
+    "use_cispo": (False, False),
+    "ratio_clip_c": (None, None),
+    "positive_example_nll_weight": (0.0, 0.0),
 }
 
 
@@ -50,15 +51,12 @@ class ConSPOAdvantageEstimator:
     def __init__(self, estimator_config: Any, loss_config: Any) -> None:
         self.objective = Objective(
             _field(estimator_config, "tau", 1.0),
-            _margin(estimator_config),
+            _field(estimator_config, "margin", 0.0),
             _field(estimator_config, "reward_threshold", 0.5),
         )
         self.step = 0
-        for name, needed in LINEAR.items():
-            # Absent: NeMo-RL's defaults are what is needed, but for the first two.
-            found = _field(loss_config, name, not needed if isinstance(needed, bool) and needed else needed)
-            if name == "token_level_loss":
-                found = _field(loss_config, name, True)
+        for name, (default, needed) in DEFAULT_AND_NEEDED.items():
+            found = _field(loss_config, name, default)
             if found != needed:
                 raise ValueError(f"ConSPO needs loss_fn.{name}={needed}, got {found}")
 
@@ -77,8 +75,8 @@ class ConSPOAdvantageEstimator:
         Args:
             prompt_ids: [B], or [B, L] of the prompts' tokens, equal where the prompts are.
             rewards: [B].
-            mask: [B, S], 1 for response tokens of rollouts that take part; the first column, which no logits predict, is
-                not looked at.
+            mask: [B, S], 1 for response tokens of rollouts that take part; the first column, which no logits predict,
+                is not looked at.
             logprobs_policy: [B, S], of the token at each position.
             valid_mask: [B], 0 for rollouts that take no part.
 
@@ -104,8 +102,3 @@ class ConSPOAdvantageEstimator:
 
 def _field(config: Any, name: str, default: Any) -> Any:
     return config.get(name, default) if hasattr(config, "get") else getattr(config, name, default)
-
-
-def _margin(config: Any) -> Margin:
-    margin: Margin = _field(config, "margin", 0.0)
-    return margin

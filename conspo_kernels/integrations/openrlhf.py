@@ -32,7 +32,7 @@ def conspo_advantages(
     """Set `advantages` and `returns` of all experiences of a batch: -B * w_i / n_i per response token.
 
     Args:
-        experiences: with `action_log_probs` and `action_mask` [b, A] and `index` of b numbers, of the original order, in
+        experiences: with `action_log_probs` and `action_mask` [b, A] and `index`, b numbers of the original order, in
             which each `samples_per_prompt` consecutive ones share a prompt. b and A differ between experiences.
         rewards: [b] for each experience.
 
@@ -68,7 +68,7 @@ def experience_maker(base: type, *, tau: float = 1.0, margin: Margin = 0.0, rewa
     """
     objective = Objective(tau, margin, reward_threshold)
 
-    class ConSPOExperienceMaker(base):  # type: ignore[misc, valid-type]
+    class ConSPOExperienceMaker(base):
         conspo_step = 0
 
         @torch.no_grad()

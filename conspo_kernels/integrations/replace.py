@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 
@@ -39,5 +38,5 @@ class Replacement:
 
 def _rebind(name: str, old: Callable[..., Any], new: Callable[..., Any]) -> None:
     for module in list(sys.modules.values()):
-        if isinstance(module, ModuleType) and vars(module).get(name) is old:
+        if getattr(module, "__dict__", {}).get(name) is old:
             setattr(module, name, new)

@@ -55,7 +55,7 @@ def conspo_trainer(base: type, *, tau: float = 1.0, margin: Margin = 0.0, reward
     """
     objective = Objective(tau, margin, reward_threshold)
 
-    class ConSPOTrainer(base):  # type: ignore[misc, valid-type]
+    class ConSPOTrainer(base):
         @torch.no_grad()
         def compute_advantages_and_returns(self, data: Any) -> Any:
             _check(self.cfg)

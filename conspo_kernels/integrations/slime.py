@@ -5,8 +5,8 @@
     --disable-rewards-normalization --custom-config-path conspo.yaml
 
 The rollouts of a group lie on several data-parallel ranks, each of which computes its own advantages: one score, one
-reward and one prompt per rollout are gathered over these ranks. The first optimizer step of a rollout batch has ConSPO's
-gradient exactly; with `--num-steps-per-rollout` above 1 later ones have its weights of the batch's beginning.
+reward and one prompt per rollout are gathered over these ranks. The first optimizer step of a rollout batch has
+ConSPO's gradient exactly; with `--num-steps-per-rollout` above 1 later ones have the weights of the batch's beginning.
 
 Source: THUDM/slime, slime/backends/megatron_utils/loss.py at 00c2d6db (`compute_advantages_and_returns`,
 `policy_loss_function`, `loss_function`), slime/backends/megatron_utils/cp_utils.py (`get_sum_of_sample_mean`).
@@ -34,7 +34,8 @@ def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> Non
 
     Args:
         args: slime's arguments; of ours, from `--custom-config-path`: `conspo_tau`, `conspo_margin`,
-            `conspo_reward_threshold`; `conspo_margin_warmup_ratio` and `conspo_margin_steps` make the margin a schedule.
+            `conspo_reward_threshold`; `conspo_margin_steps` and `conspo_margin_warmup_ratio` make the margin a schedule
+            of the rollout batches, counted from `start_rollout_id`.
         rollout_data: `log_probs` and `loss_masks`, lists of [R_i], `rewards` and `sample_indices` of this rank.
 
     Raises:
@@ -51,7 +52,7 @@ def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> Non
     # slime adds gradients up over ranks, after it divided by the rollouts of all of them.
     weights = _objective(args).weights(
         torch.cat(logprobs), torch.cat(list(rollout_data["loss_masks"])).to(device), rewards,
-        indices // args.n_samples_per_prompt, cu_seqlens=offsets, step=rollout_data.get("rollout_id", None),
+        indices // args.n_samples_per_prompt, cu_seqlens=offsets, step=_step(args),
         parallel=Parallel(data=ranks, grad_reduction="sum") if ranks is not None else None,
     ).weights  # fmt: skip
     scaled = -weights * _over_ranks(len(logprobs), ranks, device)
@@ -129,8 +130,16 @@ def _objective(args: Any) -> Objective:
     steps = getattr(args, "conspo_margin_steps", None)
     if steps is not None:
         assert not callable(margin)
-        margin = CosineMargin(margin, getattr(args, "conspo_margin_warmup_ratio", 1.0), steps)
+        warmup = getattr(args, "conspo_margin_warmup_ratio", 1.0)
+        margin = CosineMargin(target=margin, warmup_ratio=warmup, total_steps=steps)
     return Objective(getattr(args, "conspo_tau", 1.0), margin, getattr(args, "conspo_reward_threshold", 0.5))
+
+
+def _step(args: Any) -> int:
+    """How many rollout batches were trained on before this one; slime calls once per batch."""
+    step: int = getattr(args, "conspo_step", None) or getattr(args, "start_rollout_id", None) or 0
+    args.conspo_step = step + 1
+    return step
 
 
 def _data_parallel_ranks() -> dist.ProcessGroup | None:

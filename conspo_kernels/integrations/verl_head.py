@@ -1,4 +1,4 @@
-"""verl's `linear_cross_entropy` on these kernels: hidden states to log-probabilities and entropy, logits never whole."""
+"""verl's `linear_cross_entropy` on these kernels: log-probabilities, entropy and gradients, logits never whole."""
 
 from __future__ import annotations
 
