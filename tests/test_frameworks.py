@@ -14,9 +14,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-import torch.distributed as dist
 from framework_batch import MARGIN, SETTINGS, TAU, TOLERANCE, FrameworkBatch, relative
-from ranks import run
 from torch import Tensor
 
 from conspo_kernels import CosineMargin
@@ -341,23 +339,6 @@ def test_slime(per_micro_batch, monkeypatch):
     slime.compute_advantages(slime_args(), data)
     slime_step(batch, torch.arange(16), data, per_micro_batch)
     assert relative(batch.found(), batch.gradient()) < TOLERANCE
-
-
-def slime_rank(rank: int, size: int) -> Tensor:
-    batch, rows = FrameworkBatch(), torch.arange(16)[rank::size]
-    megatron, core = ModuleType("megatron"), ModuleType("megatron.core")
-    core.mpu = SimpleNamespace(get_data_parallel_group=lambda with_context_parallel: dist.group.WORLD)
-    sys.modules.update({"megatron": megatron, "megatron.core": core, **slime_modules(batch)})
-    data = slime_data(batch, rows)
-    slime.compute_advantages(slime_args(), data)
-    slime_step(batch, rows, data, 2)
-    return batch.found()
-
-
-def test_slime_over_ranks():
-    """Every group lies on both ranks; slime adds gradients up over them."""
-    batch = FrameworkBatch()
-    assert relative(sum(run(2, slime_rank)), batch.gradient()) < TOLERANCE
 
 
 def test_slime_margin_follows_the_rollout_batches():

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from framework_batch import MARGIN, TAU, TOLERANCE, FrameworkBatch, relative
-from ranks import run
 
 from conspo_kernels import CosineMargin
 from conspo_kernels.integrations.coefficients import Objective
@@ -154,24 +153,3 @@ def test_head_of_another_reduction_raises():
     hidden, weight, labels, _ = head_inputs()
     with pytest.raises(ValueError, match="reduction"):
         linear_cross_entropy(hidden, weight, labels, 1.0, "max")
-
-
-def head_of_a_rank(rank: int, size: int):
-    hidden, weight, labels, (c, d) = head_inputs()
-    part = weight.detach().chunk(size)[rank].requires_grad_()
-    logp, entropy = linear_cross_entropy(hidden, part, labels, 0.7, "none", torch.distributed.group.WORLD)
-    gradients = torch.autograd.grad((logp * c + entropy * d).sum(), (hidden, part))
-    return logp.detach(), entropy.detach(), *gradients
-
-
-def test_head_over_tensor_parallel_ranks():
-    """Gradients of hidden are parts that Megatron's sequence parallelism sums; those of the weight are of each part."""
-    hidden, weight, labels, (c, d) = head_inputs()
-    logp, entropy = eager_head(hidden, weight, labels, 0.7)
-    of_hidden, of_weight = torch.autograd.grad((logp * c + entropy * d).sum(), (hidden, weight))
-    results = run(2, head_of_a_rank)
-    for found_logp, found_entropy, _, _ in results:
-        torch.testing.assert_close(found_logp, logp.detach(), rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(found_entropy, entropy.detach(), rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(sum(r[2] for r in results), of_hidden, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(torch.cat([r[3] for r in results]), of_weight, rtol=1e-10, atol=1e-12)
