@@ -1,6 +1,6 @@
 """ConSPO for verl, without verl: its tensors and signatures, and its loss head's function, held against eager PyTorch.
 
-Not the real package, which needs 0.7 GB of others: `integration_tests/test_verl.py` has the same with verl's own code.
+Not the real package, which brings 0.6 GB of others: `integration_tests/test_real_verl.py` runs verl's own code.
 """
 
 from __future__ import annotations
