@@ -9,6 +9,7 @@ import pytest
 import torch
 import verl
 import verl.trainer.ppo.v1.utils
+from framework_batch import MARGIN, TAU, TOLERANCE, FrameworkBatch, relative
 from tensordict import TensorDict
 from torch import Tensor
 from verl import DataProto
@@ -21,52 +22,29 @@ from verl.utils.skip.skip_manager import SkipManager
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.utils.losses import ppo_loss
 
-from conspo_kernels import CosineMargin, conspo_loss, conspo_weights, token_logprobs
+from conspo_kernels import CosineMargin, conspo_weights, token_logprobs
 from conspo_kernels.integrations.verl import fused_loss_head, register, replace_loss_head
 
-VOCAB, PROMPT, RESPONSE = 23, 2, 6
-UIDS = np.array(["a", "b", "c", "d"] * 4, dtype=object)  # groups lie across micro-batches and ranks
-LENGTHS = [6, 1, 3, 4, 2, 5, 6, 6, 1, 3, 4, 2, 6, 5, 4, 0]  # the last is padding, which verl adds: no response token
-TAU, MARGIN = 0.4, 0.3
+UIDS = np.array(["a", "b", "c", "d"] * 4, dtype=object)
 
 
-class Batch:
-    """Rollouts as verl holds them, and as `conspo_loss` takes them."""
+class Batch(FrameworkBatch):
+    """The rollouts, as verl holds them. The last is padding, which verl adds: no response token."""
 
     def __init__(self, seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.lengths = torch.tensor(LENGTHS)
-        self.rows = len(LENGTHS)
-        self.ids = torch.randint(VOCAB, (self.rows, PROMPT + RESPONSE), generator=generator)
-        self.logits = torch.randn(self.rows, PROMPT + RESPONSE, VOCAB, generator=generator).mul_(2).requires_grad_()
-        self.mask = torch.arange(RESPONSE) < self.lengths[:, None]
-        self.mask[3, 1] = False  # a tool's token
-        self.rewards = torch.tensor(
-            [1, 0, 0, 1, 0, 1, 0, 0, 1, 1, 0, 1, 0, 0, 0, 0], dtype=torch.float32
-        )  # c: no right
-        self.groups = torch.tensor([0, 1, 2, 3] * 4)
-
-    def response_logprobs(self) -> Tensor:
-        logp = token_logprobs(self.logits, self.ids, shift=True)
-        return logp[:, PROMPT - 1 : -1]
+        super().__init__(seed)
+        self.lengths[15] = 0
+        self.mask[15] = False
 
     def proto(self) -> DataProto:
-        token_rewards = torch.zeros(self.rows, RESPONSE)
-        token_rewards[torch.arange(self.rows), self.lengths.clamp(min=1) - 1] = self.rewards
+        token_rewards = torch.zeros(self.ROLLOUTS, self.RESPONSE)
+        token_rewards[torch.arange(self.ROLLOUTS), self.lengths.clamp(min=1) - 1] = self.rewards
         tensors = {
             "token_level_rewards": token_rewards,
             "response_mask": self.mask.long(),
             "old_log_probs": self.response_logprobs().detach(),
         }
         return DataProto.from_dict(tensors=tensors, non_tensors={"uid": UIDS})
-
-    def loss(self, **options) -> Tensor:
-        """The whole batch's loss, in one call."""
-        mask = torch.cat([torch.zeros(self.rows, PROMPT, dtype=torch.bool), self.mask], dim=1)
-        return conspo_loss(
-            self.logits, self.ids, self.rewards, self.groups, response_mask=mask, shift=True, tau=TAU,
-            **{"margin": MARGIN, **options},
-        )  # fmt: skip
 
 
 def nested(x: Tensor, lengths: Tensor) -> Tensor:
@@ -83,8 +61,8 @@ def micro_batch(batch: Batch, data: DataProto, rows: Tensor, ranks: int, mini_ba
     }
     return tu.get_tensordict(
         {
-            "prompts": nested(batch.ids[rows, :PROMPT], torch.full_like(rows, PROMPT)),
-            "responses": nested(batch.ids[rows, PROMPT:], lengths),
+            "prompts": nested(batch.ids[rows, : batch.PROMPT], torch.full_like(rows, batch.PROMPT)),
+            "responses": nested(batch.ids[rows, batch.PROMPT :], lengths),
             **responses,
         },
         non_tensor_dict={
@@ -101,7 +79,7 @@ def actor_config(**options) -> ActorConfig:
 
 
 def verl_loss(batch: Batch, data: DataProto, rows: Tensor, config: ActorConfig, ranks: int, mini_batch: int):
-    lengths = batch.lengths[rows].clamp(min=1) + PROMPT
+    lengths = batch.lengths[rows].clamp(min=1) + batch.PROMPT
     logp = token_logprobs(batch.logits[rows], batch.ids[rows], shift=True)
     output = {"log_probs": nested(logp, lengths)}
     return ppo_loss(config, output, micro_batch(batch, data, rows, ranks, mini_batch))
@@ -111,15 +89,11 @@ def verl_gradient(batch: Batch, data: DataProto, config: ActorConfig, ranks: int
     """The gradient that an optimizer step would see: summed over micro-batches, averaged over ranks as FSDP does."""
     batch.logits.grad = None
     for rank in range(ranks):
-        for rows in torch.arange(batch.rows)[rank::ranks].split(per_micro_batch):
-            loss, metrics = verl_loss(batch, data, rows, config, ranks, batch.rows)
+        for rows in torch.arange(batch.ROLLOUTS)[rank::ranks].split(per_micro_batch):
+            loss, metrics = verl_loss(batch, data, rows, config, ranks, batch.ROLLOUTS)
             loss.backward()
             assert metrics["actor/conspo_logprob_drift"].values == [0.0]
     return batch.logits.grad / ranks
-
-
-def relative(x: Tensor, reference: Tensor) -> float:
-    return float((x - reference).abs().max() / reference.abs().max())
 
 
 @pytest.fixture(autouse=True)
@@ -133,22 +107,22 @@ def step():
 @pytest.mark.parametrize(("ranks", "per_micro_batch"), [(1, 16), (1, 4), (2, 2), (4, 1)])
 def test_gradient_of_a_step(ranks, per_micro_batch, loss_agg_mode):
     batch = Batch()
-    (expected,) = torch.autograd.grad(batch.loss(), batch.logits)
+    expected = batch.gradient()
     with register(tau=TAU, margin=MARGIN):
         data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig(adv_estimator="conspo"))
         found = verl_gradient(batch, data, actor_config(loss_agg_mode=loss_agg_mode), ranks, per_micro_batch)
-    assert relative(found, expected) < 1e-6
+    assert relative(found, expected) < TOLERANCE
 
 
 def test_mini_batches_average_to_the_step():
     """Two mini-batches at the same parameters: the mean of their gradients is the whole batch's."""
     batch = Batch()
-    (expected,) = torch.autograd.grad(batch.loss(), batch.logits)
+    expected = batch.gradient()
     with register(tau=TAU, margin=MARGIN):
         data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
-        for rows in torch.arange(batch.rows).split(8):
+        for rows in torch.arange(batch.ROLLOUTS).split(8):
             verl_loss(batch, data, rows, actor_config(), 1, 8)[0].backward()
-    assert relative(batch.logits.grad / 2, expected) < 1e-6
+    assert relative(batch.logits.grad / 2, expected) < TOLERANCE
 
 
 def test_second_mini_batch_has_the_weights_of_the_first():
@@ -158,7 +132,7 @@ def test_second_mini_batch_has_the_weights_of_the_first():
         old = batch.response_logprobs().detach()
         moved = batch.logits.detach() + torch.randn(batch.logits.shape, generator=torch.Generator().manual_seed(1))
         batch.logits = moved.requires_grad_()
-        loss, metrics = verl_loss(batch, data, torch.arange(batch.rows), actor_config(), 1, batch.rows)
+        loss, metrics = verl_loss(batch, data, torch.arange(batch.ROLLOUTS), actor_config(), 1, batch.ROLLOUTS)
         loss.backward()
     counts = batch.mask.sum(1)
     scores = torch.where(batch.mask, old, 0.0).sum(1) / counts
@@ -166,7 +140,7 @@ def test_second_mini_batch_has_the_weights_of_the_first():
     now = batch.response_logprobs()
     linear = (torch.where(batch.mask, now, 0.0).sum(1) / counts.clamp(min=1) * weights).sum()
     (expected,) = torch.autograd.grad(linear, batch.logits)
-    assert relative(batch.logits.grad, expected) < 1e-6
+    assert relative(batch.logits.grad, expected) < TOLERANCE
     drift = float((now.detach() - old).abs()[batch.mask].max())
     assert metrics["actor/conspo_logprob_drift"].values[0] == pytest.approx(drift, rel=1e-6)
 
@@ -174,14 +148,14 @@ def test_second_mini_batch_has_the_weights_of_the_first():
 def test_entropy_and_kl_terms_are_verls():
     batch = Batch()
     config = actor_config(use_kl_loss=True, kl_loss_coef=0.1, loss_agg_mode="token-mean")
-    rows = torch.arange(batch.rows)
+    rows = torch.arange(batch.ROLLOUTS)
     with register(tau=TAU, margin=MARGIN):
         data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
-        plain, _ = verl_loss(batch, data, rows, actor_config(), 1, batch.rows)
-        micro = micro_batch(batch, data, rows, 1, batch.rows)
+        plain, _ = verl_loss(batch, data, rows, actor_config(), 1, batch.ROLLOUTS)
+        micro = micro_batch(batch, data, rows, 1, batch.ROLLOUTS)
         reference = data.batch["old_log_probs"] - 0.5
         micro["ref_log_prob"] = nested(reference, batch.lengths.clamp(min=1))
-        lengths = batch.lengths.clamp(min=1) + PROMPT
+        lengths = batch.lengths.clamp(min=1) + batch.PROMPT
         output = {"log_probs": nested(token_logprobs(batch.logits, batch.ids, shift=True), lengths)}
         loss, metrics = ppo_loss(config, output, micro)
     kl = float(np.exp(-0.5) - 1 + 0.5)  # low_var_kl of a difference that is 0.5 everywhere
@@ -196,8 +170,8 @@ def test_margin_follows_the_step_and_metrics_are_handed_on():
         for step in (1, 6):
             SkipManager.set_step(step)
             data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
-            (expected,) = torch.autograd.grad(batch.loss(margin=schedule(step - 1)), batch.logits)
-            assert relative(verl_gradient(batch, data, actor_config(), 2, 4), expected) < 1e-6
+            expected = batch.gradient(margin=schedule(step - 1))
+            assert relative(verl_gradient(batch, data, actor_config(), 2, 4), expected) < TOLERANCE
         assert [step for step, _ in seen] == [0, 5]
         assert float(seen[1][1]["conspo/margin"]) == pytest.approx(0.4)
         assert float(seen[1][1]["conspo/loss"]) == pytest.approx(float(batch.loss(margin=0.4).detach()), rel=1e-6)
@@ -213,8 +187,8 @@ def test_trainer_of_this_release_goes_through_the_same_function():
         data = verl.trainer.ppo.v1.utils.compute_advantage_for_multi_trajectories(
             batch.proto(), keys, "conspo", config=AlgoConfig()
         )
-        (expected,) = torch.autograd.grad(batch.loss(), batch.logits)
-        assert relative(verl_gradient(batch, data, actor_config(), 1, 4), expected) < 1e-6
+        expected = batch.gradient()
+        assert relative(verl_gradient(batch, data, actor_config(), 1, 4), expected) < TOLERANCE
 
 
 def test_registration_undoes_itself():

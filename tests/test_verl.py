@@ -59,7 +59,10 @@ def test_rollout_without_a_token_and_nan_where_masked():
     old = batch.response_logprobs().detach().masked_fill(~batch.mask, torch.nan)
     advantages = estimated(batch, old_log_probs=old)
     logp = batch.response_logprobs().masked_fill(~batch.mask, -torch.inf)
-    policy_loss(old, logp, advantages, batch.mask, config=config())[0].backward()
+    loss, metrics = policy_loss(old, logp, advantages, batch.mask, config=config())
+    assert torch.isfinite(loss)
+    assert metrics == {"actor/ppo_kl": 0.0, "actor/conspo_logprob_drift": 0.0}
+    loss.backward()
     assert relative(batch.found(), batch.gradient()) < TOLERANCE
 
 
