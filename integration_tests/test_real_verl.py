@@ -20,6 +20,7 @@ from verl.utils import tensordict_utils as tu
 from verl.utils.kernel import linear_cross_entropy as head_module
 from verl.utils.skip.skip_manager import SkipManager
 from verl.workers.config import ActorConfig, PolicyLossConfig
+from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.losses import ppo_loss
 
 from conspo_kernels import CosineMargin, conspo_weights, token_logprobs
@@ -53,8 +54,8 @@ def nested(x: Tensor, lengths: Tensor) -> Tensor:
     )
 
 
-def micro_batch(batch: Batch, data: DataProto, rows: Tensor, ranks: int, mini_batch: int) -> TensorDict:
-    """A micro-batch as verl's engines hand it to a loss: nested tensors, and the size of the whole mini-batch."""
+def share_of_rank(batch: Batch, data: DataProto, rows: Tensor, ranks: int, mini_batch: int, **options) -> TensorDict:
+    """A rank's share as verl's engines hold it: nested tensors, and the size of the whole mini-batch."""
     lengths = batch.lengths[rows].clamp(min=1)  # verl's padding has one response token, which is masked
     responses = {
         name: nested(data.batch[name][rows], lengths) for name in ("response_mask", "old_log_probs", "advantages")
@@ -66,7 +67,7 @@ def micro_batch(batch: Batch, data: DataProto, rows: Tensor, ranks: int, mini_ba
             **responses,
         },
         non_tensor_dict={
-            "dp_size": ranks, "batch_num_tokens": int(batch.mask.sum()), "global_batch_size": mini_batch,
+            "dp_size": ranks, "batch_num_tokens": int(batch.mask.sum()), "global_batch_size": mini_batch, **options,
         },
     )  # fmt: skip
 
@@ -78,22 +79,28 @@ def actor_config(**options) -> ActorConfig:
     )  # fmt: skip
 
 
-def verl_loss(batch: Batch, data: DataProto, rows: Tensor, config: ActorConfig, ranks: int, mini_batch: int):
+def output_of_model(batch: Batch, rows: Tensor) -> dict[str, Tensor]:
     lengths = batch.lengths[rows].clamp(min=1) + batch.PROMPT
-    logp = token_logprobs(batch.logits[rows], batch.ids[rows], shift=True)
-    output = {"log_probs": nested(logp, lengths)}
-    return ppo_loss(config, output, micro_batch(batch, data, rows, ranks, mini_batch))
+    return {"log_probs": nested(token_logprobs(batch.logits[rows], batch.ids[rows], shift=True), lengths)}
+
+
+def verl_loss(batch: Batch, data: DataProto, rows: Tensor, config: ActorConfig, ranks: int, mini_batch: int):
+    return ppo_loss(config, output_of_model(batch, rows), share_of_rank(batch, data, rows, ranks, mini_batch))
 
 
 def verl_gradient(batch: Batch, data: DataProto, config: ActorConfig, ranks: int, per_micro_batch: int) -> Tensor:
     """The gradient that an optimizer step would see: summed over micro-batches, averaged over ranks as FSDP does."""
     batch.logits.grad = None
     for rank in range(ranks):
-        for rows in torch.arange(batch.ROLLOUTS)[rank::ranks].split(per_micro_batch):
-            loss, metrics = verl_loss(batch, data, rows, config, ranks, batch.ROLLOUTS)
+        rows = torch.arange(batch.ROLLOUTS)[rank::ranks]
+        sizes = {"use_dynamic_bsz": False, "micro_batch_size_per_gpu": per_micro_batch}
+        share = share_of_rank(batch, data, rows, ranks, batch.ROLLOUTS, **sizes)
+        micro_batches, _ = prepare_micro_batches(share)
+        for micro_batch, part in zip(micro_batches, rows.split(per_micro_batch), strict=True):
+            loss, metrics = ppo_loss(config, output_of_model(batch, part), micro_batch)
             loss.backward()
             assert metrics["actor/conspo_logprob_drift"].values == [0.0]
-    return batch.logits.grad / ranks
+    return batch.found() / ranks
 
 
 @pytest.fixture(autouse=True)
@@ -152,12 +159,10 @@ def test_entropy_and_kl_terms_are_verls():
     with register(tau=TAU, margin=MARGIN):
         data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
         plain, _ = verl_loss(batch, data, rows, actor_config(), 1, batch.ROLLOUTS)
-        micro = micro_batch(batch, data, rows, 1, batch.ROLLOUTS)
+        micro = share_of_rank(batch, data, rows, 1, batch.ROLLOUTS)
         reference = data.batch["old_log_probs"] - 0.5
         micro["ref_log_prob"] = nested(reference, batch.lengths.clamp(min=1))
-        lengths = batch.lengths.clamp(min=1) + batch.PROMPT
-        output = {"log_probs": nested(token_logprobs(batch.logits, batch.ids, shift=True), lengths)}
-        loss, metrics = ppo_loss(config, output, micro)
+        loss, metrics = ppo_loss(config, output_of_model(batch, rows), micro)
     kl = float(np.exp(-0.5) - 1 + 0.5)  # low_var_kl of a difference that is 0.5 everywhere
     assert float((loss - plain).detach()) == pytest.approx(0.1 * kl, rel=1e-4)
     assert "kl_loss" in metrics

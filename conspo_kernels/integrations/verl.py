@@ -49,7 +49,8 @@ def register(
     Args:
         tau, reward_threshold: as `conspo_loss`. The reward of a rollout is the sum of its token-level rewards.
         margin: a number, or a schedule of verl's training step, whose first is 0 here.
-        on_step: called by the trainer's process with the step and the metrics `conspo/...` of its whole batch.
+        on_step: called in the trainer's process with the step (-1 where no trainer has set one) and the metrics
+            `conspo/...` of its whole batch.
 
     Returns:
         The registration, whose `undo()` takes everything out again; also a context manager that does.
@@ -64,10 +65,10 @@ def register(
     core = _verl("trainer.ppo.core_algos")
     if _registered is not None or NAME in core.ADV_ESTIMATOR_REGISTRY or NAME in core.POLICY_LOSS_REGISTRY:
         raise ValueError(f'"{NAME}" is registered in verl already: undo() that registration first')
+    original = _verl("trainer.ppo.ray_trainer").compute_advantage
     estimator = advantage_estimator(Objective(tau, margin, reward_threshold), step=_training_step, on_step=on_step)
     core.register_adv_est(NAME)(estimator)
     core.register_policy_loss(NAME)(policy_loss)
-    original = _verl("trainer.ppo.ray_trainer").compute_advantage
     _registered = Registration(Replacement("compute_advantage", original, _giving_old_log_probs(original)))
     return _registered
 
