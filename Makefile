@@ -28,10 +28,10 @@ RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would race
-.PHONY: help test lint typecheck unit slow integrations sanitize demo sweep bench format clean
+.PHONY: help test lint typecheck unit slow integrations sanitize demo sweep paper bench format clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  Variables: PYTHON (python3), VENV (.venv), TORCH (2.13.0) and TRITON (3.7.1, else the one of that torch) for the'
 	@echo '  set-up; WORKERS (auto) for the tests, 0 for one process; STEPS, SEED, OUT, LOSS (conspo or grpo), MODEL (char'
@@ -89,6 +89,9 @@ demo: $(VENV)/.installed-train $(if $(filter smollm2,$(MODEL)),$(VENV)/.weights-
 
 sweep: $(VENV)/.installed-train  ## the demo over tau, target margin and warm-up ratio, GRPO beside it
 	$(BIN)/python examples/sweep.py
+
+paper: $(VENV)/.installed-train  ## the paper in small: every method on two tasks, resumable, hours (ONLY=: runs whose name contains it)
+	PYTHONPATH=examples $(BIN)/python -m paper $(if $(ONLY),--only '$(ONLY)') $(OPTIONS)
 
 # With the rivals that run on a CPU; those that are not installed are rows that say so. The correctness gate and the
 # measurement of memory, which run everything twice, are the warm-ups.

@@ -26,6 +26,9 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from conspo_kernels.objective import ContrastSettings, GroupLoss, Rollouts, equal_segments
+from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
+
 from .occupancy import Occupancy, occupancy
 
 TARGETS = {
@@ -100,51 +103,64 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
         triton.runtime.driver._active = active
 
 
-def call_token_logprob(logits: Tensor, softcap: float | None = None, entropy: bool = False) -> None:
-    """Call the launchers of forward and backward for logits [B, T, V]."""
-    from conspo_kernels.backends.triton import token_logprob as kernels
-    from conspo_kernels.values import LogitRows, LogitTransform, Upstream
+def call_token_logprob(
+    logits: Tensor, softcap: float | None = None, entropy: bool = False
+) -> tuple[LogitRows, Statistics, Tensor]:
+    """Call the launchers of forward and backward for logits [B, T, V].
 
-    labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
+    Returns their input, what forward gives, and the gradient of half the squares of that. The first token's label is
+    the first entry, the last one's the last.
+    """
+    from conspo_kernels.backends.triton import token_logprob as kernels
+
+    labels = torch.linspace(0, logits.shape[-1] - 1, logits.shape[:-1].numel()).long().view(logits.shape[:-1])
     rows = LogitRows(logits, labels, LogitTransform(softcap=softcap))
     statistics = kernels.forward(rows, entropy)
-    upstream = Upstream(statistics.logprobs, statistics.entropy)
-    kernels.backward(torch.empty(logits.shape, dtype=logits.dtype), rows, statistics, upstream)
+    grad = torch.empty(logits.shape, dtype=logits.dtype)
+    kernels.backward(grad, rows, statistics, Upstream(statistics.logprobs, statistics.entropy))
+    return rows, statistics, grad
 
 
-def call_sequence_score(packed: bool, num_tokens: int = 8) -> None:
+def call_sequence_score(packed: bool, num_tokens: int = 8) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities [2, num_tokens], their scores [2], and the gradient of half the squares of those."""
     from conspo_kernels.backends.triton import sequence_score as kernels
 
-    logprobs, labels = torch.zeros(2, num_tokens), torch.zeros(2, num_tokens, dtype=torch.int64)
+    logprobs, labels = -torch.rand(2, num_tokens), torch.zeros(2, num_tokens, dtype=torch.int64)
     offsets = torch.tensor([0, num_tokens, 2 * num_tokens]) if packed else None
     scores, counts = kernels.forward(logprobs, labels, offsets)
-    kernels.backward(scores, counts, labels, offsets)
+    return logprobs, scores, kernels.backward(scores, counts, labels, offsets)
 
 
 def call_group_infonce(
     ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0, rewards: Tensor | None = None
-) -> None:
+) -> tuple[Rollouts, ContrastSettings, GroupLoss]:
+    """Every second rollout is right, unless rewards are given."""
     from conspo_kernels.backends.triton import group_infonce as kernels
-    from conspo_kernels.objective import ContrastSettings, Rollouts, equal_segments
 
     n = num_groups * size
     segments = equal_segments(n, size, torch.device("cpu")) if ragged else None
-    rewards = torch.zeros(n) if rewards is None else rewards
-    rollouts = Rollouts(torch.zeros(n), rewards, torch.ones(n, dtype=torch.int32), segments, 0 if ragged else size)
-    kernels.forward(rollouts, ContrastSettings(1.0, torch.tensor(margin), 0.5, "mean", None))
+    rewards = torch.arange(n).remainder(2).float() if rewards is None else rewards
+    counts = torch.ones(n, dtype=torch.int32)
+    rollouts = Rollouts(-torch.rand(n), rewards, counts, segments, 0 if ragged else size)
+    settings = ContrastSettings(1.0, torch.tensor(margin), 0.5, "mean", None)
+    return rollouts, settings, kernels.forward(rollouts, settings)
 
 
-def call_scale() -> None:
+def call_scale() -> tuple[Tensor, Tensor]:
+    """Before, and half of that."""
     from conspo_kernels.backends.triton import scale
 
-    scale.scale_(torch.zeros(16_384, dtype=torch.bfloat16), torch.ones(()))
+    x = torch.randn(16_384, dtype=torch.bfloat16)
+    halved = x.clone()
+    scale.scale_(halved, torch.tensor(0.5))
+    return x, halved
 
 
 def _logits(vocab_size: int, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(1, 2, vocab_size, dtype=dtype)
+    return torch.randn(1, 2, vocab_size, dtype=dtype)
 
 
-CASES: dict[str, Callable[[], None]] = {
+CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "bf16, V 151,936": lambda: call_token_logprob(_logits(151_936, torch.bfloat16)),
     "bf16, V 50,257": lambda: call_token_logprob(_logits(50_257, torch.bfloat16)),
     "bf16, V 50,257, gradient elsewhere": lambda: call_token_logprob(_logits(50_257 * 2, torch.bfloat16)[..., :50_257]),

@@ -82,7 +82,7 @@ def count(kernel: Any, package: str, what: str, target: str, itemsize: int) -> C
     return Count(package, what, target, logits, size, barriers, per_logit, ratio, limit)
 
 
-def _compiled(target: str, call: Callable[[], None]) -> list[Any]:
+def _compiled(target: str, call: Callable[[], object]) -> list[Any]:
     with offline(TARGETS[target]) as kernels:
         call()
     return kernels

@@ -12,11 +12,13 @@ from .inputs.groups import GroupLayout, live_rollouts
 from .inputs.parallel import Parallel, parallel_from
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
-from .objective import ContrastSettings, Role, Rollouts, ScoreObjective, Segments, equal_segments
+from .objective import ContrastSettings, GroupLoss, Role, Rollouts, ScoreObjective, Segments, equal_segments
 from .ops import check_implementation
 from .ops.group_infonce import group_infonce
+from .ops.placement import beside
 from .ops.ranks import gather_rollouts, name_of, sum_over_ranks
 from .ops.score_objective import score_objective
+from .ops.sequence_infonce import sequence_infonce
 from .scores import response_counts, rollout_scores
 from .sources import Source
 
@@ -83,14 +85,12 @@ class Contrast(NamedTuple):
         self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None = None
     ) -> Contrasted:
         """Of scores [S] and, where they are known, counts of response tokens."""
-        check.rewards(rewards, scores.shape[0])
-        check.devices(scores.device, rewards=rewards, groups=groups, margin=self.margin, num_groups=self.num_groups)
+        self._check(scores.shape[0], scores.device, rewards, groups)
         places = None
         if self.parallel.data is not None:
             scores, rewards, groups, counts, places = self._gathered(scores, rewards, groups, counts)
         layout = GroupLayout.from_arguments(groups, scores.shape[0])
-        margin = _constant(self.margin, scores)
-        denominator = None if self.num_groups is None else _constant(self.num_groups, scores)
+        margin, denominator = self._constants(scores)
         if self.objective is None:
             loss, weights, roles = group_infonce(
                 scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin,
@@ -102,16 +102,50 @@ class Contrast(NamedTuple):
                 Rollouts(scores, rewards.detach(), counts, _segments(layout, scores.device), layout.size),
                 ContrastSettings(self.tau, margin, self.reward_threshold, self.reduction, denominator),
             )
+        return self._contrasted(GroupLoss(loss, weights, roles), layout, scores, counts, places)
+
+    def evaluate_tokens(
+        self, logprobs: Tensor, tokens: TokenLayout, rewards: Tensor, groups: int | Tensor, counts: Tensor | None
+    ) -> tuple[Contrasted, Tensor]:
+        """Of log-probabilities [B, T], and the scores [S].  counts: as of `evaluate`, where tokens are left out."""
+        fused = self.objective is None and self.parallel.data is None and self.parallel.context is None
+        if not fused:
+            scores, own_counts = rollout_scores(logprobs, tokens, self.parallel, self.implementation)
+            return self.evaluate(scores, rewards, groups, own_counts if counts is None else counts), scores
+        num_rollouts = tokens.num_rollouts
+        self._check(num_rollouts, logprobs.device, rewards, groups)
+        layout = GroupLayout.from_arguments(groups, num_rollouts)
+        loss, scores, own_counts, weights, roles = sequence_infonce(
+            logprobs, tokens.labels, tokens.offsets, rewards.detach(), counts, layout.order, layout.offsets,
+            layout.slots, layout.size, *self._constants(logprobs), self.tau, self.reward_threshold, self.reduction,
+            self.implementation,
+        )  # fmt: skip
+        result = GroupLoss(loss, weights, roles)
+        return self._contrasted(result, layout, scores, own_counts if counts is None else counts, None), scores
+
+    def _check(self, num_rollouts: int, device: torch.device, rewards: Tensor, groups: int | Tensor) -> None:
+        check.rewards(rewards, num_rollouts)
+        check.devices(device, rewards=rewards, groups=groups, margin=self.margin, num_groups=self.num_groups)
+
+    def _constants(self, like: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The margin and the denominator."""
+        return _constant(self.margin, like), None if self.num_groups is None else _constant(self.num_groups, like)
+
+    def _contrasted(
+        self, result: GroupLoss, layout: GroupLayout, scores: Tensor, counts: Tensor | None, places: Tensor | None
+    ) -> Contrasted:
+        loss, weights, roles = result
         if self.reduction == "none":
             loss = layout.first_rollouts(loss)
         if not self.return_metrics:
             return Contrasted(loss, weights, None, places)
-        slots = _segments(layout, scores.device).slots.to(scores.device, non_blocking=True)
+        slots = beside(_segments(layout, scores.device).slots, scores)
+        margin, denominator = self._constants(scores)
         if self.reduction != "mean":
             denominator = scores.new_ones(())
         metrics = conspo_metrics(
-            loss, margin, scores.detach(), weights, roles == Role.POSITIVE, roles == Role.NEGATIVE,
-            roles == Role.UNSCORABLE, slots, denominator, counts,
+            loss, beside(margin, scores, scores.dtype), scores.detach(), weights, roles == Role.POSITIVE,
+            roles == Role.NEGATIVE, roles == Role.UNSCORABLE, slots, denominator, counts,
         )  # fmt: skip
         return Contrasted(loss, weights, metrics, places)
 
@@ -137,22 +171,27 @@ def _segments(layout: GroupLayout, device: torch.device) -> Segments:
 
 
 def _constant(value: float | Tensor, like: Tensor) -> Tensor:
-    """A number as a 0-d tensor beside the scores, so that another value is not another program; tensors stay live."""
+    """A number as a 0-d tensor, so that another value is not another program; tensors stay live.
+
+    In eager mode on the CPU: what the host knows is an argument of a launch, and costs none of its own.
+    """
     if isinstance(value, Tensor):
-        return value
+        return value.detach()
     if torch.compiler.is_compiling():
         # Dynamo turns a float that is added to a tensor into an input of the graph, and one that fills it into a guard.
         return torch.zeros((), dtype=like.dtype, device=like.device) + value
-    return torch.full((), value, dtype=like.dtype, device=like.device)
+    return torch.full((), value, dtype=like.dtype)
 
 
 class _Selected(NamedTuple):
-    """The tokens to compute, and as `Source.logprobs` takes them; counts [S] of all; how many rollouts are left out."""
+    """The tokens to compute, and as `Source.logprobs` takes them; counts [S] of all, where some are left out or metrics
+    ask for them; how many rollouts are left out.
+    """
 
     tokens: TokenLayout
-    keep: Tensor | None
-    counts: Tensor | None
-    left_out: Tensor | None
+    keep: Tensor | None = None
+    counts: Tensor | None = None
+    left_out: Tensor | None = None
 
 
 def _selected(
@@ -160,16 +199,21 @@ def _selected(
 ) -> _Selected:
     """Those that can have a gradient, where that is known without waiting and leaving out the others saves work."""
     if not source.skips_tokens:
-        return _Selected(tokens, None, None, None)
-    counts = response_counts(tokens, contrast.parallel)
+        return _Selected(tokens)
+    on_cpu = tokens.labels.device.type == "cpu"
+    # Left out, a rollout has no tokens: the metrics, and other objectives, want to know how many it had.
+    asked = contrast.return_metrics or contrast.objective is not None
+    counts = response_counts(tokens, contrast.parallel) if on_cpu or asked else None
     whole = contrast.parallel.data is None
-    live = live_rollouts(rewards, counts, contrast.reward_threshold, groups, whole)
-    if live is None:
-        return _Selected(tokens, None, counts, torch.zeros((), dtype=torch.int64, device=counts.device))
-    keep, local = tokens.per_token(live), live.to(counts.device, non_blocking=True)
-    wanted = keep if keep is not None and counts.device.type == "cpu" else tokens.per_token(local)
+    live = live_rollouts(rewards, tokens.num_rollouts, counts, contrast.reward_threshold, groups, whole)
+    if live is None or (not on_cpu and not torch.compiler.is_compiling() and live.all()):
+        left_out = torch.zeros((), dtype=torch.int64, device=tokens.labels.device) if asked else None
+        return _Selected(tokens, None, counts, left_out)
+    keep, local = tokens.per_token(live), beside(live, tokens.labels)
+    wanted = keep if keep is not None and on_cpu else tokens.per_token(local)
     assert wanted is not None
-    return _Selected(tokens.only(wanted), keep, counts, ((counts > 0) & ~local).sum())
+    left_out = ((counts > 0) & ~local).sum() if asked and counts is not None else None
+    return _Selected(tokens.only(wanted), keep, counts, left_out)
 
 
 def contrast_loss(
@@ -177,12 +221,11 @@ def contrast_loss(
 ) -> Tensor | ConSPOOutput:
     """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
     if source.synchronize:
-        check.rewards(rewards, response_counts(tokens, contrast.parallel).shape[0])
+        check.rewards(rewards, tokens.num_rollouts)
         rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups
     selected = _selected(source, tokens, contrast, rewards, groups)
     logprobs, _entropy = source.logprobs(selected.tokens, selected.keep)
-    scores, counts = rollout_scores(logprobs, selected.tokens, contrast.parallel, contrast.implementation)
-    result = contrast.evaluate(scores, rewards, groups, counts if selected.counts is None else selected.counts)
+    result, scores = contrast.evaluate_tokens(logprobs, selected.tokens, rewards, groups, selected.counts)
     if result.metrics is None:
         return result.loss
     metrics = result.metrics

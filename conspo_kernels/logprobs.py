@@ -58,8 +58,8 @@ def token_logprobs(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Log-probability of each token's label, without a softmax in memory.
 
-    logp[t] = y[t, label] - logsumexp_v y[t, v],  y = f(logits) / temperature,
-    f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap; -inf stays -inf.
+        logp[t] = y[t, label] - logsumexp_v y[t, v],  y = f(logits) / temperature,
+        f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap; -inf stays -inf.
 
     Args:
         logits: [B, T, V] padded, or packed [N, V] or [1, N, V]; fp16, bf16, fp32 or fp64; last stride 1, the others
@@ -130,7 +130,7 @@ def linear_token_logprobs(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
     weight_grad: Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     batch_invariant: bool = False,
@@ -153,13 +153,18 @@ def linear_token_logprobs(
             and bias are cast as `F.linear` casts them.
         weight: [V, H], the lm_head's; dtype and device of hidden.
         bias: [V] or None.
-        workspace_mib: memory for tiles of logits, MiB.
+        workspace_mib: memory for tiles of logits, MiB; None: 512, or on a GPU a 32nd of its memory where that is more.
+            What is summed over tiles goes through memory once more for each, so that a larger one saves time. With the
+            same workspace the same inputs give the same bits.
         weight_grad: [V, H] fp32 (fp64 for fp64 weights): backward adds the gradient of weight to it, unrounded, and
             weight itself gets none (the `main_grad` of some trainers). The logits are then computed again in backward.
         logits_dtype: of the tiles of logits: None, as hidden, or torch.float32: fp32 logits from 16-bit operands, which
             are not rounded in between. Their gradient is rounded to the dtype of hidden, as otherwise.
-        batch_invariant: a token's log-probability is the same, bit for bit, whichever batch it is computed in: every
-            GEMM has one shape, up to 256 rows, and the last is padded. The logits are computed again in backward.
+        batch_invariant: a token's log-probability is the same, bit for bit, whichever batch it is computed in, as far
+            as the GEMM library lets it. Every GEMM has one shape, up to 256 rows, the last one padded, and our kernels
+            sum each row alike. That a library sums every row of one shape alike, wherever it stands, is tested on CPUs;
+            cuBLAS does not promise it (a kernel may split the sums of some tiles and not of others): test it for your
+            shape. The logits are computed again in backward.
         synchronize: wait for the GPU once, to see which tokens have a label: the others then cost nothing, as on a CPU.
         parallel: as `token_logprobs`; `vocab` splits the rows of weight and bias. hidden is the same on all of its
             ranks, and so is its gradient, which is summed over them.
@@ -207,7 +212,7 @@ def sequence_scores(
 ) -> Tensor:
     """Length-normalised score of each rollout: the mean log-probability of its response tokens.
 
-    s[i] = (1 / n_i) * sum_t logp[i, t], summed in a fixed order.
+        s[i] = (1 / n_i) * sum_t logp[i, t], summed in a fixed order.
 
     Args:
         logprobs: [B, T] padded (a row is a rollout), or packed [N] or [1, N]; floating point.
@@ -232,7 +237,8 @@ def sequence_scores(
     check.logprobs(logprobs)
     check_implementation(implementation)
     split = parallel_from(parallel)
-    predictions = Predictions("logprobs", logprobs, tuple(logprobs.shape), NOT_CHECKED, split.context is not None)
+    shape = tuple(logprobs.shape)
+    predictions = Predictions("logprobs", logprobs, shape, NOT_CHECKED, split.context is not None, implementation)
     tokens = TokenLayout.from_arguments(predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
     return rollout_scores(logprobs.to(dtype).view(tokens.labels.shape), tokens, split, implementation)[0]
@@ -292,7 +298,8 @@ def linear_weighted_logprob_loss(
     coefficients: Tensor,
     *,
     bias: Tensor | None = None,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
+    weight_grad: Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     synchronize: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -309,6 +316,8 @@ def linear_weighted_logprob_loss(
 
     Args:
         hidden, weight, bias, workspace_mib, logits_dtype, synchronize: as `linear_token_logprobs`.
+        weight_grad: as there. The gradient of weight waits for backward in fp32, a second [V, H] beside the buffer;
+            there it is multiplied by the scalar that comes in, and added.
         Others: as `weighted_logprob_loss`.
 
     Returns, Raises: as `weighted_logprob_loss`.
@@ -321,7 +330,8 @@ def linear_weighted_logprob_loss(
     """
     settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     source = HiddenSource.from_arguments(
-        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype, synchronize=synchronize
-    )
+        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
+        weight_grad=weight_grad, synchronize=synchronize,
+    )  # fmt: skip
     tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
     return weighted_logprobs(source, tokens, coefficients)

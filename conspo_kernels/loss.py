@@ -73,10 +73,10 @@ def conspo_loss(
 ) -> Tensor | ConSPOOutput:
     """ConSPO loss of groups of rollouts, from their logits.
 
-    Each rollout's score s_i is the mean log-probability of its n_i response tokens. Per group with positives P (reward
-    > reward_threshold) and negatives N,
+    Each rollout's score s_i is the mean log-probability of its n_i response tokens. Per group with positives P (their
+    reward exceeds reward_threshold), negatives N and e_i = exp((s_i - m)/tau),
 
-    loss_g = -(1/|P|) sum_{i in P} tau log( exp((s_i - m)/tau) / (exp((s_i - m)/tau) + sum_{j in N} exp(s_j/tau)) ).
+        loss_g = -(1/|P|) sum_{i in P} tau log( e_i / (e_i + sum_{j in N} exp(s_j/tau)) ).
 
     Args:
         logits: [B, T, V] padded (a row is a rollout, S = B), or packed [N, V] or [1, N, V] with `cu_seqlens`; fp16,
@@ -177,7 +177,7 @@ def linear_conspo_loss(
     groups: int | Tensor,
     *,
     bias: Tensor | None = None,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
     weight_grad: Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     batch_invariant: bool = False,

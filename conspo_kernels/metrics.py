@@ -61,6 +61,4 @@ def conspo_metrics(
     }
     if counts is not None:
         metrics["response_tokens"] = counts.sum()
-    return {
-        f"conspo/{name}": value.detach().to(scores.device, dtype, non_blocking=True) for name, value in metrics.items()
-    }
+    return {f"conspo/{name}": value.detach().to(dtype) for name, value in metrics.items()}

@@ -37,11 +37,12 @@ class _Settings(nn.Module):
 class ConSPOLoss(_Settings):
     """`conspo_loss` with its settings kept: the call takes what changes from step to step.
 
-    loss_fn = ConSPOLoss(tau=0.5, shift=True)
-    loss = loss_fn(logits, input_ids, rewards, groups, response_mask=response_mask, margin=margin(step))
+        loss_fn = ConSPOLoss(tau=0.5, shift=True)
+        loss = loss_fn(logits, input_ids, rewards, groups, response_mask=response_mask, margin=margin(step))
 
     Args:
-        All: as `conspo_loss`; keyword arguments of a call win over them.
+        All: as `conspo_loss`. A call takes the others (cu_seqlens, response_mask, return_metrics), and any of these
+            again: the call's own win.
 
     Cost, Returns, Raises, Source: as `conspo_loss`, at the call. No parameters, no buffers.
     """
@@ -91,11 +92,12 @@ class ConSPOLoss(_Settings):
 class LinearConSPOLoss(_Settings):
     """`linear_conspo_loss` with its settings kept, as `ConSPOLoss`.
 
-    loss_fn = LinearConSPOLoss(shift=True)
-    loss = loss_fn(hidden, head.weight, input_ids, rewards, groups, response_mask=response_mask)
+        loss_fn = LinearConSPOLoss(shift=True)
+        loss = loss_fn(hidden, head.weight, input_ids, rewards, groups, response_mask=response_mask)
 
     Args:
-        All: as `linear_conspo_loss`; keyword arguments of a call win over them.
+        All: as `linear_conspo_loss`. A call takes the others (bias, weight_grad, cu_seqlens, response_mask,
+            return_metrics), and any of these again: the call's own win.
 
     Cost, Returns, Raises, Source: as `linear_conspo_loss`, at the call. No parameters, no buffers.
     """
@@ -105,7 +107,7 @@ class LinearConSPOLoss(_Settings):
     def __init__(
         self,
         *,
-        workspace_mib: float = 512,
+        workspace_mib: float | None = None,
         logits_dtype: torch.dtype | None = None,
         batch_invariant: bool = False,
         synchronize: bool = False,

@@ -31,7 +31,8 @@ class HeadOptions(TypedDict, total=False):
     """What every linear function takes."""
 
     bias: Tensor | None
-    workspace_mib: float
+    workspace_mib: float | None
+    weight_grad: Tensor | None
     logits_dtype: torch.dtype | None
     synchronize: bool
 
@@ -39,7 +40,6 @@ class HeadOptions(TypedDict, total=False):
 class GraphHeadOptions(HeadOptions, total=False):
     """And those whose gradient is computed in backward."""
 
-    weight_grad: Tensor | None
     batch_invariant: bool
 
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 P = ParamSpec("P")
 R = TypeVar("R")
 
+NAMESPACE = "conspo"  # of the ops; a second copy of the package in one process needs another
+
 # What eager mode is called with: no subclass of a tensor, and no symbolic number.
 PLAIN = frozenset(
     (Tensor, nn.Parameter, bool, int, float, str, list, type(None), torch.dtype, torch.device, torch.Size)
@@ -49,7 +51,7 @@ def op(
 
     def register(forward: Callable[P, R]) -> Callable[P, R]:
         name = forward.__name__
-        registered = torch.library.custom_op(f"conspo::{name}", forward, mutates_args=mutates)
+        registered = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=mutates)
         registered.register_fake(fake)
         function = None
         if backward is not None:

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from .inputs import check
+from .inputs.autocast import cast, cast_weight
 from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
 from .inputs.tokens import ON_ALL_RANKS, Predictions, TokenLayout
 from .ops import check_implementation
 from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
-from .ops.linear_logprob import linear_logprob
+from .ops.linear_logprob import default_workspace, linear_logprob
+from .ops.placement import token_places
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
 from .values import LogitTransform
@@ -39,10 +41,16 @@ class LogitSettings(NamedTuple):
 
 
 class KnownGradient(NamedTuple):
-    """logprobs [B, T], and what is differentiated by with its gradient of sum(coefficients * logprobs)."""
+    """logprobs [B, T], and the gradients of sum(coefficients * logprobs).
+
+    inputs: what is differentiated by, logits or hidden states, weight and bias.  gradients: by each, None if not
+    needed.  weight_grad: that by weight is to be added to it.
+    """
 
     logprobs: Tensor
-    gradients: list[tuple[Tensor, Tensor]]
+    inputs: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    weight_grad: Tensor | None = None
 
 
 class Source(Protocol):
@@ -129,7 +137,9 @@ class LogitsSource(NamedTuple):
     def predictions(self) -> Predictions:
         size = self.logits.shape[-1] if self.shard is None else ON_ALL_RANKS
         split = self.settings.parallel.context is not None
-        return Predictions("logits", self.logits, tuple(self.given.shape[:-1]), size, split)
+        return Predictions(
+            "logits", self.logits, tuple(self.given.shape[:-1]), size, split, self.settings.implementation
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -158,7 +168,7 @@ class LogitsSource(NamedTuple):
             logprobs, gradient = token_logprob_known_(z, *arguments), z
         else:
             logprobs, gradient = token_logprob_known(z, *arguments)
-        return KnownGradient(logprobs, [(self.given, gradient.view(self.given.shape))])
+        return KnownGradient(logprobs, (self.given, None, None), (gradient.view(self.given.shape), None, None))
 
 
 class HiddenSource(NamedTuple):
@@ -187,7 +197,7 @@ class HiddenSource(NamedTuple):
         bias: Tensor | None,
         settings: LogitSettings,
         *,
-        workspace_mib: float,
+        workspace_mib: float | None,
         logits_dtype: torch.dtype | None = None,
         weight_grad: Tensor | None = None,
         batch_invariant: bool = False,
@@ -200,14 +210,12 @@ class HiddenSource(NamedTuple):
         shape, device = tuple(hidden.shape[:-1]), hidden.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
-
-            def cast(x: Tensor) -> Tensor:
-                return x if x.dtype == torch.float64 else x.to(dtype)
-
-            hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
+            hidden, weight = cast(hidden, dtype), cast_weight(weight, dtype)
+            bias = None if bias is None else cast(bias, dtype)
         check.logits_dtype(logits_dtype, hidden)
+        workspace = default_workspace(hidden.device) if workspace_mib is None else int(workspace_mib * 2**20)
         return cls(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, shape, settings, int(workspace_mib * 2**20),
+            hidden.reshape(-1, hidden.shape[-1]), weight, bias, shape, settings, workspace,
             logits_dtype or hidden.dtype, weight_grad, batch_invariant, synchronize,
         )  # fmt: skip
 
@@ -215,7 +223,7 @@ class HiddenSource(NamedTuple):
     def predictions(self) -> Predictions:
         size = self.weight.shape[0] if self.settings.parallel.vocab is None else ON_ALL_RANKS
         split = self.settings.parallel.context is not None
-        return Predictions("hidden", self.hidden, self.shape, size, split)
+        return Predictions("hidden", self.hidden, self.shape, size, split, self.settings.implementation)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -239,17 +247,19 @@ class HiddenSource(NamedTuple):
         size = self.hidden.shape[0] * self.weight.shape[0] * self.logits_dtype.itemsize
         return "store" if size <= self.workspace else "recompute"
 
-    def _kept(self, tokens: TokenLayout, keep: Tensor | None) -> Tensor | None:
-        """[B * T] bool on the CPU, the tokens to compute: those with a label, or what is known without waiting."""
+    def _places(self, tokens: TokenLayout, keep: Tensor | None) -> Tensor | None:
+        """[n] the tokens to compute: those with a label, or what is known without waiting. None: all, or the CPU's."""
+        if self.hidden.device.type == "cpu":
+            return None  # labels can be looked at
         if self.synchronize:
-            return tokens.active.flatten().cpu()
-        return None if keep is None else keep.flatten()
+            keep = tokens.active.cpu()
+        return None if keep is None else token_places(keep.flatten(), self.hidden.device)
 
     def logprobs(
         self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, *_ = linear_logprob(
-            self.hidden, self.weight, self.bias, tokens.labels.flatten(), self._kept(tokens, keep), self.weight_grad,
+            self.hidden, self.weight, self.bias, tokens.labels.flatten(), self._places(tokens, keep), self.weight_grad,
             self.logits_dtype, self.settings.transform.to_numbers(), with_entropy, self.mode(with_entropy),
             self.workspace, self.settings.implementation, *_shard_arguments(_shard(self.settings.parallel)),
             self.batch_invariant,
@@ -264,11 +274,12 @@ class HiddenSource(NamedTuple):
         inputs = (self.hidden, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.detach()
         logprobs, *gradients = linear_logprob_known(
-            self.hidden.detach(), self.weight.detach(), bias, tokens.labels.flatten(), self._kept(tokens, keep),
-            coefficients.flatten(), self.needs, self.logits_dtype, self.settings.transform.to_numbers(),
-            self.workspace, self.settings.implementation,
+            self.hidden.detach(), self.weight.detach(), bias, tokens.labels.flatten(), self._places(tokens, keep),
+            coefficients.flatten(), self.needs, self.weight_grad is not None, self.logits_dtype,
+            self.settings.transform.to_numbers(), self.workspace, self.settings.implementation,
         )  # fmt: skip
-        pairs = zip(inputs, gradients, self.needs, strict=True)
-        return KnownGradient(
-            logprobs.view(tokens.labels.shape), [(x, grad) for x, grad, needed in pairs if needed and x is not None]
+        hidden_grad, weight_grad, bias_grad = (
+            gradient if needed else None for gradient, needed in zip(gradients, self.needs, strict=True)
         )
+        given = (hidden_grad, weight_grad, bias_grad)
+        return KnownGradient(logprobs.view(tokens.labels.shape), inputs, given, self.weight_grad)

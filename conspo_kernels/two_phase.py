@@ -44,10 +44,10 @@ def conspo_scores(
 ) -> Tensor:
     """Scores of rollouts without a graph: phase 1 of a group that is split over micro-batches.
 
-    s[i] = (1 / n_i) * sum_t logp[i, t].
+        s[i] = (1 / n_i) * sum_t logp[i, t].
 
     Args:
-        As `conspo_loss`.
+        All: as `conspo_loss`.
 
     Returns:
         [S] fp32 (fp64 for fp64 logits), NaN for a rollout without response tokens. No gradient flows through them; for
@@ -75,7 +75,7 @@ def linear_conspo_scores(
     labels: Tensor,
     *,
     bias: Tensor | None = None,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
     logits_dtype: torch.dtype | None = None,
     batch_invariant: bool = False,
     synchronize: bool = False,
@@ -139,8 +139,9 @@ def conspo_weights(
     """The gradient of the loss by the scores of all rollouts of a step: between the two phases.
 
     Args:
-        As `conspo_loss_from_scores`, of the whole step; with reduction "none" each weight is of its own group's loss.
-        With `parallel.data` each rank gives its own rollouts of the step, in as many micro-batches as it likes.
+        All: as `conspo_loss_from_scores`, of the whole step; with reduction "none" each weight is of its own group's
+            loss. With `parallel.data` each rank gives its own rollouts of the step, in as many micro-batches as it
+            likes.
 
     Returns:
         Weights [S] of this rank's rollouts, which sum to zero over a whole group (of all ranks) and are zero for what
@@ -273,7 +274,8 @@ def linear_weighted_score_loss(
     weights: Tensor,
     *,
     bias: Tensor | None = None,
-    workspace_mib: float = 512,
+    workspace_mib: float | None = None,
+    weight_grad: Tensor | None = None,
     logits_dtype: torch.dtype | None = None,
     synchronize: bool = False,
     cu_seqlens: Tensor | None = None,
@@ -292,6 +294,8 @@ def linear_weighted_score_loss(
 
     Args:
         hidden, weight, bias, workspace_mib, logits_dtype, synchronize: as `linear_token_logprobs`.
+        weight_grad: as there. The gradient of weight waits for backward in fp32, a second [V, H] beside the buffer;
+            there it is multiplied by the scalar that comes in, and added.
         Others: as `weighted_score_loss`.
 
     Returns, Raises: as `weighted_score_loss`.
@@ -304,8 +308,9 @@ def linear_weighted_score_loss(
     """
     settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     source = HiddenSource.from_arguments(
-        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype, synchronize=synchronize
-    )
+        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
+        weight_grad=weight_grad, synchronize=synchronize,
+    )  # fmt: skip
     tokens = TokenLayout.from_arguments(
         source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,12 +73,20 @@ class LogitTransform(NamedTuple):
 class LogitRows(NamedTuple):
     """logits [B, T, V], last stride 1, fp16, bf16, fp32 or fp64, and what belongs to their rows.
 
-    labels: [B, T] int64, contiguous.
+    labels: [B, T] int64, contiguous.  start: the label that the first column is, where they are a slice of the columns.
     """
 
     logits: Tensor
     labels: Tensor
     transform: LogitTransform
+    start: int = 0
+
+    def labels_in_slice(self) -> Tensor:
+        """Labels relative to the first column, ELSEWHERE if not among these columns."""
+        if self.start == 0:  # a label beyond the last column is elsewhere as it is
+            return self.labels
+        inside = (self.labels >= self.start) & (self.labels < self.start + self.logits.shape[-1])
+        return torch.where(inside, self.labels - self.start, torch.where(self.labels == IGNORED, IGNORED, ELSEWHERE))
 
 
 class Upstream(NamedTuple):
@@ -98,3 +106,20 @@ class Statistics(NamedTuple):
     entropy: Tensor | None
     row_max: Tensor
     log_sum: Tensor
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, with_entropy: bool) -> Statistics:
+        logprobs, row_max, log_sum = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
+        return cls(logprobs, torch.empty_like(logprobs) if with_entropy else None, row_max, log_sum)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Statistics:
+        logprobs, entropy, row_max, log_sum = self
+        return Statistics(
+            function(logprobs), None if entropy is None else function(entropy), function(row_max), function(log_sum)
+        )
+
+    def copied_to(self, out: Statistics) -> Statistics:
+        for mine, other in zip(self, out, strict=True):
+            if mine is not None and other is not None:
+                other.copy_(mine)
+        return out

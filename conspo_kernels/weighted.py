@@ -9,12 +9,14 @@ from torch import Tensor
 
 from .contrast import ConSPOOutput
 from .inputs import check
+from .inputs.parallel import Parallel
 from .inputs.tokens import TokenLayout
-from .ops.known_gradient import attach_gradient
+from .ops.placement import beside
 from .ops.ranks import name_of, sum_over_ranks
-from .ops.sequence_score import sequence_score_backward
+from .ops.sequence_score import masked_coefficients, sequence_score_backward, token_coefficients
+from .ops.weighted_sum import weighted_sum
 from .scores import response_counts, rollout_scores
-from .sources import Source
+from .sources import KnownGradient, Source
 
 # Nats per token. The same parameters score the same tokens alike but for rounding: in bf16 a model's logits move by a
 # hundredth when its batch does, and the mean over the tokens of a rollout by less.
@@ -27,34 +29,48 @@ def weighted_scores(
     """sum_i weights[i] * s_i over rollouts [S], with its gradient.  phase_one: [S] scores that weights are from."""
     check.flags(return_metrics=return_metrics)
     parallel, implementation = source.settings.parallel, source.settings.implementation
-    counts = response_counts(tokens, parallel)
-    check.weights(weights, counts, phase_one)
+    check.weights(weights, tokens.num_rollouts, tokens.labels.device, phase_one)
     on_cpu = weights if weights.device.type == "cpu" else None
-    weights = weights.detach().to(counts.device, source.dtype, non_blocking=True)
-    factor = parallel.context_factor
-    scaled = weights if factor == 1 else weights * factor
-    coefficients = sequence_score_backward(scaled, counts, tokens.labels, tokens.offsets, implementation)
+    weights = beside(weights, tokens.labels, source.dtype)
+    coefficients, counts, wanted = _coefficients(tokens, weights, parallel, implementation)
     keep = None
     if source.skips_tokens:
-        tokens = tokens.only(coefficients != 0)
+        tokens = tokens._replace(labels=wanted)
         keep = None if on_cpu is None else tokens.per_token(on_cpu != 0)
     known = source.known_gradient(tokens, coefficients, keep)
     logprobs = source.logprobs(tokens, keep)[0] if known is None else known.logprobs
-    scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
-    used = (weights != 0) & (counts > 0)  # what has no weight or no tokens is not looked at
-    value = torch.where(used, weights * scores, 0.0).sum()
-    for x, gradient in () if known is None else known.gradients:
-        value = attach_gradient(value, x, gradient)
+    known = known or KnownGradient(logprobs)
+    tied = (*known.inputs, *known.gradients, known.weight_grad, implementation)
+    if parallel.context is None:  # the sum over rollouts of weights times means
+        value = weighted_sum(logprobs, coefficients, None, *tied)
+        if phase_one is None and not return_metrics:
+            return value
+        scores, _counts = rollout_scores(logprobs.detach(), tokens, parallel, implementation)
+    else:
+        scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
+        value = weighted_sum(scores, weights, counts, *tied)
     scores = scores.detach()
-    drift = None if phase_one is None else _drift(scores, phase_one.to(scores, non_blocking=True), used)
+    drifted = {}
+    if phase_one is not None:
+        used = (weights != 0) & (counts > 0)
+        drifted = {"conspo/score_drift": _drift(scores, beside(phase_one, scores, scores.dtype), used)}
     if not return_metrics:
         return value
-    metrics = {"conspo/response_tokens": counts.sum().to(scores.dtype)}
-    if drift is not None:
-        metrics["conspo/score_drift"] = drift
+    metrics = {"conspo/response_tokens": counts.sum().to(scores.dtype), **drifted}
     if source.skips_tokens:
         scores = scores.masked_fill(weights == 0, torch.nan)  # not computed
     return ConSPOOutput(value, metrics, scores, logprobs.detach().view(tokens.shape))
+
+
+def _coefficients(
+    tokens: TokenLayout, weights: Tensor, parallel: Parallel, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights [S] as coefficients [B, T]; counts [S] of whole rollouts; labels, where not 0."""
+    if parallel.context is None:
+        return token_coefficients(weights, tokens.labels, tokens.offsets, implementation)
+    counts, scaled = response_counts(tokens, parallel), weights * parallel.context_factor
+    coefficients = sequence_score_backward(scaled, counts, tokens.labels, tokens.offsets, implementation)
+    return coefficients, counts, tokens.only(coefficients != 0).labels
 
 
 def _drift(scores: Tensor, phase_one: Tensor, used: Tensor) -> Tensor:
@@ -77,18 +93,18 @@ def weighted_logprobs(source: Source, tokens: TokenLayout, coefficients: Tensor)
     parallel, keep = source.settings.parallel, None
     if coefficients.device.type == "cpu":
         keep = (coefficients != 0).view(tokens.labels.shape)
-    coefficients = coefficients.detach().to(tokens.labels.device, source.dtype, non_blocking=True)
-    coefficients = torch.where(tokens.active, coefficients.view(tokens.labels.shape), 0.0)
+    coefficients = beside(coefficients, tokens.labels, source.dtype).view(tokens.labels.shape)
+    coefficients, wanted = masked_coefficients(coefficients, tokens.labels, source.settings.implementation)
     if source.skips_tokens:
-        tokens = tokens.only(coefficients != 0)
+        tokens = tokens._replace(labels=wanted)
     scaled = coefficients * parallel.context_factor if parallel.context_factor != 1 else coefficients
     known = source.known_gradient(tokens, scaled, keep)
     logprobs = source.logprobs(tokens, keep)[0] if known is None else known.logprobs
-    # What has no coefficient is not looked at: its log-probability may be -inf.
-    value = torch.where(coefficients == 0, 0.0, scaled * logprobs).sum()
+    known = known or KnownGradient(logprobs)
+    value = weighted_sum(
+        logprobs, scaled, None, *known.inputs, *known.gradients, known.weight_grad, source.settings.implementation
+    )
     if parallel.context is not None:
         local = value.detach()
         value = value - local + sum_over_ranks(local / parallel.context_factor, name_of(parallel.context))
-    for x, gradient in () if known is None else known.gradients:
-        value = attach_gradient(value, x, gradient)
     return value

@@ -30,13 +30,16 @@ class Tokenizer(Protocol):
 
 
 class CharTokenizer:
-    """One token per lower-case letter or digit. `>` ends the prompt; specials decode to what no verifier accepts."""
+    """One token per lower-case letter, digit or sign. `>` ends the prompt; no verifier accepts what specials decode to.
+
+    signs: further symbols, one token each.
+    """
 
     specials = ("<pad>", "<eos>", ">")
     pad_id, eos_id, prompt_end_id = range(3)
 
-    def __init__(self) -> None:
-        self.symbols = [*self.specials, *string.ascii_lowercase, *string.digits]
+    def __init__(self, signs: str = "") -> None:
+        self.symbols = [*self.specials, *string.ascii_lowercase, *string.digits, *signs]
         self._ids = {symbol: index for index, symbol in enumerate(self.symbols)}
 
     def __len__(self) -> int:
@@ -108,9 +111,9 @@ def moved(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     return model
 
 
-def build_char_policy(device: torch.device) -> Policy:
-    """A freshly initialised policy; its weights follow from torch's global seed."""
-    tokenizer = CharTokenizer()
+def build_char_policy(device: torch.device, signs: str = "") -> Policy:
+    """A freshly initialised policy; its weights follow from torch's global seed.  signs: as of CharTokenizer."""
+    tokenizer = CharTokenizer(signs)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,

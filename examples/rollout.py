@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from policy import Policy
-from sequences import Batch, pad, positions
+from sequences import Batch, joined, pad, positions
 from tasks import Entry, Task
 from tqdm import tqdm
 from transformers import DynamicCache
@@ -23,12 +23,10 @@ def supervised_batch(policy: Policy, task: Task, entries: Sequence[Entry]) -> Ba
     answers, answer_mask = pad(
         [tokenizer.encode_response(task.answer(e)) for e in entries], tokenizer.pad_id, left=False
     )
-    return Batch(
-        torch.cat([prompts, answers], dim=1).to(policy.device),
-        torch.cat([prompt_mask, answer_mask], dim=1).to(policy.device),
-        torch.cat([torch.zeros_like(prompt_mask), answer_mask], dim=1).to(policy.device),
-        prompt_columns=prompts.shape[1],
+    prompts, prompt_mask, answers, answer_mask = (
+        x.to(policy.device) for x in (prompts, prompt_mask, answers, answer_mask)
     )
+    return joined(prompts, prompt_mask, answers, answer_mask)
 
 
 @torch.no_grad()
@@ -115,13 +113,7 @@ def sample(
         generator=generator,
     )
     prompts, prompt_mask = prompts.repeat_interleave(copies, dim=0), prompt_mask.repeat_interleave(copies, dim=0)
-    batch = Batch(
-        torch.cat([prompts, tokens], dim=1),
-        torch.cat([prompt_mask, kept], dim=1),
-        torch.cat([torch.zeros_like(prompt_mask), kept], dim=1),
-        prompt_columns=prompts.shape[1],
-        copies=copies,
-    )
+    batch = joined(prompts, prompt_mask, tokens, kept, copies)
     lengths = kept.sum(1).cpu()
     rows = [row[:length] for row, length in zip(tokens.tolist(), lengths.tolist(), strict=True)]
     texts = [tokenizer.decode(row) for row in rows]

@@ -24,6 +24,19 @@ class Batch:
     copies: int = 1  # each so many rows in a row have one prompt
 
 
+def joined(
+    prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, kept: torch.Tensor, copies: int = 1
+) -> Batch:
+    """Prompts `[b, p]` and responses `[b, r]`, with the masks of what is real in each, side by side."""
+    return Batch(
+        torch.cat([prompts, responses], dim=1),
+        torch.cat([prompt_mask, kept], dim=1),
+        torch.cat([torch.zeros_like(prompt_mask), kept], dim=1),
+        prompt_columns=prompts.shape[1],
+        copies=copies,
+    )
+
+
 def pad(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
     """Rows of one length, and the mask of what is not padding."""
     width = max(len(row) for row in rows)

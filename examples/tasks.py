@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import random
 import re
 import sys
@@ -124,3 +125,30 @@ class OneDigitSums(Task):
         """The last number of the text: what `The answer is 11.`, `8 + 3 = 11` and `11` agree on."""
         numbers = re.findall(r"-?\d+(?:\.\d+)?", text)
         return numbers[-1] if numbers else ""
+
+
+class RunningSums(Task):
+    """Sums and differences of `min_terms` to `max_terms` digits, worked out term by term: "4-6+9" -> "-2,7".
+
+    The verifier sees the last number only: the working is the policy's own. Responses are of very different lengths.
+    """
+
+    category = "arithmetic"
+    name = "chain_sum"
+    signs = "+-,"  # what its tokens need beside digits
+
+    def __init__(self, *, min_terms: int = 2, max_terms: int = 8, held_out: int = 512, size: int = 12_000) -> None:
+        # Three digits with sign and comma for each result, and room for as much again.
+        self.max_new_tokens = 4 * max_terms
+        super().__init__(held_out, min_terms=min_terms, max_terms=max_terms, min_digits=1, max_digits=1, size=size)
+
+    def prompt(self, entry: Entry) -> str:
+        return entry["metadata"]["expression"].replace(" ", "")
+
+    def answer(self, entry: Entry) -> str:
+        terms = [int(term) for term in re.findall(r"[+-]?\d+", self.prompt(entry))]
+        return ",".join(str(total) for total in list(itertools.accumulate(terms))[1:])
+
+    def extract(self, text: str) -> str:
+        """The last number, of a response that is nothing but numbers."""
+        return text.split(",")[-1] if re.fullmatch(r"-?\d+(,-?\d+)*", text) else ""

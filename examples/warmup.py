@@ -25,6 +25,7 @@ def warm_up(
     batch_size: int,
     rng: random.Random,
     generator: torch.Generator,
+    show: bool = True,
 ) -> int:
     """Train on right answers until sampled accuracy on training prompts reaches the target; returns the steps taken.
 
@@ -33,7 +34,7 @@ def warm_up(
     """
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
     reached = 0.0
-    with tqdm(range(1, max_steps + 1), desc="warm-up", unit="step") as bar:
+    with tqdm(range(1, max_steps + 1), desc="warm-up", unit="step", disable=not show) as bar:
         for step in bar:
             batch = supervised_batch(policy, task, task.draw(rng, batch_size))
             logits = policy.logits(batch)

@@ -1,4 +1,4 @@
-"""Arguments of every door, drawn at random: right ones of all kinds, and right ones with something changed.
+"""Arguments of every public function, drawn at random: right ones of all kinds, and right ones with something changed.
 
 Right arguments are small, lie in memory in every way that is allowed, and hold what a training loop may hold: masked
 vocabulary entries, NaN rewards, empty rollouts, nonsense under masks. A change replaces one argument, by the same

@@ -34,7 +34,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a door takes: logits (a leaf), then the other arguments."""
+    """What a public function takes: logits (a leaf), then the other arguments."""
 
     logits: Tensor
     labels: Tensor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,11 +13,18 @@ from hypothesis import settings
 
 from benchmarks.interpreter import hasten
 
-if not torch.cuda.is_available():
+# `CONSPO_COMPILED=sm_90 pytest`: Triton's kernels are compiled for that GPU, and their PTX is executed on the CPU.
+COMPILED = os.environ.get("CONSPO_COMPILED")
+if COMPILED:
+    os.environ["TRITON_INTERPRET"] = "0"
+elif not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton defines the kernels, so before their import
 
 # torch keeps traced backwards on disk, by the traced program: after a change of an op's arguments they are another's.
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+
+# TRL 1.16, which these train with, needs Python 3.11.
+collect_ignore = ["test_trl.py", "test_trl_loss_head.py", "test_trl_example.py"] if sys.version_info < (3, 11) else []
 
 IMPLEMENTATIONS = ("torch", "triton", "native")
 
@@ -42,12 +50,30 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"CONSPO_BUILD=cpu, but {native.OBSTACLE}", returncode=1)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`-m gpu` selects, beside what is marked, every case that Triton's kernels run."""
+# Their cases of Triton run as compiled code (`test_executed_shared.py`), which takes half of the interpreter's time.
+EXECUTED = {
+    "test_inplace.py",
+    "test_linear.py",
+    "test_loss.py",
+    "test_margin.py",
+    "test_ops.py",
+    "test_policy_gradient.py",
+}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """`-m gpu` selects, beside what is marked, every case that Triton's kernels run.
+
+    Of a session that executes the compiled kernels, the interpreter is spared the same cases.
+    """
     for item in items:
         callspec = getattr(item, "callspec", None)
         if callspec is not None and callspec.params.get("implementation") == "triton":
             item.add_marker(pytest.mark.gpu)
+    if os.environ.get("TRITON_INTERPRET") == "1" and any(item.path.name == "test_executed_shared.py" for item in items):
+        spared = [item for item in items if item.path.name in EXECUTED and item.get_closest_marker("gpu")]
+        config.hook.pytest_deselected(items=spared)
+        items[:] = [item for item in items if item not in set(spared)]
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +84,18 @@ def _poisoned_memory() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_kernels() -> Iterator[None]:
+    """With CONSPO_COMPILED, what the tests launch is executed as PTX."""
+    if not COMPILED:
+        yield
+        return
+    from conspo_kernels.ptx import compiled
+
+    with compiled(COMPILED):
+        yield
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
@@ -73,4 +111,5 @@ def implementation(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device(implementation: str) -> torch.device:
     """The GPU for Triton where there is one; the CPU otherwise."""
-    return torch.device("cuda" if implementation == "triton" and torch.cuda.is_available() else "cpu")
+    on_gpu = implementation == "triton" and torch.cuda.is_available() and not COMPILED
+    return torch.device("cuda" if on_gpu else "cpu")

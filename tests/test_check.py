@@ -87,7 +87,7 @@ GROUP = torch.distributed.ProcessGroup(0, 1)  # of no backend: only looked at
 
 
 class Sharded(torch.Tensor):
-    """As much of a DTensor as the door looks at."""
+    """As much of a DTensor as the function looks at."""
 
     def full_tensor(self) -> Tensor:
         return self
@@ -178,8 +178,8 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (loss, padded(groups=torch.zeros(3, dtype=torch.long)), r"groups must have shape \[4\] .*, got \[3\]"),
     (loss, padded(logits=torch.zeros(0, 3, 9), labels=torch.zeros(0, 3).long(), rewards=torch.ones(0), groups=2**63),
      "groups must be at least 1 and fit 64 bits, got 9223372036854775808"),
-    *((door, arguments(**{name: value.to(META)}), f"{name} must be on the CPU, got meta")
-      for door, arguments in ((loss, padded), (from_scores, scores)) for name, value in COMPANIONS.items()),
+    *((function, arguments(**{name: value.to(META)}), f"{name} must be on the CPU, got meta")
+      for function, arguments in ((loss, padded), (from_scores, scores)) for name, value in COMPANIONS.items()),
     (loss, packed(cu_seqlens=torch.tensor([0, 6], device=META)), "cu_seqlens must be on the CPU, got meta"),
     (loss, padded(groups=torch.zeros(4)), "groups must be an int or prompt ids in int8, .*, got torch.float32"),
     # numbers
@@ -205,7 +205,7 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (loss, padded(reduction="avg"), "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
     (loss, padded(implementation="cuda"),
      "implementation must be one of 'auto', 'triton', 'native', 'torch', got 'cuda'"),
-    # the other doors
+    # the other public functions
     (from_scores, scores(scores=torch.randn(4, 1)), r"scores must be \[S\], got \[4, 1\]"),
     (from_scores, scores(scores=torch.arange(4)),
      "scores must be floating point, got torch.int64"),
@@ -288,6 +288,7 @@ TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] =
     (lambda a: sequence_scores(**a), logprobs(logprobs=None), "logprobs must be a torch.Tensor, got NoneType"),
     *((linear_loss, linear(**{name: 1}), f"{name} must be a torch.Tensor, got int")
       for name in ("hidden", "weight", "bias")),
+    (linear_loss, linear(logits_dtype=[]), "logits_dtype must be None or a torch.dtype, got list"),
     (linear_loss, linear(workspace_mib="512"), "workspace_mib must be a number, got str"),
     (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=1), "weight_grad must be a torch"),
     *((lambda a: Parallel(**a), {name: "world"}, f"parallel.{name} must be a torch.distributed.ProcessGroup, got str")
@@ -300,34 +301,34 @@ TYPE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] =
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("door", "arguments", "message"), VALUE_ERRORS, ids=[m[:60] for *_, m in VALUE_ERRORS])
-def test_value_errors(door: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("function", "arguments", "message"), VALUE_ERRORS, ids=[m[:60] for *_, m in VALUE_ERRORS])
+def test_value_errors(function: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        door(arguments)
+        function(arguments)
 
 
-@pytest.mark.parametrize(("door", "arguments", "message"), TYPE_ERRORS, ids=[m[:60] for *_, m in TYPE_ERRORS])
-def test_type_errors(door: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
+@pytest.mark.parametrize(("function", "arguments", "message"), TYPE_ERRORS, ids=[m[:60] for *_, m in TYPE_ERRORS])
+def test_type_errors(function: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
-        door(arguments)
+        function(arguments)
 
 
 OTHERS = ("overwritten", "_reverse_mode", "no_second_derivative", "statistics_over_ranks", "_backward", "shard_of")
 
 
-def raised_at(door: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, int]:
+def raised_at(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[str, int]:
     """File and line of the error of a call."""
     try:
-        door(arguments)
+        function(arguments)
     except (TypeError, ValueError) as error:
         frame = traceback.extract_tb(error.__traceback__)[-1]
         return Path(frame.filename).name, frame.lineno or 0
     raise AssertionError("no error")
 
 
-def test_every_error_at_the_door_and_in_the_ops_is_provoked_here() -> None:
+def test_every_error_of_inputs_and_ops_is_provoked_here() -> None:
     """But those of `overwritten`, `_reverse_mode` and of ranks, which have tests of their own."""
-    reached = {raised_at(door, arguments) for door, arguments, _ in VALUE_ERRORS + TYPE_ERRORS}
+    reached = {raised_at(function, arguments) for function, arguments, _ in VALUE_ERRORS + TYPE_ERRORS}
     package = Path(check.__file__).parent.parent
     missing = []
     for path in (*sorted((package / "inputs").glob("*.py")), *sorted((package / "ops").glob("*.py"))):

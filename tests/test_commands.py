@@ -19,6 +19,7 @@ from conspo_kernels.__main__ import main
 from conspo_kernels.backends import native
 from conspo_kernels.backends.registry import kernels_for
 from conspo_kernels.gradcheck import cases as gradcheck_cases
+from conspo_kernels.values import LogitRows
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FEW = ["--op", "conspo_loss_from_scores", "--dtype", "fp64", "fp32"]
@@ -112,7 +113,7 @@ def test_gradcheck_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gradcheck", *FEW, "--json"]) == 0
     found = report(capsys)
     assert found.keys() == {
-        "ok", "checks", "failed", "device", "triton_interpreted", "not_run", "seconds", "rows",
+        "ok", "checks", "failed", "device", "triton_interpreted", "compiled", "not_run", "seconds", "rows",
     }  # fmt: skip
     assert (found["ok"], found["checks"], found["failed"]) == (True, len(found["rows"]), 0)
     assert found["triton_interpreted"] == (not HAS_CUDA)
@@ -133,8 +134,18 @@ def test_gradcheck_in_a_process() -> None:
     assert run("gradcheck", "--dtype", "int8").returncode == 2
 
 
-def test_every_door_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Triton in one dtype only: the interpreter takes its time, and the tests of the doors run the rest."""
+def test_gradcheck_of_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    options = ("--implementation", "triton", "--dtype", "fp32", "bf16", "--op", "sequence_score", "group_infonce")
+    done = run("gradcheck", "--compiled", "sm_90", *options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Triton compiles for sm_90, and the PTX is executed on the CPU: no GPU and no ptxas" in done.stdout
+    assert "interpreter" not in done.stdout
+    assert " 0 failed" in done.stdout
+
+
+def test_every_function_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Triton in one dtype only: the interpreter takes its time, and the tests of the public functions run the rest."""
     dtypes = ["fp64", "fp32", "bf16", "fp16"] if implementation != "triton" or HAS_CUDA else ["bf16"]
     assert main(["gradcheck", "--implementation", implementation, "--json", "--dtype", *dtypes]) == 0
     found = report(capsys)
@@ -160,6 +171,8 @@ def test_other_shapes(shape: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["gradcheck", "--implementation", "cuda"], "invalid choice"),
         (["gradcheck", "--implementation", "native"], "native does not run on .*"),
         (["gradcheck", "--device", "cuda:99"], "there is no cuda:99 here"),
+        (["gradcheck", "--compiled", "sm_70"], "invalid choice"),
+        (["gradcheck", "--compiled", "sm_90", "--implementation", "torch"], "is for the implementation triton"),
         (["gradcheck", "--device", "meta"], "there is no meta here"),
         (["gradcheck", "--device", "toaster"], "not a device: 'toaster'"),
         (["info", "--dtype", "fp32"], "unrecognized arguments"),
@@ -179,7 +192,11 @@ def test_wrong_usage_exits_2(
 
 def without_temperature(backward: Any) -> Any:
     """Forgets the 1/T_s of the chain rule, and so also the T_s of the probabilities."""
-    return lambda *arguments: backward(*arguments[:-1], arguments[-1]._replace(temperature=1.0))
+
+    def planted(grad_logits: Tensor, rows: LogitRows, *others: Any) -> None:
+        backward(grad_logits, rows._replace(transform=rows.transform._replace(temperature=1.0)), *others)
+
+    return planted
 
 
 def scaled(factor: float) -> Any:

@@ -1,4 +1,4 @@
-"""torch.compile takes every door whole, and neither lengths, rollouts nor margins make it compile anew."""
+"""torch.compile takes every public function whole, and neither lengths, rollouts nor margins make it compile anew."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def batch(num_rollouts: int, length: int, device: torch.device) -> tuple[Tensor,
     return hidden, labels, rewards, torch.randint(0, 3, (num_rollouts,), device=device)
 
 
-DOORS: dict[str, Callable[..., Tensor]] = {
+FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "conspo_loss": lambda z, y, r, g, i: ck.conspo_loss(z, y, r, 2, implementation=i),
     "ids, shift, mask, metrics": lambda z, y, r, g, i: ck.conspo_loss(
         z, y, r, g, shift=True, response_mask=y > 3, return_metrics=True, implementation=i
@@ -48,7 +48,7 @@ DOORS: dict[str, Callable[..., Tensor]] = {
     "in place, known": lambda z, y, r, g, i: ck.weighted_score_loss(z, y, r - 0.5, inplace=True, implementation=i),
     "conspo_weights": lambda z, y, r, g, i: ck.conspo_weights(z[:, 0, 0], r, g, implementation=i).loss + z.sum() * 0,
 }  # fmt: skip
-LINEAR_DOORS: dict[str, Callable[..., Tensor]] = {
+LINEAR_FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "linear_token_logprobs, stored": lambda x, w, y, r, g, i: ck.linear_token_logprobs(x, w, y, implementation=i),
     "linear_token_logprobs, tiles": lambda x, w, y, r, g, i: torch.stack(
         ck.linear_token_logprobs(x, w, y, return_entropy=True, implementation=i, **TILES)
@@ -70,34 +70,34 @@ LINEAR_DOORS: dict[str, Callable[..., Tensor]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_fullgraph(door: str, implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_fullgraph(function: str, implementation: str, device: torch.device) -> None:
     hidden, labels, rewards, ids = batch(4, 5, device)
     weight = torch.randn(6, 17, device=device, requires_grad=True)
 
     def step(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
-        return DOORS[door](hidden @ weight, labels, rewards, ids, implementation)
+        return FUNCTIONS[function](hidden @ weight, labels, rewards, ids, implementation)
 
     results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        loss = function(hidden, weight, labels, rewards, ids)
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = run(hidden, weight, labels, rewards, ids)
         (grad,) = torch.autograd.grad(loss.sum(), weight)
         results.append((loss, grad))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("door", LINEAR_DOORS)
-def test_fullgraph_of_linear_doors(door: str, implementation: str, device: torch.device) -> None:
+@pytest.mark.parametrize("function", LINEAR_FUNCTIONS)
+def test_fullgraph_of_linear_functions(function: str, implementation: str, device: torch.device) -> None:
     hidden, labels, rewards, ids = batch(4, 5, device)
     hidden.requires_grad_()
     weight = torch.randn(17, 6, device=device, requires_grad=True)
 
     def step(hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, ids: Tensor) -> Tensor:
-        return LINEAR_DOORS[door](hidden * 1, weight * 1, labels, rewards, ids, implementation)
+        return LINEAR_FUNCTIONS[function](hidden * 1, weight * 1, labels, rewards, ids, implementation)
 
     results = []
-    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        loss = function(hidden, weight, labels, rewards, ids)
+    for run in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        loss = run(hidden, weight, labels, rewards, ids)
         results.append((loss, *torch.autograd.grad(loss.sum(), (hidden, weight))))
     torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-6)
 

@@ -155,33 +155,21 @@ def tiny_policy(read: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=20,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
+    sizes = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
     return Policy("tiny", LlamaForCausalLM(config).double(), tokenizer=None, read=read)
 
 
 def test_prompts_read_once_give_the_logits_and_gradients_of_whole_rows() -> None:
     pytest.importorskip("transformers")
-    from sequences import Batch, pad, read_prompts_once, read_rows
+    from sequences import joined, pad, read_prompts_once, read_rows
 
     copies, columns = 3, 4
     prompts, prompt_mask = pad([[3, 4, 5, 6], [7, 8]], 0, left=True)
     prompts, prompt_mask = (x.repeat_interleave(copies, dim=0) for x in (prompts, prompt_mask))
     responses = torch.randint(1, 20, (2 * copies, columns))
     kept = (torch.arange(columns) < torch.tensor([4, 1, 2, 3, 4, 2])[:, None]).long()
-    batch = Batch(
-        torch.cat([prompts, responses], dim=1),
-        torch.cat([prompt_mask, kept], dim=1),
-        torch.cat([torch.zeros_like(prompt_mask), kept], dim=1),
-        prompt_columns=prompts.shape[1],
-        copies=copies,
-    )
+    batch = joined(prompts, prompt_mask, responses, kept, copies)
     results = []
     for read in (read_rows, read_prompts_once):
         policy = tiny_policy(read)

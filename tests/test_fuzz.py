@@ -1,4 +1,4 @@
-"""Every door, called with anything: it raises an error of ours that names an argument, or it returns the right number.
+"""Every public function, called with anything: it raises our error that names an argument, or returns what is right.
 
 Right is the fp64 oracle on the same arguments, within a few roundings of the accumulator relative to the largest number
 that took part. The default profile is quick; `pytest tests/test_fuzz.py --hypothesis-profile=long` looks further.
@@ -41,21 +41,25 @@ from conspo_kernels import (
 )
 
 PACKAGE = Path(conspo_kernels.__file__).parent
-SOURCES_OF_ERRORS = ("check.py", "margin.py", "modules.py", "ops/")
+SOURCES_OF_ERRORS = ("inputs/", "values.py", "margin.py", "modules.py", "sources.py", "ops/", "backends/registry.py")
 ROUNDINGS = 64
 HEAD = ("hidden", "weight", "bias")
 Exact = dict[str, Tensor]
 
 
-def module_form(logits: Any, labels: Any, rewards: Any, groups: Any, **settings: Any) -> Any:
-    return ConSPOLoss(**settings)(logits, labels, rewards, groups)
+OF_A_CALL = ("cu_seqlens", "response_mask", "return_metrics")  # what the module form takes with a batch
+
+
+def module_form(logits: Any, labels: Any, rewards: Any, groups: Any, **arguments: Any) -> Any:
+    at_the_call = {name: arguments.pop(name) for name in OF_A_CALL if name in arguments}
+    return ConSPOLoss(**arguments)(logits, labels, rewards, groups, **at_the_call)
 
 
 def margin_at(step: Any, **schedule: Any) -> Any:
     return CosineMargin(**schedule)(step)
 
 
-# The oracle of each door: fp64 results by name, of arguments that hold copies in fp64.
+# The oracle of each public function: fp64 results by name, of arguments that hold copies in fp64.
 
 
 def exact_loss(a: Arguments) -> Exact:
@@ -84,7 +88,7 @@ def exact_weighted(a: Arguments) -> Exact:
 
 
 def with_logits(oracle: Callable[[Arguments], Exact]) -> Callable[[Arguments], Exact]:
-    """The oracle of a linear door."""
+    """The oracle of a linear function."""
 
     def exact(a: Arguments) -> Exact:
         head = [None if a.get(name) is None else a[name].double() for name in HEAD]
@@ -117,7 +121,7 @@ def exact_loss_from_scores(a: Arguments) -> Exact:
     return {"loss": sum(losses.values(), zero) / denominator, "scores": scores}
 
 
-class Door(NamedTuple):
+class PublicFunction(NamedTuple):
     call: Callable[..., Any]
     parameters: Callable[..., Any]  # whose signature names the arguments
     right: st.SearchStrategy[Arguments]
@@ -126,17 +130,19 @@ class Door(NamedTuple):
     result: str  # what it returns, by its oracle's name
 
 
-DOORS = {
-    "conspo_loss": Door(conspo_loss, conspo_loss, drawn.loss_arguments(), exact_loss, "logits", "loss"),
-    "ConSPOLoss": Door(module_form, conspo_loss, drawn.loss_arguments(), exact_loss, "logits", "loss"),
-    "conspo_scores": Door(conspo_scores, conspo_scores, drawn.phase_one_arguments(), exact_tokens, "logits", "scores"),
-    "token_logprobs": Door(
+FUNCTIONS = {
+    "conspo_loss": PublicFunction(conspo_loss, conspo_loss, drawn.loss_arguments(), exact_loss, "logits", "loss"),
+    "ConSPOLoss": PublicFunction(module_form, conspo_loss, drawn.loss_arguments(), exact_loss, "logits", "loss"),
+    "conspo_scores": PublicFunction(
+        conspo_scores, conspo_scores, drawn.phase_one_arguments(), exact_tokens, "logits", "scores"
+    ),
+    "token_logprobs": PublicFunction(
         token_logprobs, token_logprobs, drawn.logprob_arguments(), exact_tokens, "logits", "logprobs"
     ),
-    "sequence_scores": Door(
+    "sequence_scores": PublicFunction(
         sequence_scores, sequence_scores, drawn.sequence_arguments(), exact_sequence_scores, "logprobs", "scores"
     ),
-    "conspo_loss_from_scores": Door(
+    "conspo_loss_from_scores": PublicFunction(
         conspo_loss_from_scores,
         conspo_loss_from_scores,
         drawn.score_arguments(),
@@ -144,33 +150,33 @@ DOORS = {
         "scores",
         "loss",
     ),
-    "weighted_score_loss": Door(
+    "weighted_score_loss": PublicFunction(
         weighted_score_loss, weighted_score_loss, drawn.phase_two_arguments(), exact_weighted, "logits", "loss"
     ),
-    "linear_token_logprobs": Door(
+    "linear_token_logprobs": PublicFunction(
         linear_token_logprobs, linear_token_logprobs, drawn.linear_logprob_arguments(), with_logits(exact_tokens),
         "hidden", "logprobs",
     ),
-    "linear_conspo_loss": Door(
+    "linear_conspo_loss": PublicFunction(
         linear_conspo_loss, linear_conspo_loss, drawn.linear_loss_arguments(), with_logits(exact_loss), "hidden", "loss"
     ),
-    "linear_weighted_score_loss": Door(
+    "linear_weighted_score_loss": PublicFunction(
         linear_weighted_score_loss, linear_weighted_score_loss, drawn.linear_phase_two_arguments(),
         with_logits(exact_weighted), "hidden", "loss",
     ),
 }  # fmt: skip
 
 
-def results(door: Door, returned: Any) -> dict[str, Tensor]:
-    """What a door returned, by the names of its oracle."""
-    if isinstance(returned, ConSPOOutput) and door.main == "hidden":  # which leaves out what has no gradient
+def results(function: PublicFunction, returned: Any) -> dict[str, Tensor]:
+    """What a public function returned, by the names of its oracle."""
+    if isinstance(returned, ConSPOOutput) and function.main == "hidden":  # which leaves out what has no gradient
         return {"loss": returned.loss}
     if isinstance(returned, ConSPOOutput):
         named = {"loss": returned.loss, "scores": returned.scores, "logprobs": returned.logprobs}
         return {name: value for name, value in named.items() if value is not None}
     if isinstance(returned, tuple):
         return {"logprobs": returned[0], "entropy": returned[1]}
-    return {door.result: returned}
+    return {function.result: returned}
 
 
 def assert_error_of_ours(error: Exception, parameters: list[str]) -> None:
@@ -198,14 +204,14 @@ def largest_number(a: Arguments, main: Tensor) -> float:
     return max(1.0, finite.abs().max().item() if finite.numel() else 0.0)
 
 
-def assert_exact(door: Door, name: str, a: Arguments, copies: Arguments, returned: Any) -> None:
-    """The results of a door and their gradient are those of the oracle on copies of its arguments."""
-    main, copy = a[door.main], copies[door.main]
+def assert_exact(function: PublicFunction, name: str, a: Arguments, copies: Arguments, returned: Any) -> None:
+    """The results of a public function and their gradient are those of the oracle on copies of its arguments."""
+    main, copy = a[function.main], copies[function.main]
     dtype = torch.float64 if main.dtype == torch.float64 else torch.float32
     if isinstance(copies.get("reward_threshold"), int):  # torch compares unsigned rewards with a float only
         copies["reward_threshold"] = float(copies["reward_threshold"])
-    leaf = copies[door.main] = copy.double().requires_grad_(main.requires_grad)
-    exact, actual = door.oracle(copies), results(door, returned)
+    leaf = copies[function.main] = copy.double().requires_grad_(main.requires_grad)
+    exact, actual = function.oracle(copies), results(function, returned)
 
     size, tau, margin = largest_number(a, main), float(a.get("tau", 1.0)), abs(float(a.get("margin", 0.0)))
     denominator = float(a["num_groups"]) if a.get("num_groups") is not None else 1.0
@@ -257,19 +263,19 @@ def copied(value: Any) -> Any:
 
 
 def call(name: str, a: Arguments, may_raise: bool) -> bool:
-    """Whether the door returned, after what it did has been judged."""
-    door = DOORS[name]
+    """Whether the function returned, after what it did has been judged."""
+    function = FUNCTIONS[name]
     if a.get("implementation") == "triton" and isinstance(a.get("rewards"), Tensor):
         a = {**a, "rewards": interpretable(a["rewards"])}
     copies = {key: copied(value) for key, value in a.items()}
     try:
-        returned = door.call(**a)
+        returned = function.call(**a)
     except (TypeError, ValueError) as error:
         if not may_raise:
             raise
-        assert_error_of_ours(error, list(inspect.signature(door.parameters).parameters))
+        assert_error_of_ours(error, list(inspect.signature(function.parameters).parameters))
         return False
-    assert_exact(door, name, a, copies, returned)
+    assert_exact(function, name, a, copies, returned)
     return True
 
 
@@ -279,26 +285,28 @@ def examples(implementation: str, factor: float) -> settings:
     return settings(max_examples=max(1, round(settings.default.max_examples * factor * share)))
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_right_arguments(door: str, implementation: str) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_right_arguments(function: str, implementation: str) -> None:
     @examples(implementation, 0.6)
-    @given(DOORS[door].right)
+    @given(FUNCTIONS[function].right)
     def property_holds(a: Arguments) -> None:
-        call(door, {**a, "implementation": implementation}, may_raise=False)
+        call(function, {**a, "implementation": implementation}, may_raise=False)
 
     property_holds()
 
 
-@pytest.mark.parametrize("door", DOORS)
-def test_any_arguments(door: str, implementation: str) -> None:
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_any_arguments(function: str, implementation: str) -> None:
     optional = tuple(
-        p.name for p in inspect.signature(DOORS[door].parameters).parameters.values() if p.name != "implementation"
+        p.name
+        for p in inspect.signature(FUNCTIONS[function].parameters).parameters.values()
+        if p.name != "implementation"
     )
 
     @examples(implementation, 2)
-    @given(drawn.changed(DOORS[door].right, optional))
+    @given(drawn.changed(FUNCTIONS[function].right, optional))
     def property_holds(a: Arguments) -> None:
-        call(door, {"implementation": implementation, **a}, may_raise=True)
+        call(function, {"implementation": implementation, **a}, may_raise=True)
 
     property_holds()
 

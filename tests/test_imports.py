@@ -31,7 +31,8 @@ CORE = {"torch", "numpy"}  # the dependencies every installation has
 ANYTHING = {"*"}
 EDGES = {"integrations", "gradcheck", "ptx", "__main__"}
 PUBLIC = {"loss", "logprobs", "two_phase", "modules"}
-LEAVES = {"values", "registration"}  # what the layers hand to one another, and how an op is registered
+# What the layers hand to one another, how an op is registered, and how tensors get from the host to a device.
+LEAVES = {"values", "registration", "transfer"}
 
 
 class Rule(NamedTuple):
@@ -57,8 +58,9 @@ RULES = {
     "metrics": Rule(ours=set(), foreign={"torch"}),
     "values": Rule(ours=set(), foreign={"torch"}),
     "registration": Rule(ours=set(), foreign={"torch"}),
+    "transfer": Rule(ours=set(), foreign={"torch"}),
     "distributed": Rule(ours={"distributed"}, foreign={"torch"}),
-    "inputs": Rule(ours={"inputs", *LEAVES}, foreign={"torch"}),
+    "inputs": Rule(ours={"inputs", "backends.registry", *LEAVES}, foreign={"torch"}),
     "backends.native": Rule(
         ours={"backends.contract", "backends.eager", "objective", "values", EXTENSION}, foreign=ANYTHING
     ),

@@ -308,7 +308,7 @@ def test_the_gradient_of_weight_into_a_buffer(dtype: torch.dtype, workspace: str
         assert max_error(x.grad, expected) <= tolerance
 
 
-def doors_of_hidden(labels: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def losses_of_hidden(labels: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     return {
         "store": lambda x, w: linear_token_logprobs(x, w, labels).sum(),  # type: ignore[union-attr]
         "recompute": lambda x, w: linear_token_logprobs(x, w, labels, workspace_mib=2.0**-12).sum(),  # type: ignore[union-attr]
@@ -319,34 +319,34 @@ def doors_of_hidden(labels: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tens
     }
 
 
-DOORS_OF_HIDDEN = pytest.mark.parametrize("door", doors_of_hidden(torch.empty(0)))
+LOSSES_OF_HIDDEN = pytest.mark.parametrize("function", losses_of_hidden(torch.empty(0)))
 
 
-@DOORS_OF_HIDDEN
-def test_no_second_derivative(door: str) -> None:
+@LOSSES_OF_HIDDEN
+def test_no_second_derivative(function: str) -> None:
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    loss = doors_of_hidden(torch.zeros(2, 3, dtype=torch.long))[door](hidden, weight)
+    loss = losses_of_hidden(torch.zeros(2, 3, dtype=torch.long))[function](hidden, weight)
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         (hidden.sum() + grad.pow(2).sum()).backward()
 
 
-@DOORS_OF_HIDDEN
-def test_saved_tensor_hooks(door: str) -> None:
+@LOSSES_OF_HIDDEN
+def test_saved_tensor_hooks(function: str) -> None:
     """A second backward is right or raises, and never changes what the first has given."""
     hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
-    loss_of = doors_of_hidden(torch.zeros(2, 3, dtype=torch.long))[door]
-    leaves = [hidden] if door == "frozen" else [hidden, weight]
+    loss_of = losses_of_hidden(torch.zeros(2, 3, dtype=torch.long))[function]
+    leaves = [hidden] if function == "frozen" else [hidden, weight]
     expected = torch.autograd.grad(3 * loss_of(hidden, weight), leaves)
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
-    if door == "known, in place":
+    if function == "known, in place":
         with hooks, pytest.raises(ValueError, match="saved-tensor hooks"):
             loss_of(hidden, weight)
         return
     with hooks:
         loss = loss_of(hidden, weight)
     first = second = torch.autograd.grad(3 * loss, leaves, retain_graph=True)
-    if door.startswith("known"):
+    if function.startswith("known"):
         with pytest.raises(RuntimeError, match="second backward"):
             torch.autograd.grad(3 * loss, leaves)
     else:
@@ -360,7 +360,7 @@ def test_no_label_is_taken_for_an_ignored_one() -> None:
     """On a GPU, where labels are not looked at: each outside of the vocabulary gives NaN, and -2 is no exception."""
     hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
     labels = torch.tensor([-2, -1, 5, -100])
-    aligned = aligned_labels(labels, None, None, False, -100, NOT_CHECKED)[0]
+    aligned = aligned_labels(labels, None, None, False, -100, NOT_CHECKED, "torch")[0]
     tokens, head = Tokens(hidden, aligned, None), LinearHead(weight, None, hidden.dtype)
     found = modes.forward_none(modes.Run(eager_token_logprob, tokens, head, LogitTransform(), 2**20), False)
     assert found.logprobs.isnan().tolist() == [True, True, True, False]

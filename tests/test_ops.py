@@ -43,12 +43,17 @@ def test_opcheck_known_gradient(implementation: str, device: torch.device) -> No
     for op in (OPS.token_logprob_known.default, OPS.token_logprob_known_.default):
         opcheck(op, (logits, labels, coefficients, transform, implementation))
     opcheck(OPS.scale_.default, (torch.rand(4, device=device), torch.tensor(2.0, device=device)))
-    value, x = (torch.rand(n, device=device, requires_grad=True) for n in ((), (3,)))
+    buffer, gradient = torch.rand(2, 4, device=device).unbind()
+    opcheck(OPS.add_scaled_.default, (buffer.clone(), gradient.clone(), torch.tensor(2.0, device=device)))
+    values, x = (torch.rand(3, device=device, requires_grad=True) for _ in range(2))
+    weights, counts = torch.tensor([0.0, 1.0, -2.0], device=device), torch.tensor([1, 0, 3], device=device)
+    opcheck(OPS.weighted_sum.default, (values, weights, counts, *(None,) * 7, implementation))
     # Its backward scales the gradient in place, which the functional check of autograd would call twice.
     opcheck(
-        OPS.attach_gradient.default, (value, x, torch.rand(3, device=device)),
+        OPS.weighted_sum.default,
+        (values.detach(), weights, counts, x, None, None, torch.rand(3, device=device), *(None,) * 3, implementation),
         test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )  # fmt: skip
+    )
 
 
 def test_opcheck_linear_logprob_known(implementation: str, device: torch.device) -> None:
@@ -57,7 +62,7 @@ def test_opcheck_linear_logprob_known(implementation: str, device: torch.device)
     tensors = (hidden, weight, bias, labels, None, torch.rand(6, device=device))
     opcheck(
         OPS.linear_logprob_known.default,
-        (*tensors, [True, True, True], torch.float32, transform, 600, implementation),
+        (*tensors, [True, True, True], False, torch.float32, transform, 600, implementation),
     )
 
 
@@ -69,13 +74,17 @@ def test_opcheck_sequence_score(implementation: str, device: torch.device) -> No
     opcheck(OPS.sequence_score.default, (*packed, offsets, implementation))
     opcheck(OPS.sequence_offsets.default, (torch.tensor([0, 1, 4], dtype=torch.int32), 6, device))
     counts = torch.tensor([1, 2], dtype=torch.int32, device=device)
-    opcheck(OPS.sequence_score_backward.default, (counts.float(), counts, labels, None, implementation))
+    for factor in (None, torch.tensor(2.0, device=device)):
+        opcheck(OPS.sequence_score_backward.default, (counts.float(), counts, labels, None, implementation, factor))
+    opcheck(OPS.token_coefficients.default, (counts.float(), labels, None, implementation))
+    opcheck(OPS.token_coefficients.default, (counts.float(), labels.view(1, 6), offsets, implementation))
+    opcheck(OPS.masked_coefficients.default, (labels.float(), labels, implementation))
 
 
-def test_opcheck_aligned_labels(device: torch.device) -> None:
+def test_opcheck_aligned_labels(implementation: str, device: torch.device) -> None:
     mask, offsets = LABELS.to(device) > 1, torch.tensor([0, 2, 5], device=device)
-    opcheck(OPS.aligned_labels.default, (LABELS.to(device), mask, None, True, -100, 17))
-    opcheck(OPS.aligned_labels.default, (LABELS.to(device).flatten(), None, offsets, True, -100, 17))
+    opcheck(OPS.aligned_labels.default, (LABELS.to(device), mask, None, True, -100, 17, implementation))
+    opcheck(OPS.aligned_labels.default, (LABELS.to(device).flatten(), None, offsets, True, -100, 17, implementation))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -104,8 +113,7 @@ def test_fake_tensors_and_modes_see_the_op() -> None:
     with Recorder():
         conspo_loss(logits, LABELS.abs() % 17, torch.tensor([1.0, 0.0]), 2)
     assert {name for name in calls if name.startswith("conspo.")} >= {
-        "conspo.aligned_labels.default", "conspo.token_logprob.default", "conspo.sequence_score.default",
-        "conspo.group_infonce.default",
+        "conspo.aligned_labels.default", "conspo.token_logprob.default", "conspo.sequence_infonce.default",
     }  # fmt: skip
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(logits)

@@ -2,54 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
+from objectives import OBJECTIVES, Objective
+from objectives import coefficients as coefficients_of
 from torch import Tensor
 
 from conspo_kernels import linear_weighted_logprob_loss, token_logprobs, weighted_logprob_loss
 
-ROLLOUTS, LENGTH, VOCAB, HIDDEN = 6, 5, 23, 4
+ROLLOUTS, LENGTH, VOCAB, HIDDEN, GROUP = 6, 5, 23, 4, 3
 LENGTHS = (5, 3, 1, 4, 5, 2)
-Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-
-
-def grpo(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Shao et al., arXiv:2402.03300: clipped ratios, the mean over a rollout's tokens, then over rollouts."""
-    ratio = (logp - old).exp()
-    clipped = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    return -((clipped * mask).sum(1) / mask.sum(1)).mean()
-
-
-def dapo(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Yu et al., arXiv:2503.14476: the clip is higher above, the mean is over all tokens."""
-    ratio = (logp - old).exp()
-    clipped = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.28) * advantages)
-    return -(clipped * mask).sum() / mask.sum()
-
-
-def dr_grpo(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Liu et al., arXiv:2503.20783: a sum over tokens, divided by a constant."""
-    ratio = (logp - old).exp()
-    clipped = torch.minimum(ratio * advantages, ratio.clamp(0.8, 1.2) * advantages)
-    return -(clipped * mask).sum() / (ROLLOUTS * LENGTH)
-
-
-def cispo(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """MiniMax-M1, arXiv:2506.13585: the clipped ratio is a weight without a gradient."""
-    weight = (logp - old).exp().clamp(max=1.3).detach()
-    return -(weight * advantages * logp * mask).sum() / mask.sum()
-
-
-def sapo(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor) -> Tensor:
-    """Gao et al., arXiv:2511.20347: a soft gate in place of the clip, of another temperature for each sign."""
-    temperature = torch.where(advantages > 0, 1.0, 1.05)
-    gate = torch.sigmoid(temperature * ((logp - old).exp() - 1)) * 4 / temperature
-    return -(((gate * advantages) * mask).sum(1) / mask.sum(1)).mean()
-
-
-LOSSES: dict[str, Loss] = {"grpo": grpo, "dapo": dapo, "dr_grpo": dr_grpo, "cispo": cispo, "sapo": sapo}
+REWARDS = (1.0, 0.0, 0.0, 1.0, 1.0, 0.0)
 
 
 class Batch:
@@ -66,9 +29,9 @@ class Batch:
         self.labels = torch.randint(VOCAB, (ROLLOUTS, LENGTH), generator=generator).to(device)
         self.mask = (torch.arange(LENGTH) < torch.tensor(LENGTHS)[:, None]).to(device)
         self.noise = 0.3 * draw(ROLLOUTS, LENGTH).to(device, dtype)
-        self.advantages = draw(ROLLOUTS, 1).to(device, dtype).expand(-1, LENGTH)
+        self.rewards = torch.tensor(REWARDS, device=device, dtype=dtype)
 
-    def eager(self, loss: Loss) -> tuple[Tensor, Tensor, list[Tensor]]:
+    def eager(self, loss: Objective) -> tuple[Tensor, Tensor, list[Tensor]]:
         """The gradients of the loss by autograd, and its coefficients."""
         logits = self.hidden @ self.weight.T
         logits.retain_grad()
@@ -77,13 +40,9 @@ class Batch:
         old = logp.detach() + self.noise
         for x in (self.hidden, self.weight):
             x.grad = None
-        loss(logp, old, self.advantages, self.mask.to(logp.dtype)).backward()
+        loss(logp, old, self.mask.to(logp.dtype), self.rewards, GROUP).backward()
         grads = [x.grad for x in (logits, self.hidden, self.weight)]
         return logp.detach(), logp.grad, grads  # type: ignore[return-value]
-
-    def coefficients(self, loss: Loss, logp: Tensor, old: Tensor) -> Tensor:
-        leaf = logp.detach().requires_grad_()
-        return torch.autograd.grad(loss(leaf, old, self.advantages.to(leaf), self.mask.to(leaf.dtype)), leaf)[0]
 
 
 def relative(actual: Tensor, exact: Tensor) -> float:
@@ -92,11 +51,11 @@ def relative(actual: Tensor, exact: Tensor) -> float:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", OBJECTIVES)
 def test_losses_of_logprobs(
     name: str, packed: bool, dtype: torch.dtype, implementation: str, device: torch.device
 ) -> None:
-    batch, loss = Batch(dtype, device), LOSSES[name]
+    batch, loss = Batch(dtype, device), OBJECTIVES[name]
     logp, _, exact = batch.eager(loss)
     tolerance = 1e-12 if dtype == torch.float64 else 1e-6
 
@@ -110,7 +69,8 @@ def test_losses_of_logprobs(
         )
     whole = torch.zeros_like(logp, dtype=first.dtype)
     whole[batch.mask] = first if packed else first[batch.mask]
-    coefficients = laid_out(batch.coefficients(loss, whole, logp + batch.noise))
+    rest = (logp + batch.noise, batch.mask.to(logp.dtype), batch.rewards, GROUP)
+    coefficients = laid_out(coefficients_of(loss, whole, *rest)[1])
 
     for inplace in (False, True):
         logits = laid_out(batch.hidden @ batch.weight.T)

@@ -66,7 +66,7 @@ class Batch:
 
 
 def differentiated(kind: str, part: dict[str, Any], weight: Tensor) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-    """What a door of `kind` takes first, and the leaves: hidden, weight."""
+    """What a public function of `kind` takes first, and the leaves: hidden, weight."""
     hidden, weight = part.pop("hidden").clone().requires_grad_(), weight.clone().requires_grad_()
     return (hidden, weight) if kind == "linear" else (hidden @ weight.T,), [hidden, weight]
 
@@ -76,8 +76,8 @@ def alone(kind: str, dtype: torch.dtype) -> Output:
     batch = Batch(dtype)
     part = batch.part(slice(None), "padded")
     first, leaves = differentiated(kind, part, batch.weight)
-    door = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
-    loss = door(*first, part["labels"], batch.rewards, batch.ids, **OPTIONS)
+    function = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
+    loss = function(*first, part["labels"], batch.rewards, batch.ids, **OPTIONS)
     return loss.detach(), *torch.autograd.grad(loss, leaves)  # type: ignore[union-attr, return-value]
 
 
@@ -93,8 +93,8 @@ def data_parallel(rank: int, size: int) -> dict[Any, Output]:
         batch, places = Batch(dtype), places_of(rank, size)
         part = batch.part(places, layout)
         first, leaves = differentiated(kind, part, batch.weight)
-        door = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
-        output = door(
+        function = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
+        output = function(
             *first, part.pop("labels"), batch.rewards[places], batch.ids[places],
             parallel=ck.Parallel(data=dist.group.WORLD, grad_reduction=reduction),
             return_metrics=True, **part, **OPTIONS,
@@ -127,8 +127,8 @@ def micro_batches(rank: int, size: int) -> dict[Any, Output]:
         for place, w in zip(places.split(2), weights.weights.split(2), strict=True):
             part = batch.part(place, layout)
             first, leaves = differentiated(kind, part, batch.weight)
-            door = ck.linear_weighted_score_loss if kind == "linear" else ck.weighted_score_loss
-            total += torch.autograd.grad(door(*first, part.pop("labels"), w, **part), leaves)[1]
+            function = ck.linear_weighted_score_loss if kind == "linear" else ck.weighted_score_loss
+            total += torch.autograd.grad(function(*first, part.pop("labels"), w, **part), leaves)[1]
         dist.all_reduce(total)
         found[kind, layout, reduction, dtype] = (weights.loss, total / (size if reduction == "mean" else 1))
     return found  # type: ignore[return-value]
@@ -242,8 +242,8 @@ def sequences(rank: int, size: int) -> dict[str, Any]:
             hidden, labels = hidden[inside], labels[inside]
         first, leaves = differentiated(kind, {"hidden": hidden}, batch.weight)
         more["parallel"] = ck.Parallel(context=dist.group.WORLD, grad_reduction=reduction)
-        door = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
-        loss = door(*first, labels, batch.rewards, batch.ids, **more, **OPTIONS)
+        function = ck.linear_conspo_loss if kind == "linear" else ck.conspo_loss
+        loss = function(*first, labels, batch.rewards, batch.ids, **more, **OPTIONS)
         (grad,) = torch.autograd.grad(loss, leaves[1:], retain_graph=True)
         scores = (ck.linear_conspo_scores if kind == "linear" else ck.conspo_scores)(*first, labels, **more)
         weights = ck.conspo_weights(scores, batch.rewards, batch.ids, **OPTIONS).weights
@@ -310,14 +310,14 @@ def distributed_tensor(rank: int, size: int) -> tuple[Tensor, Tensor]:
     leaf = distribute_tensor(batch.hidden @ batch.weight.T, mesh, [Shard(2)]).requires_grad_()
     plain = (batch.hidden @ batch.weight.T).requires_grad_()
     per_rollout = torch.linspace(-1, 1, 13, dtype=torch.float64)
-    for door in (
+    for function in (
         lambda z: ck.conspo_loss(z, batch.labels, batch.rewards, batch.ids, inplace_backward=True, **OPTIONS),  # type: ignore[arg-type]
         lambda z: ck.weighted_score_loss(z, batch.labels, per_rollout, inplace=True),
     ):
-        ours, exact = (torch.autograd.grad(door(x * 1), x)[0] for x in (leaf, plain))  # type: ignore[arg-type]
+        ours, exact = (torch.autograd.grad(function(x * 1), x)[0] for x in (leaf, plain))  # type: ignore[arg-type]
         assert close(ours.full_tensor(), exact)  # type: ignore[attr-defined]
         with pytest.raises(ValueError, match="overwrites logits, which here is a leaf"):
-            door(leaf)
+            function(leaf)
     with pytest.raises(ValueError, match="leaves ranks without any"):
         ck.conspo_loss(
             distribute_tensor(torch.randn(2, 3, 1), mesh, [Shard(2)]), batch.labels[:2, :3], batch.rewards[:2], 2

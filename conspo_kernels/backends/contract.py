@@ -15,35 +15,67 @@ from ..objective import ContrastSettings, GroupLoss, Rollouts
 from ..values import LogitRows, Statistics, Upstream
 
 
+class LabelAlignment(Protocol):
+    """What `inputs` does with labels: behind it they are an index or one sentinel."""
+
+    def align(
+        self, labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int
+    ) -> Tensor:
+        """[B, T] int64 labels of the rows that predict them, `IGNORED` where there is no response token.
+
+        labels: [B, T] integers; those equal to `absent` are none; others below 0 become `ELSEWHERE`.
+        response_mask: [B, T], zero = no response token.  offsets: [S + 1] integers, of packed labels [1, N].
+        shift: labels are the input ids: position t gets the label of t + 1 of its own sequence.
+        """
+
+
 class TokenLogprob(Protocol):
     """Log-probabilities of labels, and their gradient.
 
     Results are [B, T], fp32 (fp64 for fp64 logits), and 0 where the label is `IGNORED`.
     """
 
-    def forward(self, rows: LogitRows, with_entropy: bool) -> Statistics: ...
+    def forward(self, rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
+        """out: contiguous, to write the results to; whole rows of logits."""
 
     def backward(self, grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
         """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `rows.logits` itself.
 
-        `statistics.logprobs` is not read. A token whose coefficients are zero is not read, and its gradient is zero.
+        Its dtype may be narrower than that of the logits, on an accelerator. `statistics.logprobs` is not read. A token
+        whose coefficients are zero is not read, and its gradient is zero. The logits may be a slice of the columns.
         """
 
-    def forward_backward(self, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+    def forward_backward(
+        self, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         """logprobs, and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
 
 
 class SequenceScore(Protocol):
-    """Mean log-probability of each rollout's response tokens, and its gradient.
+    """Mean log-probability of each rollout's response tokens, its gradient, and what known weights make of them.
 
-    offsets: [S + 1] int64 into the flattened tokens, or None: the rows are the rollouts.
+    offsets: [S + 1] int32 or int64 into the flattened tokens, or None: the rows are the rollouts.
     """
 
     def forward(self, logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
         """logprobs, labels [B, T] -> scores [S], NaN where there is no response token; counts [S] int32."""
 
-    def backward(self, grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
-        """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
+    def backward(
+        self, weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of the scores, weights [S], spread over their tokens: [B, T], zero where ignored.
+
+        factor: 0-d, of all weights but those of zero, whatever it is.
+        """
+
+    def coefficients(self, weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
+
+    def masked(self, coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
+
+    def weighted_sum(self, values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
+        """The sum (0-d) of weights times values, of any one shape, without those whose weight (or count) is zero."""
 
 
 class GroupInfoNCE(Protocol):
@@ -57,6 +89,9 @@ class Scale(Protocol):
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient *= factor (0-d), at no cost where the factor is 1."""
+
+    def add_scaled_(self, target: Tensor, source: Tensor, factor: Tensor) -> None:
+        """target += source * factor (0-d); target and source have one shape and one dtype."""
 
 
 class Backend(Protocol):

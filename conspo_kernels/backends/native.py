@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ..objective import ContrastSettings, GroupLoss, Rollouts
-from ..values import LogitRows, LogitTransform, Statistics, Upstream
+from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 from . import contract
-from .eager import scale
+from .eager import label_alignment, scale
+from .eager import sequence_score as eager_sequence_score
 
-BUILT = importlib.util.find_spec("conspo_kernels._C") is not None
+BUILT = importlib.util.find_spec(".._C", __package__) is not None
 _C: Any = None
 
 
@@ -27,7 +28,7 @@ def _load() -> str | None:
     if not BUILT:
         return "this installation has no native extension"
     try:
-        _C = importlib.import_module("conspo_kernels._C")
+        _C = importlib.import_module(".._C", __package__)
     except ImportError as error:
         return f"the native extension does not load ({error}); install it again, for torch {torch.__version__}"
     if _C.torch_version.split(".")[:2] != torch.__version__.split(".")[:2]:
@@ -67,22 +68,26 @@ class token_logprob:
     """Of rows spread over threads, each in parts of fixed length."""
 
     @staticmethod
-    def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
-        return Statistics(*_C.token_logprob_forward(*rows[:2], *_numbers(rows.transform), with_entropy))
+    def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
+        found = Statistics(*_C.token_logprob_forward(*rows[:2], *_numbers(rows.transform), with_entropy))
+        return found if out is None else found.copied_to(out)
 
     @staticmethod
     def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
         _logprobs, entropy, row_max, log_sum = statistics
         _C.token_logprob_backward(
-            grad_logits, *rows[:2], row_max, log_sum, entropy, *upstream, *_numbers(rows.transform)
-        )
+            grad_logits, rows.logits, rows.labels_in_slice(), row_max, log_sum, entropy, *upstream,
+            *_numbers(rows.transform),
+        )  # fmt: skip
 
     @staticmethod
-    def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+    def forward_backward(
+        grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         logprobs: Tensor = _C.token_logprob_forward_backward(
             grad_logits, *rows[:2], coefficients, *_numbers(rows.transform)
         )
-        return logprobs
+        return logprobs if out is None else out.copy_(logprobs)
 
 
 class sequence_score:
@@ -94,9 +99,21 @@ class sequence_score:
         return scores, counts
 
     @staticmethod
-    def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
+    def backward(
+        weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
+    ) -> Tensor:
+        grad_scores = weights if factor is None else eager_sequence_score.scaled(weights, factor)
         grad: Tensor = _C.sequence_score_backward(grad_scores, counts, labels, offsets)
         return grad
+
+    @staticmethod
+    def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        counts = eager_sequence_score.counts_of(labels, offsets)
+        spread: Tensor = _C.sequence_score_backward(weights, counts, labels, offsets)
+        return spread, counts, torch.where(spread != 0, labels, IGNORED)
+
+    masked = staticmethod(eager_sequence_score.masked)
+    weighted_sum = staticmethod(eager_sequence_score.weighted_sum)
 
 
 class group_infonce:
@@ -116,6 +133,10 @@ class group_infonce:
 
 # That the classes keep the contract.
 _: tuple[
-    type[contract.TokenLogprob] | contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale
+    type[contract.TokenLogprob] | contract.TokenLogprob,
+    contract.SequenceScore,
+    contract.GroupInfoNCE,
+    contract.Scale,
+    contract.LabelAlignment,
 ]
-_ = (token_logprob, sequence_score, group_infonce, scale)
+_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment)

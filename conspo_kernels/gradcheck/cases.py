@@ -41,7 +41,7 @@ UNSCORABLE, EMPTY = 2, 4  # the rollouts with a NaN reward, and without a respon
 
 @dataclass(frozen=True)
 class Case:
-    """A door (`op`) and what it is given.
+    """A public function (`op`) and what it is given.
 
     groups: their size, or None for prompt ids.  mask: prompts are under a mask rather than at ignore_index.  gaps: a
     NaN reward and an empty rollout.  view: the logits are a slice.  masked: -inf at the head of the vocabulary.

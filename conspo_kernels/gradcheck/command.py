@@ -7,11 +7,17 @@ them in fp64. What is allowed, in absolute numbers:
     fp64            1e-10 of the largest number that takes part; and torch.autograd.gradcheck, on a tiny shape
     fp32 and less   2 * the error of eager PyTorch in the same dtype + a floor of a few roundings, and from logits at
                     most 1e-5 for a log-probability, an entropy or a score
+
+Without a GPU Triton's kernels run under its interpreter, which checks their source. With --compiled sm_90 (or sm_80,
+sm_100) they are compiled for that GPU, and their PTX is executed on the CPU, instruction by instruction: values,
+gradients, bounds, alignment, barriers and races of the compiled code are checked. All cases and dtypes take about
+half a minute on one core. It is no run on a GPU: what `ptxas` makes of the PTX, and any time, are not checked.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -22,11 +28,14 @@ from dataclasses import asdict, dataclass
 
 import torch
 
+from ..backends import triton as triton_backend
 from ..backends.registry import BACKENDS, unavailable
 from .cases import CASES, GRADED, SHAPES, build
 from .judge import Truth, judge
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+COMPILED = ("sm_80", "sm_90", "sm_100")  # those of `ptx`, which needs Triton to be imported
 
 # The registered ops, and the public function that is one of them and nothing else.
 OPS = {
@@ -68,6 +77,7 @@ class Request:
     not_run: dict[str, str]
     device: torch.device
     interpreted: bool  # Triton's kernels run under its interpreter
+    compiled: str | None = None  # or are compiled for this GPU, and their PTX is executed on the CPU
 
 
 def rows(request: Request) -> Iterator[Row]:
@@ -114,6 +124,10 @@ def print_heading(request: Request) -> None:
     print(f"gradient check on {request.device}, against the fp64 oracle")
     if "triton" in request.implementations and request.interpreted:
         print("Triton runs under its interpreter on the CPU: the kernels' arithmetic is checked, not what a GPU makes")
+    if request.compiled:
+        print(
+            f"Triton compiles for {request.compiled}, and the PTX is executed on the CPU: no GPU and no ptxas take part"
+        )
     for name, reason in request.not_run.items():
         print(f"not run: {name}: {reason}")
     print("allowed: fp64 1e-10 of the largest number; others 2 x the error of eager PyTorch in that dtype + rounding,")
@@ -141,7 +155,8 @@ def gradcheck(request: Request, as_json: bool) -> bool:
     if as_json:
         report = {
             "ok": failed == 0, "checks": len(results), "failed": failed, "device": str(request.device),
-            "triton_interpreted": request.interpreted, "not_run": request.not_run, "seconds": seconds,
+            "triton_interpreted": request.interpreted, "compiled": request.compiled, "not_run": request.not_run,
+            "seconds": seconds,
             "rows": [asdict(row) for row in results],
         }  # fmt: skip
         print(json.dumps(report, indent=1, allow_nan=False))
@@ -165,6 +180,12 @@ def device_from(text: str) -> torch.device:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", type=device_from, help="default: cuda where there is a GPU, else cpu")
     parser.add_argument("--implementation", nargs="+", choices=tuple(BACKENDS), help="default: all that run here")
+    parser.add_argument(
+        "--compiled",
+        choices=COMPILED,
+        help="without a GPU: compile Triton's kernels for this one and execute their PTX on the CPU, "
+        "with checks of bounds, alignment, barriers and races",
+    )
     for option, choices, default in (
         ("--dtype", DTYPES, list(DTYPES)),
         ("--op", [*GRADED, *OPS], list(GRADED)),
@@ -176,9 +197,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """The command's exit code: 0, or 1 where a check fails."""
+    with contextlib.ExitStack() as stack:
+        if arguments.compiled:
+            _compile_and_execute(arguments, parser, stack)
+        elif not torch.cuda.is_available() and "triton" not in sys.modules:
+            os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton defines the kernels
+        return _run(arguments, parser)
+
+
+def _compile_and_execute(
+    arguments: argparse.Namespace, parser: argparse.ArgumentParser, stack: contextlib.ExitStack
+) -> None:
+    """Until the stack is left, Triton's kernels are compiled and executed. What cannot be so is wrong usage."""
+    arguments.device = arguments.device or torch.device("cpu")
+    if arguments.device.type != "cpu":
+        parser.error(f"--compiled executes on the CPU, not on {arguments.device}")
+    if "triton" not in (arguments.implementation or ["triton"]):
+        parser.error("--compiled is for the implementation triton")
+    if not triton_backend.INSTALLED:
+        parser.error("--compiled needs Triton, which is not installed")
+    from ..ptx import compiled
+
+    try:
+        stack.enter_context(compiled(arguments.compiled))
+    except RuntimeError as error:
+        parser.error(str(error))
+
+
+def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     device: torch.device = arguments.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not torch.cuda.is_available() and "triton" not in sys.modules:
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton defines the kernels
     reasons = {name: unavailable(name, device) for name in BACKENDS}
     for name in arguments.implementation or ():
         if reasons[name] is not None:
@@ -190,6 +237,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         implementations=arguments.implementation or [name for name, reason in reasons.items() if reason is None],
         not_run={name: reason for name, reason in reasons.items() if reason is not None},
         device=device,
-        interpreted=unavailable("triton", torch.device("cpu")) is None,
+        interpreted=not arguments.compiled and unavailable("triton", torch.device("cpu")) is None,
+        compiled=arguments.compiled,
     )
     return 0 if gradcheck(request, arguments.json) else 1

@@ -126,7 +126,8 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
         _same_device(name, value, "hidden", hidden)
         if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
-    _positive("workspace_mib", workspace_mib)
+    if workspace_mib is not None:
+        _positive("workspace_mib", workspace_mib)
 
 
 def weight_grad(value: Any, weight: Tensor) -> None:
@@ -147,6 +148,8 @@ def weight_grad(value: Any, weight: Tensor) -> None:
 
 
 def logits_dtype(value: Any, hidden: Tensor) -> None:
+    if value is not None and not isinstance(value, torch.dtype):
+        raise TypeError(f"logits_dtype must be None or a torch.dtype, got {type(value).__name__}")
     allowed = {None, hidden.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32}
     if value not in allowed:
         words = " or ".join(sorted(str(x) for x in allowed))
@@ -197,13 +200,13 @@ def scores(value: Any) -> None:
         raise ValueError(f"scores must be [S], got {list(value.shape)}")
 
 
-def weights(value: Any, counts: Tensor, phase_one: Any) -> None:
-    """One per rollout, of which `counts` has the numbers of tokens; and the scores of phase 1, or None."""
+def weights(value: Any, num_rollouts: int, device: torch.device, phase_one: Any) -> None:
+    """One per rollout; and the scores of phase 1, or None."""
     for name, x in (("weights", value), *(() if phase_one is None else (("scores", phase_one),))):
         _tensor(name, x)
         _dtype(name, x, LOGIT_DTYPES, "floating point")
-        _shape(name, x, tuple(counts.shape), "one per rollout")
-        devices(counts.device, **{name: x})
+        _shape(name, x, (num_rollouts,), "one per rollout")
+        devices(device, **{name: x})
     if value.requires_grad:
         raise ValueError("weights are constants of the loss and get no gradient: pass weights.detach()")
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..transfer import to_device
 from . import check
 
 
@@ -38,7 +39,7 @@ class GroupLayout(NamedTuple):
         """Losses of slots [K] as "none" returns them: those of ragged groups at each group's first rollout, else 0."""
         if self.order is None or self.offsets is None or self.slots is None:
             return losses
-        order, offsets, slots = (x.to(losses.device, non_blocking=True) for x in (self.order, self.offsets, self.slots))
+        order, offsets, slots = (to_device(x, losses.device) for x in (self.order, self.offsets, self.slots))
         first = order[offsets[slots]] == torch.arange(self.num_rollouts, device=losses.device)
         return torch.where(first, losses[slots], 0.0)
 
@@ -52,13 +53,18 @@ class GroupLayout(NamedTuple):
 
 
 def live_rollouts(
-    rewards: Tensor, counts: Tensor, reward_threshold: float, groups: int | Tensor, whole: bool
+    rewards: Tensor,
+    num_rollouts: int,
+    counts: Tensor | None,
+    reward_threshold: float,
+    groups: int | Tensor,
+    whole: bool,
 ) -> Tensor | None:
     """[S] bool on the CPU: rollouts that can have a gradient; None where rewards or ids are not on the CPU.
 
-    counts: [S] response tokens; they are looked at where they are on the CPU.  whole: no group goes on on another rank.
+    counts: [S] response tokens, if known; they are looked at where they are on the CPU.  whole: no group goes on on
+    another rank.
     """
-    num_rollouts = counts.shape[0]
     check.rewards(rewards, num_rollouts)
     if not whole:  # a group may be valid by what another rank has
         return ~rewards.isnan() if rewards.device.type == "cpu" else None
@@ -66,7 +72,7 @@ def live_rollouts(
     if rewards.device.type != "cpu" or (isinstance(groups, Tensor) and groups.device.type != "cpu"):
         return None
     scorable = ~rewards.isnan()
-    if counts.device.type == "cpu":
+    if counts is not None and counts.device.type == "cpu":
         scorable &= counts > 0
     positive = scorable & (rewards > float(reward_threshold))  # as the op compares them
     layout = GroupLayout.from_arguments(groups, num_rollouts)

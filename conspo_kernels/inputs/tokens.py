@@ -12,8 +12,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..registration import op
-from ..values import ELSEWHERE, IGNORED
+from ..backends.registry import kernels_for
+from ..registration import device_guard, op
+from ..transfer import to_device
+from ..values import IGNORED
 from . import check
 
 NOT_CHECKED = -1  # as a vocabulary's size: labels only say which tokens count
@@ -23,7 +25,7 @@ ON_ALL_RANKS = 2**62  # larger than any: the rest of the vocabulary is on other 
 class Predictions(NamedTuple):
     """The argument whose rows labels belong to: its name, the tensor, the shape of its tokens, and its vocabulary.
 
-    split: the tokens of each rollout are spread over ranks.
+    split: the tokens of each rollout are spread over ranks.  implementation: who aligns the labels.
     """
 
     name: str
@@ -31,11 +33,12 @@ class Predictions(NamedTuple):
     shape: tuple[int, ...]
     vocab_size: int
     split: bool
+    implementation: str
 
 
 class TokenLayout(NamedTuple):
-    """labels: [B, T] int64, an index or `IGNORED`.  offsets: [S + 1] int64 on the labels' device, or None: the rows are
-    the rollouts.  cpu_offsets: the same on the CPU, where they are known there.  shape: of the user's labels.
+    """labels: [B, T] int64, an index or `IGNORED`.  offsets: [S + 1] integers on the labels' device, or None: the rows
+    are the rollouts.  cpu_offsets: the same on the CPU, where they are known there.  shape: of the user's labels.
     """
 
     labels: Tensor
@@ -55,7 +58,7 @@ class TokenLayout(NamedTuple):
         needed_for: str | None = None,
     ) -> TokenLayout:
         """needed_for: what cannot be had of packed tokens without cu_seqlens."""
-        name, tensor, shape, vocab_size, split = predictions
+        name, tensor, shape, vocab_size, split, implementation = predictions
         check.flags(shift=shift)
         if split:
             check.no_shift_over_ranks(shift)
@@ -63,10 +66,14 @@ class TokenLayout(NamedTuple):
         check.tokens(labels, response_mask, name, shape, tensor)
         check.cu_seqlens(cu_seqlens, shape, needed_for or ("shift=True" if shift else None))
         check.devices(labels.device, cu_seqlens=cu_seqlens)
-        offsets = None if cu_seqlens is None else sequence_offsets(cu_seqlens, labels.numel(), labels.device)
+        offsets = None if cu_seqlens is None else _offsets_beside(labels, cu_seqlens)
         cpu_offsets = cu_seqlens.long() if cu_seqlens is not None and cu_seqlens.device.type == "cpu" else None
-        aligned = aligned_labels(labels, response_mask, offsets, shift, ignore_index, vocab_size)
+        aligned = aligned_labels(labels, response_mask, offsets, shift, ignore_index, vocab_size, implementation)
         return cls(aligned, offsets, cpu_offsets, labels.shape)
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.labels.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
 
     @property
     def active(self) -> Tensor:
@@ -88,7 +95,7 @@ class TokenLayout(NamedTuple):
             return values[:, None].expand(self.labels.shape)
         if offsets is None:
             return None
-        position = torch.arange(self.labels.shape[1], device=offsets.device)
+        position = torch.arange(self.labels.shape[1], dtype=offsets.dtype, device=offsets.device)
         rollout = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
         return torch.cat([values, values.new_zeros(1)])[rollout][None]
 
@@ -117,7 +124,15 @@ def sequence_offsets(cu_seqlens: Tensor, num_tokens: int, device: torch.device) 
                 raise ValueError(f"cu_seqlens must not fall, got {start} then {stop} at index {s + 1}")
         if values[-1] > num_tokens:
             raise ValueError(f"cu_seqlens must end within the {num_tokens} packed tokens, got {values[-1]}")
-    return cu_seqlens.to(device, torch.int64, non_blocking=True, copy=True)
+    offsets = to_device(cu_seqlens, device, torch.int64)
+    return offsets.clone() if offsets is cu_seqlens else offsets  # an op returns none of its arguments
+
+
+def _offsets_beside(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """cu_seqlens beside the labels. On an accelerator they are taken as they are: that costs no launch."""
+    if cu_seqlens.device == labels.device and labels.device.type != "cpu":
+        return cu_seqlens.contiguous()
+    return sequence_offsets(cu_seqlens, labels.numel(), labels.device)
 
 
 def _fake_labels(labels: Tensor, *_: object) -> Tensor:
@@ -132,46 +147,29 @@ def aligned_labels(
     shift: bool,
     ignore_index: int,
     vocab_size: int,
+    implementation: str,
 ) -> Tensor:
     """[B, T] int64 labels of the rows that predict them, `IGNORED` where there is no response token.
 
     Args:
         labels: [B, T], [N] or [1, N] integers, as the user passed them.
         response_mask: shaped like labels, zero = no response token, or None.
-        offsets: [S + 1] int64, of packed labels, or None.
+        offsets: [S + 1] int32 or int64, of packed labels, or None.
         shift: labels are the input ids: position t gets the label of t + 1.
         vocab_size: labels lie in [0, vocab_size): that is looked at where it costs no synchronisation, on the CPU.
             NOT_CHECKED or ON_ALL_RANKS. On an accelerator a label below 0 becomes ELSEWHERE.
     """
-    given = labels.long()  # a narrower type may not hold ignore_index: -100 is 156 in uint8
-    active = given != ignore_index
-    if response_mask is not None:
-        active &= response_mask != 0
-    aligned = torch.where(active, torch.where(given < 0, ELSEWHERE, given), IGNORED)
-    if aligned.dim() == 1:
-        given, aligned = given[None], aligned[None]
-    if shift:
-        aligned = _next_labels(aligned, offsets)
-    if offsets is not None:
-        position = torch.arange(aligned.shape[1], device=aligned.device)
-        aligned = torch.where((position >= offsets[0]) & (position < offsets[-1]), aligned, IGNORED)
+    given, mask = labels, response_mask
+    if labels.dim() == 1:
+        given, mask = labels[None], None if response_mask is None else response_mask[None]
+    with device_guard(labels):
+        kernels = kernels_for("label_alignment", implementation, labels.device)
+        aligned = kernels.align(given, mask, offsets, shift, ignore_index)
     if vocab_size != NOT_CHECKED and labels.device.type == "cpu" and aligned.numel():
         smallest, largest = torch.aminmax(aligned)
         if smallest < IGNORED or largest >= vocab_size:
             _raise_bad_label(given, aligned, shift, ignore_index, vocab_size)
     return aligned
-
-
-def _next_labels(labels: Tensor, offsets: Tensor | None) -> Tensor:
-    """Position t gets the label of t + 1; the last position of a sequence has none."""
-    shifted = torch.full_like(labels, IGNORED)
-    shifted[:, :-1] = labels[:, 1:]
-    if offsets is None or labels.shape[1] == 0:
-        return shifted
-    # Where a later sequence begins, the position before ends one. An offset of 0 (nothing before it) or past the last
-    # token lands on the last token, which has no successor anyway.
-    ends = torch.where((offsets > 0) & (offsets < labels.shape[1]), offsets - 1, labels.shape[1] - 1)
-    return shifted.index_fill(1, ends, IGNORED)
 
 
 def _raise_bad_label(given: Tensor, aligned: Tensor, shift: bool, ignore_index: int, vocab_size: int) -> None:

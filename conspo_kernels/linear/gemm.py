@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum, where GEMMs cannot do that; torch widens a copy
+WIDENS = frozenset({"cuda"})  # devices whose GEMMs write what they have summed, in fp32, of narrower matrices
+REDUCTIONS = {
+    torch.bfloat16: "allow_bf16_reduced_precision_reduction",
+    torch.float16: "allow_fp16_reduced_precision_reduction",
+}
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
@@ -16,11 +22,28 @@ def slices(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+def _summed_in_fp32(product: Callable[..., Tensor], *matrices: Tensor, **options: Any) -> Tensor:
+    """A product on a GPU. Where cuBLAS splits a long sum, its parts are not added in 16 bits, as torch allows."""
+    name = REDUCTIONS.get(matrices[-1].dtype)
+    settings = torch.backends.cuda.matmul
+    if name is None or not getattr(settings, name):
+        return product(*matrices, **options)
+    setattr(settings, name, False)
+    try:
+        return product(*matrices, **options)
+    finally:
+        setattr(settings, name, True)
+
+
 def gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
     """out = a @ b + bias. A wider `out` gets what the GEMM has summed, not rounded to the dtype of a and b."""
     if out.dtype == a.dtype:
-        return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
-    if out.device.type == "cuda":
+        if out.device.type == "cpu":
+            return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
+        if bias is None:
+            return _summed_in_fp32(torch.mm, a, b, out=out)
+        return _summed_in_fp32(torch.addmm, bias, a, b, out=out)
+    if out.device.type in WIDENS:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:  # a product of two bf16 or fp16 numbers is exact in fp32
         torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
@@ -36,7 +59,7 @@ def add_gemm(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in the precision of `total`."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
-    elif total.device.type == "cuda":
+    elif total.device.type in WIDENS:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:  # a product is rounded once to bf16 or fp16, the sum is not
         for part in slices(total.shape[0], PRODUCT_BYTES // (total.shape[1] * a.element_size())):
@@ -65,12 +88,12 @@ class Sum:
         total = self.total[rows]
         if self.begun or not first:
             add_gemm(total, a, b)
-        elif total.dtype == a.dtype:
-            if total.device.type == "cpu":
-                total.zero_()  # new pages cost half, one after another, of what they do in the order of a GEMM
+            return
+        if total.device.type == "cpu":
+            total.zero_()  # new pages cost half, one after another, of what they do in the order of a GEMM
+        if total.dtype == a.dtype or total.device.type in WIDENS:
             gemm(a, b, total)
         else:
-            total.zero_()
             add_gemm(total, a, b)
 
     def result(self) -> Tensor:

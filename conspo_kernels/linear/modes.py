@@ -25,7 +25,7 @@ from ..backends.contract import TokenLogprob
 from ..values import LogitRows, LogitTransform, Statistics, Upstream
 from . import gemm as gemms
 from .gemm import Sum, operand, slices
-from .tiles import Head, LogitTiles, Tokens, labels_in
+from .tiles import Head, LogitTiles, Tokens
 from .tiling import Tile, backward_tile, fixed_tile, row_tile
 
 
@@ -55,48 +55,54 @@ class Gradients(NamedTuple):
 
 def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) -> Statistics:
     """Statistics [N], one GEMM: also the forward of mode "recompute"."""
-    parts = [
-        run.kernels.forward(_logit_rows(run, z, rows), with_entropy)
-        for rows, _hidden, z in _row_tiles(run, batch_invariant)
-    ]
-    return _joined(run, parts, with_entropy)
+    statistics = _empty(run, with_entropy)
+    for rows, _hidden, z, _grad in _row_tiles(run, batch_invariant):
+        run.kernels.forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
+    return statistics.map(run.tokens.spread)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     """Statistics [N], and the logits [N, V], of which the first n rows are filled."""
-    tokens, head = run.tokens, run.head
-    stored = tokens.hidden.new_empty(tokens.labels.shape[0], head.weight.shape[0], dtype=head.logits_dtype)
-    z = gemms.gemm(tokens.chosen(tokens.hidden), head.weight.t(), stored[: tokens.number], head.bias)
-    statistics = run.kernels.forward(_logit_rows(run, z, slice(0, tokens.number)), with_entropy)
-    return _joined(run, [statistics], with_entropy), stored
+    tokens, head, everything = run.tokens, run.head, slice(0, run.tokens.number)
+    stored = tokens.hidden.new_empty(tokens.hidden.shape[0], head.weight.shape[0], dtype=head.logits_dtype)
+    z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
+    statistics = _empty(run, with_entropy)
+    run.kernels.forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
+    return statistics.map(tokens.spread), stored
 
 
-def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
-    """Statistics [N], and the gradient of hidden [N, H] for coefficients of one: two GEMMs."""
+def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
+    """logprobs [N], and the gradient of hidden [N, H] for coefficients of one: two GEMMs."""
     tokens, head = run.tokens, run.head
     grad_hidden = tokens.hidden.new_empty(tokens.number, tokens.hidden.shape[1])
-    parts = []
-    for rows, _hidden, z in _row_tiles(run, batch_invariant):
+    logprobs = _empty(run, with_entropy=False).logprobs
+    ones = torch.ones_like(logprobs)
+    for rows, _hidden, z, grad in _row_tiles(run, batch_invariant, head.narrows(needs_bias=False)):
         logit_rows = _logit_rows(run, z, rows)
-        statistics = run.kernels.forward(logit_rows, with_entropy=False)
-        run.kernels.backward(z[None], logit_rows, statistics, Upstream(torch.ones_like(statistics.logprobs)))
-        gemms.gemm(operand(z, head.weight), head.weight, grad_hidden[rows])
-        parts.append(statistics)
-    return _joined(run, parts, with_entropy=False), tokens.spread(grad_hidden)
+        run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
+        gemms.gemm(operand(grad, head.weight), head.weight, grad_hidden[rows])
+    return tokens.spread(logprobs), tokens.spread(grad_hidden)
 
 
-def backward_store(run: Run, statistics: Statistics, stored: Tensor, upstream: Upstream, needs: Needs) -> Gradients:
-    """From the logits that were stored, over which their gradient is written: two GEMMs."""
-    tokens, head = run.tokens, run.head
-    everything = slice(0, tokens.number)
-    z = stored[: tokens.number]
-    _write_gradient(run, everything, _logit_rows(run, z, everything), statistics, upstream)
-    grad_bias = _bias_sum(z).to(tokens.hidden.dtype) if needs.bias else None
-    z, hidden = operand(z, head.weight), tokens.chosen(tokens.hidden)
-    grad_hidden = gemms.gemm(z, head.weight, torch.empty_like(hidden)) if needs.hidden else None
+def backward_store(
+    run: Run, statistics: Statistics, stored: Tensor, overwrite: bool, upstream: Upstream, needs: Needs
+) -> Gradients:
+    """From the logits that were stored: two GEMMs.  overwrite: their gradient is written over them."""
+    tokens, head, everything = run.tokens, run.head, slice(0, run.tokens.number)
+    z = grad = stored[everything]
+    if head.narrows(needs.bias) or not overwrite:
+        grad = torch.empty_like(z, dtype=head.weight.dtype if head.narrows(needs.bias) else z.dtype)
+    part = _part(statistics.map(tokens.compact), everything)
+    run.kernels.backward(
+        grad[None], _logit_rows(run, z, everything), part, _upstream_part(_compact(tokens, upstream), everything)
+    )
+    grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
+    dz = operand(grad, head.weight)
+    hidden = tokens.hidden_rows()
+    grad_hidden = gemms.gemm(dz, head.weight, torch.empty_like(hidden)) if needs.hidden else None
     weight_sum = Sum(torch.empty_like(head.weight, memory_format=torch.contiguous_format), 1) if needs.weight else None
     if weight_sum is not None:
-        weight_sum.add(slice(None), True, z.t(), hidden)
+        weight_sum.add(slice(None), True, dz.t(), hidden)
     return Gradients(
         None if grad_hidden is None else tokens.spread(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
@@ -112,9 +118,11 @@ def backward_recompute(
     weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
     """
     tokens, head = run.tokens, run.head
+    statistics, upstream = statistics.map(tokens.compact), _compact(tokens, upstream)
     vocab_size, hidden_size = head.weight.shape
     tile = backward_tile(tokens.problem(head), run.workspace, needs.hidden, needs.weight)
-    logits = LogitTiles(head, min(tile.rows, tokens.number), min(tile.columns, vocab_size))
+    narrow = head.narrows(needs.bias)
+    logits = LogitTiles(head, min(tile.rows, tokens.number), min(tile.columns, vocab_size), narrow)
     row_slices, column_slices = list(slices(tokens.number, tile.rows)), list(slices(vocab_size, tile.columns))
     new = tokens.hidden.new_empty
     hidden_sum = Sum(new(tokens.number, hidden_size), len(column_slices)) if needs.hidden else None
@@ -128,17 +136,18 @@ def backward_recompute(
         elif needs.weight and weight_grad is not None:
             weight_sum = Sum.onto(weight_grad[columns])
         for rows in row_slices:
-            hidden = tokens.chosen(tokens.hidden, rows)
+            hidden = tokens.hidden_rows(rows)
             z = logits.compute(hidden, columns)
-            labels = labels_in(tokens.chosen(tokens.labels, rows), columns, vocab_size)[None]
-            _write_gradient(run, rows, LogitRows(z[None], labels, run.transform), statistics, upstream)
+            logit_rows = LogitRows(z[None], tokens.labels[None, rows], run.transform, columns.start)
+            grad = logits.gradient(z)
+            run.kernels.backward(grad[None], logit_rows, _part(statistics, rows), _upstream_part(upstream, rows))
             if grad_bias is not None:
-                grad_bias[columns] += _bias_sum(z)
-            z = operand(z, head.weight)
+                grad_bias[columns] += _bias_sum(grad)
+            dz = operand(grad, head.weight)
             if hidden_sum is not None:
-                hidden_sum.add(rows, columns.start == 0, z, head.weight[columns])
+                hidden_sum.add(rows, columns.start == 0, dz, head.weight[columns])
             if weight_sum is not None:
-                weight_sum.add(slice(None), rows.start == 0, z.t(), hidden)
+                weight_sum.add(slice(None), rows.start == 0, dz.t(), hidden)
         if weight_sum is not None:
             weight_sum.result()
     return Gradients(
@@ -148,27 +157,33 @@ def backward_recompute(
     )
 
 
-def forward_known(run: Run, coefficients: Tensor, needs: Needs) -> tuple[Tensor, Gradients]:
-    """logprobs [N], and the gradients of sum(coefficients * logprobs), in one walk: three GEMMs at most."""
+def forward_known(
+    run: Run, coefficients: Tensor, needs: Needs, wide_weight_grad: bool = False
+) -> tuple[Tensor, Gradients]:
+    """logprobs [N], and the gradients of sum(coefficients * logprobs), in one walk: three GEMMs at most.
+
+    wide_weight_grad: that of weight in the dtype that it is summed in.
+    """
     tokens, head = run.tokens, run.head
     vocab_size, hidden_size = head.weight.shape
+    coefficients = tokens.compact(coefficients)
+    logprobs = torch.empty_like(coefficients)
     new, terms = tokens.hidden.new_empty, math.ceil(tokens.number / max(1, _row_tile(run).rows))
     grad_hidden = new(tokens.number, hidden_size) if needs.hidden else None
-    weight_sum = Sum(new(vocab_size, hidden_size), terms) if needs.weight else None
+    dtype = coefficients.dtype if wide_weight_grad else head.weight.dtype
+    weight_sum = Sum(new(vocab_size, hidden_size, dtype=dtype), terms) if needs.weight else None
     grad_bias = coefficients.new_zeros(vocab_size) if needs.bias else None
-    logprobs = []
-    for rows, hidden, z in _row_tiles(run):
-        c = tokens.chosen(coefficients, rows)[None]
-        logprobs.append(run.kernels.forward_backward(z[None], _logit_rows(run, z, rows), c)[0])
+    for rows, hidden, z, grad in _row_tiles(run, narrow=head.narrows(needs.bias)):
+        c, logit_rows = coefficients[None, rows], _logit_rows(run, z, rows)
+        run.kernels.forward_backward(grad[None], logit_rows, c, logprobs[None, rows])
         if grad_bias is not None:
-            grad_bias += _bias_sum(z)
-        z = operand(z, head.weight)
+            grad_bias += _bias_sum(grad)
+        dz = operand(grad, head.weight)
         if grad_hidden is not None:
-            gemms.gemm(z, head.weight, grad_hidden[rows])
+            gemms.gemm(dz, head.weight, grad_hidden[rows])
         if weight_sum is not None:
-            weight_sum.add(slice(None), rows.start == 0, z.t(), hidden)
-    whole = torch.cat(logprobs or [coefficients.new_empty(0)]) if len(logprobs) != 1 else logprobs[0]
-    return tokens.spread(whole), Gradients(
+            weight_sum.add(slice(None), rows.start == 0, dz.t(), hidden)
+    return tokens.spread(logprobs), Gradients(
         None if grad_hidden is None else tokens.spread(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
@@ -180,57 +195,53 @@ def _row_tile(run: Run, batch_invariant: bool = False) -> Tile:
     return fixed_tile(problem, run.workspace) if batch_invariant else row_tile(problem, run.workspace)
 
 
-def _row_tiles(run: Run, batch_invariant: bool = False) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Tiles of whole rows, all in one buffer: which tokens [r], their hidden states [r, H] and logits [r, V].
+def _row_tiles(
+    run: Run, batch_invariant: bool = False, narrow: bool = False
+) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
+    """Tiles of whole rows, all in one buffer: which tokens [r], their hidden states [r, H] and logits [r, V], and where
+    the gradient of these goes.
 
     batch_invariant: every GEMM has one shape, the last one padded, so that a token's results do not depend on others.
     """
     tokens, tile = run.tokens, _row_tile(run, batch_invariant)
     everything = slice(0, tile.columns)
-    logits = LogitTiles(run.head, tile.rows if batch_invariant else min(tile.rows, tokens.number), tile.columns)
+    most = tile.rows if batch_invariant else min(tile.rows, tokens.number)
+    logits = LogitTiles(run.head, most, tile.columns, narrow)
     padded = tokens.hidden.new_zeros(tile.rows, tokens.hidden.shape[1]) if batch_invariant else None
     for rows in slices(tokens.number, tile.rows):
-        hidden = tokens.chosen(tokens.hidden, rows)
+        hidden = tokens.hidden_rows(rows)
         if padded is None:
-            yield rows, hidden, logits.compute(hidden, everything)
+            z = logits.compute(hidden, everything)
         else:
             padded[: len(hidden)] = hidden
-            yield rows, hidden, logits.compute(padded, everything)[: len(hidden)]
+            z = logits.compute(padded, everything)[: len(hidden)]
+        yield rows, hidden, z, logits.gradient(z)
 
 
 def _logit_rows(run: Run, z: Tensor, rows: slice) -> LogitRows:
     """Whole rows of logits z [r, V] as the kernels take them: [1, r, V]."""
-    return LogitRows(z[None], run.tokens.chosen(run.tokens.labels, rows)[None], run.transform)
-
-
-def _write_gradient(run: Run, rows: slice, logit_rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
-    """Write the gradient over a tile of logits [1, r, c], from statistics and incoming gradients [N]."""
-
-    def of_rows(x: Tensor | None) -> Tensor | None:
-        return None if x is None else run.tokens.chosen(x, rows)[None]
-
-    entropy = None if upstream.entropy is None else statistics.entropy
-    row_max, log_sum, grad_logprobs = (
-        run.tokens.chosen(x, rows)[None] for x in (statistics.row_max, statistics.log_sum, upstream.logprobs)
-    )
-    tile = Statistics(row_max, of_rows(entropy), row_max, log_sum)  # log-probabilities are not read
-    run.kernels.backward(logit_rows.logits, logit_rows, tile, Upstream(grad_logprobs, of_rows(upstream.entropy)))
+    return LogitRows(z[None], run.tokens.labels[None, rows], run.transform)
 
 
 def _bias_sum(z: Tensor) -> Tensor:
     return z.sum(0, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
-def _joined(run: Run, parts: list[Statistics], with_entropy: bool) -> Statistics:
-    """[1, r] of tiles -> [N]."""
+def _empty(run: Run, with_entropy: bool) -> Statistics:
+    """[n], to be filled."""
     hidden = run.tokens.hidden
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return Statistics.empty((run.tokens.number,), acc, hidden.device, with_entropy)
 
-    def whole(column: list[Tensor]) -> Tensor:
-        return run.tokens.spread(torch.cat(column, 1)[0] if column else torch.empty(0, dtype=acc, device=hidden.device))
 
-    logprobs, row_max, log_sum = (
-        whole([getattr(part, name) for part in parts]) for name in ("logprobs", "row_max", "log_sum")
-    )
-    entropy = whole([part.entropy for part in parts if part.entropy is not None]) if with_entropy else None
-    return Statistics(logprobs, entropy, row_max, log_sum)
+def _part(statistics: Statistics, rows: slice) -> Statistics:
+    """Of a tile, as the kernels take them: [1, r]."""
+    return statistics.map(lambda x: x[None, rows])
+
+
+def _compact(tokens: Tokens, upstream: Upstream) -> Upstream:
+    return Upstream(*(None if x is None else tokens.compact(x) for x in upstream))  # type: ignore[arg-type]
+
+
+def _upstream_part(upstream: Upstream, rows: slice) -> Upstream:
+    return Upstream(*(None if x is None else x[None, rows] for x in upstream))  # type: ignore[arg-type]

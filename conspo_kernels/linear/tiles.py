@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..values import ELSEWHERE, IGNORED
+from ..values import IGNORED
 from . import gemm as gemms
 from .tiling import Problem
 
@@ -22,25 +22,34 @@ class Head(NamedTuple):
     bias: Tensor | None
     logits_dtype: torch.dtype
 
+    def narrows(self, needs_bias: bool) -> bool:
+        """Whether kernels write gradients in a narrower dtype than that of the logits.
+
+        Not on a CPU; and a gradient of the bias is summed before it is rounded.
+        """
+        return self.logits_dtype != self.weight.dtype and self.weight.device.type != "cpu" and not needs_bias
+
 
 class Tokens(NamedTuple):
-    """hidden [N, H] and labels [N]; places: which of them take part, [n] int64, None: all."""
+    """hidden [N, H]; of the tokens that take part labels [n] and places, which they are, [n] int64, None: all."""
 
     hidden: Tensor
     labels: Tensor
     places: Tensor | None
 
     @classmethod
-    def from_labels(cls, hidden: Tensor, labels: Tensor, keep: Tensor | None) -> Tokens:
-        """Those with a label, where that costs no synchronisation: labels, or else `keep` [N] bool, on the CPU."""
-        chosen = labels != IGNORED if labels.device.type == "cpu" else keep
-        if chosen is None or chosen.all():
-            return cls(hidden, labels, None)
-        return cls(hidden, labels, chosen.nonzero()[:, 0].to(hidden.device, non_blocking=True))
+    def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None) -> Tokens:
+        """Those with a label, of labels [N] on the CPU, where they can be looked at; else those at `places`."""
+        if labels.device.type == "cpu":
+            active = labels != IGNORED
+            places = None if active.all() else active.nonzero()[:, 0]
+        elif places is not None and places.shape[0] == labels.shape[0]:
+            places = None
+        return cls(hidden, labels if places is None else labels.index_select(0, places), places)
 
     @property
     def number(self) -> int:
-        return self.labels.shape[0] if self.places is None else self.places.shape[0]
+        return self.labels.shape[0]
 
     def problem(self, head: Head) -> Problem:
         vocab_size, hidden_size = head.weight.shape
@@ -48,23 +57,31 @@ class Tokens(NamedTuple):
         logit_bytes = wide if wide == itemsize else wide + itemsize
         return Problem(self.number, vocab_size, hidden_size, itemsize, self.places is not None, logit_bytes)
 
-    def chosen(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        """Rows of a tensor [N, ...], of those that take part."""
-        return x[rows] if self.places is None else x.index_select(0, self.places[rows])
+    def compact(self, x: Tensor) -> Tensor:
+        """[N, ...] -> [n, ...], of those that take part."""
+        return x if self.places is None else x.index_select(0, self.places)
+
+    def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
+        """[r, H] of those that take part."""
+        return self.hidden[rows] if self.places is None else self.hidden.index_select(0, self.places[rows])
 
     def spread(self, x: Tensor) -> Tensor:
         """[n, ...] back to [N, ...], zero where no part is taken."""
         if self.places is None:
             return x
-        return x.new_zeros(self.labels.shape[0], *x.shape[1:]).index_copy_(0, self.places, x)
+        return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.places, x)
 
 
 class LogitTiles:
-    """Tiles of logits, one after another in one buffer."""
+    """Tiles of logits, one after another in one buffer.
 
-    def __init__(self, head: Head, rows: int, columns: int) -> None:
+    narrow: gradients are not written over wider logits, but in the dtype that they are multiplied in beside them.
+    """
+
+    def __init__(self, head: Head, rows: int, columns: int, narrow: bool = False) -> None:
         self.head = head
         self.buffer = head.weight.new_empty(rows * columns, dtype=head.logits_dtype)
+        self.gradients = head.weight.new_empty(rows * columns) if narrow else self.buffer
 
     def compute(self, hidden: Tensor, columns: slice) -> Tensor:
         """hidden [r, H] -> logits [r, c]."""
@@ -73,10 +90,6 @@ class LogitTiles:
         out = self.buffer[: size[0] * size[1]].view(size)
         return gemms.gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
 
-
-def labels_in(labels: Tensor, columns: slice, vocab_size: int) -> Tensor:
-    """Labels relative to a slice of the vocabulary."""
-    if columns == slice(0, vocab_size):
-        return labels
-    inside = (labels >= columns.start) & (labels < columns.stop)
-    return torch.where(inside, labels - columns.start, torch.where(labels == IGNORED, IGNORED, ELSEWHERE))
+    def gradient(self, z: Tensor) -> Tensor:
+        """Room for the gradient of a tile z [r, c]."""
+        return self.gradients[: z.numel()].view(z.shape)

@@ -12,6 +12,13 @@ from typing import NamedTuple
 ALIGNMENT = 64  # columns: whole tiles of a GEMM, rows of logits on a cache line
 FIXED_ROWS = 256  # of a tile that does not depend on the batch: enough for a GEMM, little to pad
 ACCUMULATOR = 4  # bytes of an fp32 number
+LEAST_WORKSPACE = 2**29
+MEMORY_SHARE = 32  # of a GPU's memory: on 80 GB 8192 tokens of 151,936 logits are one tile
+
+
+def workspace_of(memory: int) -> int:
+    """Bytes of tiles for a device with so much memory, 0 if it is not a GPU."""
+    return max(LEAST_WORKSPACE, memory // MEMORY_SHARE)
 
 
 class Problem(NamedTuple):
@@ -51,7 +58,10 @@ def fixed_tile(problem: Problem, workspace: int) -> Tile:
 
 
 def accumulator_bytes(problem: Problem, tile: Tile, needs_hidden: bool, needs_weight: bool) -> int:
-    """Bytes that the gradients' sums move: written once, or, if summed over k tiles, k times and read as often."""
+    """Bytes that the gradients' sums move: written once, or, if summed over k tiles, k times and read as often.
+
+    The first of k tiles writes its part, each other one reads the sum and writes it, and then it is read to be rounded.
+    """
 
     def summed(elements: int, times: int) -> int:
         once = elements * problem.itemsize
@@ -88,3 +98,50 @@ def backward_tile(problem: Problem, workspace: int, needs_hidden: bool, needs_we
         if moved < fewest:
             best, fewest = tile, moved
     return best
+
+
+class Moved(NamedTuple):
+    """Bytes beside what GEMMs read and write themselves.
+
+    logits: by kernels, over tiles of logits and their gradients.  sums: of gradients, summed over tiles.  rows: hidden
+    states copied together, and gradients of them scaled.
+    """
+
+    logits: int
+    sums: int
+    rows: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+GEMMS = {"none": 1, "recompute": 4, "store": 3, "frozen": 2, "known": 3}  # of 2 * N * H * V operations
+
+
+def moved_bytes(problem: Problem, mode: str, workspace: int, cached: bool = False) -> Moved:
+    """What a mode of `modes.py` moves, forward and backward, all gradients needed but those of a frozen head.
+
+    cached: kernels with known coefficients find a row in the cache when they read it again.
+    """
+    n, v, h, itemsize, gathered, _ = problem
+    wide = problem.logit_bytes or itemsize
+    logit = wide if wide == itemsize else wide - itemsize  # `logit_bytes` has the gradient's copy
+    looks = 1 if mode == "none" or (cached and mode in ("known", "frozen")) else 2
+    logits = n * v * (looks * logit + (0 if mode == "none" else itemsize))
+    tile, needs_weight = row_tile(problem, workspace), mode != "frozen"
+    if mode == "recompute":
+        tile = backward_tile(problem, workspace, True, True)
+    elif mode == "store":
+        tile = Tile(n, v)
+    sums = 0
+    if mode != "none":
+        once = (n * h + (v * h if needs_weight else 0)) * itemsize
+        sums = accumulator_bytes(problem, tile, True, needs_weight) - once
+    copied = 2 * n * h * itemsize
+    rows = copied * (gathered * (2 if mode in ("recompute", "store") else 1) + (mode == "frozen"))
+    return Moved(logits, sums, rows)
+
+
+def gemm_operations(problem: Problem, mode: str) -> int:
+    return GEMMS[mode] * 2 * problem.num_tokens * problem.hidden_size * problem.vocab_size

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.registry import kernels_for
-from ..objective import ContrastSettings, Rollouts, Segments, equal_segments
+from ..objective import ContrastSettings, GroupLoss, Rollouts, Segments, equal_segments
 from ..registration import device_guard, op
+from ..transfer import to_device
 from ..values import check_factor, check_margin
 
 
@@ -33,7 +34,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def score_gradient(grad_loss: Tensor, weights: Tensor, slots: Tensor | None) -> Tensor:
     """The gradient of scores [S]; slots: of losses that are not reduced, which group each rollout is in."""
     if slots is not None:
-        grad_loss = grad_loss[slots.to(grad_loss.device, non_blocking=True)]
+        grad_loss = grad_loss[to_device(slots, grad_loss.device)]
     # A weight of zero takes no part: an infinite or NaN incoming gradient of another group must not reach it as NaN.
     return torch.where(weights == 0, 0.0, weights * grad_loss)
 
@@ -76,20 +77,51 @@ def group_infonce(
         weights: [S] dloss/dscores (for "none" of the rollout's own group).
         roles: [S] int8, of `objective.Role`.
     """
+    groups = RolloutGroups(rewards, order, offsets, slots, group_size)
+    return score_groups(scores, counts, groups, margin, num_groups, tau, reward_threshold, reduction, implementation)
+
+
+class RolloutGroups(NamedTuple):
+    """Of rollouts [S], as the ops take them: on their device or on the CPU."""
+
+    rewards: Tensor
+    order: Tensor | None
+    offsets: Tensor | None
+    slots: Tensor | None
+    size: int
+
+    def segments(self, device: torch.device) -> Segments | None:
+        """On a device; what is on the CPU is brought there in one copy."""
+        if self.order is None or self.offsets is None or self.slots is None:
+            return None
+        parts = (self.order, self.offsets, self.slots)
+        if self.order.device == device:
+            return Segments(*parts)
+        order, offsets, slots = to_device(torch.cat(parts), device).split([len(part) for part in parts])
+        return Segments(order, offsets, slots)
+
+
+def score_groups(
+    scores: Tensor,
+    counts: Tensor | None,
+    groups: RolloutGroups,
+    margin: Tensor,
+    num_groups: Tensor | None,
+    tau: float,
+    reward_threshold: float,
+    reduction: str,
+    implementation: str,
+) -> GroupLoss:
+    """The objective by the kernels of a backend. Numbers on the CPU stay there: a kernel takes them as they are."""
+    device, dtype = scores.device, scores.dtype
     if margin.device.type == "cpu":
         check_margin(margin.item())
     if num_groups is not None and num_groups.device.type == "cpu":
         check_factor("num_groups", num_groups.item())
-    device, dtype = scores.device, scores.dtype
-    segments = None
-    if order is not None and offsets is not None and slots is not None:
-        segments = Segments(*(x.to(device, non_blocking=True) for x in (order, offsets, slots)))
-    rewards = rewards.to(device, non_blocking=True).contiguous()
-    margin = margin.to(device, dtype, non_blocking=True)
-    if num_groups is not None:
-        num_groups = num_groups.to(device, dtype, non_blocking=True)
+    margin, num_groups = margin.to(dtype), None if num_groups is None else num_groups.to(dtype)
+    rewards = to_device(groups.rewards, device).contiguous()
     with device_guard(scores):
         return kernels_for("group_infonce", implementation, device).forward(
-            Rollouts(scores.contiguous(), rewards, counts, segments, group_size),
+            Rollouts(scores.contiguous(), rewards, counts, groups.segments(device), groups.size),
             ContrastSettings(tau, margin, reward_threshold, reduction, num_groups),
         )

@@ -16,6 +16,7 @@ from ..backends.registry import kernels_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
+from ..linear.tiling import workspace_of
 from ..registration import device_guard, op
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
 from .derivative import without_derivative
@@ -28,7 +29,7 @@ def run_of(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    keep: Tensor | None,
+    places: Tensor | None,
     logits_dtype: torch.dtype,
     transform: list[float],
     workspace: int,
@@ -37,11 +38,18 @@ def run_of(
     """The arguments of an op as the modes take them."""
     return Run(
         kernels=kernels_for("token_logprob", implementation, hidden.device),
-        tokens=Tokens.from_labels(hidden, labels, keep),
+        tokens=Tokens.from_labels(hidden, labels, places),
         head=Head(weight, bias, logits_dtype),
         transform=LogitTransform.from_numbers(transform),
         workspace=workspace,
     )
+
+
+@torch.compiler.assume_constant_result
+def default_workspace(device: torch.device) -> int:
+    """Bytes for tiles of logits: by the size of a device's memory, not by what is free of it, as sums depend on it."""
+    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+    return workspace_of(total)
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -61,17 +69,20 @@ def fake_gradients(
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, _bias, labels, _keep, _weight_grad, logits_dtype, _transform, with_entropy, mode, *_ = args
+    hidden, weight, _bias, labels, _places, _weight_grad, logits_dtype, _transform, with_entropy, mode, *_ = args
     stored = hidden.new_empty(0)
     if mode == "store":
         stored = hidden.new_empty(labels.shape[0], weight.shape[0], dtype=logits_dtype)
     elif mode == "frozen":
         stored = hidden.new_empty(labels.shape[0], hidden.shape[1])
+        logprobs, *_ = statistics_like(hidden, labels, with_entropy)
+        entropy, row_max, log_sum = (logprobs.new_empty(0) for _ in range(3))
+        return logprobs, entropy, row_max, log_sum, stored
     return *statistics_like(hidden, labels, with_entropy), stored
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, keep, weight_grad, ctx.logits_dtype, ctx.transform, with_entropy, *others = inputs
+    hidden, weight, bias, labels, places, weight_grad, ctx.logits_dtype, ctx.transform, with_entropy, *others = inputs
     ctx.mode, ctx.workspace, ctx.implementation, start, ctx.vocab_group, _batch_invariant = others
     if ctx.vocab_group:
         labels = local_labels(labels, start, weight.shape[0])
@@ -79,7 +90,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     if ctx.mode == "frozen":
         ctx.save_for_backward(stored)
     else:
-        ctx.save_for_backward(hidden, weight, bias, labels, keep, row_max, log_sum, entropy)
+        ctx.save_for_backward(hidden, weight, bias, labels, places, row_max, log_sum, entropy)
         # Not saved: the first backward overwrites the logits, and lets go of them; the backward of another micro-batch
         # may have added to `weight_grad` meanwhile.
         ctx.stored = stored if ctx.mode == "store" else None
@@ -97,16 +108,16 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
         assert grad_logprobs is not None  # this mode has no entropy
         (stored,) = ctx.saved_tensors
         return without_derivative(scaled_rows(stored, grad_logprobs)), None, None, *others
-    hidden, weight, bias, labels, keep, row_max, log_sum, entropy = ctx.saved_tensors
+    hidden, weight, bias, labels, places, row_max, log_sum, entropy = ctx.saved_tensors
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(row_max)
     stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again
-    if isinstance(stored, FakeTensor | FunctionalTensor):  # what is traced may not overwrite what the forward returned
-        stored = stored.clone()
+    # What is traced may not overwrite what the forward returned.
+    backward = linear_logprob_backward if _traced(stored) else linear_logprob_backward_
     upstream = [grad_logprobs] if grad_entropy is None else [grad_logprobs, grad_entropy]
     with torch.no_grad():
-        grads = linear_logprob_backward(
-            stored, ctx.weight_grad, hidden, weight, bias, labels, keep, [row_max, log_sum, entropy], upstream, needs,
+        grads = backward(
+            stored, ctx.weight_grad, hidden, weight, bias, labels, places, [row_max, log_sum, entropy], upstream, needs,
             ctx.logits_dtype, ctx.transform, ctx.workspace, ctx.implementation,
         )  # fmt: skip
     if ctx.vocab_group and needs[0]:
@@ -122,7 +133,7 @@ def linear_logprob(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    keep: Tensor | None,
+    places: Tensor | None,
     weight_grad: Tensor | None,
     logits_dtype: torch.dtype,
     transform: list[float],
@@ -141,7 +152,7 @@ def linear_logprob(
         weight: [V, H].
         bias: [V] or None.
         labels: [N] int64, an index or `IGNORED`.
-        keep: [N] bool on the CPU, False for tokens whose log-probability nobody wants; None: not known.
+        places: [n] int64, the tokens whose log-probability somebody wants; None: not known, or told by CPU labels.
         weight_grad: [V, H] fp32 (fp64), untouched here: backward adds the gradient of weight to it, and returns none.
         logits_dtype: of the tiles of logits.
         mode: "none", "recompute", "store" or "frozen".
@@ -151,7 +162,8 @@ def linear_logprob(
         batch_invariant: a token's results do not depend on the others; not in mode "store".
 
     Returns:
-        logprobs, entropy, row_max, log_sum: [N] fp32, or fp64 for fp64 hidden; 0 where ignored.
+        logprobs, entropy, row_max, log_sum: [N] fp32, or fp64 for fp64 hidden; 0 where ignored. Of mode "frozen" the
+            last two are empty.
         stored: [N, V] for "store", [N, H] for "frozen", else empty.
     """
     del weight_grad
@@ -159,12 +171,13 @@ def linear_logprob(
 
     def forward(labels: Tensor) -> Statistics:
         nonlocal stored
-        run = run_of(hidden, weight, bias, labels, keep, logits_dtype, transform, workspace, implementation)
+        run = run_of(hidden, weight, bias, labels, places, logits_dtype, transform, workspace, implementation)
         with device_guard(hidden):
             if mode == "store":
                 statistics, stored = modes.forward_store(run, with_entropy)
             elif mode == "frozen":
-                statistics, stored = modes.forward_frozen(run, batch_invariant)
+                logprobs, stored = modes.forward_frozen(run, batch_invariant)
+                statistics = Statistics(logprobs, None, logprobs.new_empty(0), logprobs.new_empty(0))
             else:
                 statistics = modes.forward_none(run, with_entropy, batch_invariant)
             return statistics
@@ -175,13 +188,17 @@ def linear_logprob(
     return *tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group)), stored
 
 
+def _traced(stored: Tensor | None) -> bool:
+    return isinstance(stored, FakeTensor | FunctionalTensor)
+
+
 def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _stored, weight_grad, hidden, weight, bias, _labels, _keep, statistics, _upstream, needs, *_ = args
+    _stored, weight_grad, hidden, weight, bias, _labels, _places, statistics, _upstream, needs, *_ = args
     return fake_gradients(hidden, weight, bias, statistics[0], [needs[0], needs[1] and weight_grad is None, needs[2]])
 
 
-# One op for all backwards: where nothing is stored or accumulated into, it is functional.
-@op(_fake_backward, mutates=("stored", "weight_grad"))
+# Two ops for all backwards. Where nothing is stored or accumulated into, they are functional.
+@op(_fake_backward, mutates=("weight_grad",))
 def linear_logprob_backward(
     stored: Tensor | None,
     weight_grad: Tensor | None,
@@ -189,7 +206,7 @@ def linear_logprob_backward(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    keep: Tensor | None,
+    places: Tensor | None,
     statistics: list[Tensor],
     upstream: list[Tensor],
     needs: list[bool],
@@ -200,21 +217,73 @@ def linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where `needs` says no.
 
-    stored: the logits [N, V], which their gradient overwrites, or None: they are computed again.  weight_grad: [V, H]
-    that the gradient of weight is added to; then none is returned.
+    stored: the logits [N, V], or None: they are computed again.  weight_grad: [V, H] that the gradient of weight is
+    added to; then none is returned.
     """
-    row_max, log_sum, entropy = statistics
-    incoming = Upstream(*(x.contiguous() for x in upstream))
+    run = _backward_run(
+        stored, hidden, weight, bias, labels, places, upstream, logits_dtype, transform, workspace, implementation
+    )
+    return _gradients(run, stored, False, weight_grad, statistics, upstream, needs)
+
+
+@op(_fake_backward, mutates=("stored", "weight_grad"))
+def linear_logprob_backward_(
+    stored: Tensor | None,
+    weight_grad: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    places: Tensor | None,
+    statistics: list[Tensor],
+    upstream: list[Tensor],
+    needs: list[bool],
+    logits_dtype: torch.dtype,
+    transform: list[float],
+    workspace: int,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same; the gradient of stored logits is written over them."""
+    run = _backward_run(
+        stored, hidden, weight, bias, labels, places, upstream, logits_dtype, transform, workspace, implementation
+    )
+    return _gradients(run, stored, True, weight_grad, statistics, upstream, needs)
+
+
+def _backward_run(
+    stored: Tensor | None,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    places: Tensor | None,
+    upstream: list[Tensor],
+    *settings: Any,
+) -> Run:
     if stored is None and labels.device.type == "cpu":  # what has no gradient needs no logits: of another rank's groups
         wanted = torch.stack([x != 0 for x in upstream]).any(0)
         labels = torch.where(wanted, labels, IGNORED)
-    run = run_of(hidden, weight, bias, labels, keep, logits_dtype, transform, workspace, implementation)
-    saved = Statistics(row_max, entropy, row_max, log_sum)
-    with device_guard(hidden):
+    return run_of(hidden, weight, bias, labels, places, *settings)
+
+
+def _gradients(
+    run: Run,
+    stored: Tensor | None,
+    overwrite: bool,
+    weight_grad: Tensor | None,
+    statistics: list[Tensor],
+    upstream: list[Tensor],
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    row_max, log_sum, entropy = statistics
+    incoming = Upstream(*(x.contiguous() for x in upstream))
+    # Log-probabilities are not read.
+    saved = Statistics(row_max, None if incoming.entropy is None else entropy, row_max, log_sum)
+    with device_guard(row_max):
         if stored is None:
             grads = modes.backward_recompute(run, saved, incoming, Needs(*needs), weight_grad)
         else:
-            grads = modes.backward_store(run, saved, stored, incoming, Needs(*needs))
+            grads = modes.backward_store(run, saved, stored, overwrite, incoming, Needs(*needs))
     hidden_grad, new_weight_grad, bias_grad = (or_empty(grad, row_max) for grad in grads)
     return hidden_grad, new_weight_grad, bias_grad
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..objective import ContrastSettings, GroupLoss, Rollouts, ScoreObjective, Segments, evaluate
+from ..transfer import to_device
 from .group_infonce import score_gradient
 
 
@@ -35,8 +36,8 @@ def score_objective(objective: ScoreObjective, rollouts: Rollouts, settings: Con
     """
     scores, rewards, counts, segments, _size = rollouts
     assert segments is not None
-    local = Segments(*(x.to(scores.device, non_blocking=True) for x in segments))
-    rewards = rewards.to(scores.device, non_blocking=True)
+    local = Segments(*(to_device(x, scores.device) for x in segments))
+    rewards = to_device(rewards, scores.device)
     with torch.no_grad():
         local_rollouts = Rollouts(scores, rewards, counts, local, 0)
         result = evaluate(objective, local_rollouts, settings)

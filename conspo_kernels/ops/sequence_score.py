@@ -51,15 +51,53 @@ def sequence_score(
         return kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
 
 
-def _fake_backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, *_: object) -> Tensor:
-    return grad_scores.new_empty(labels.shape)
+def _fake_backward(weights: Tensor, counts: Tensor, labels: Tensor, *_: object) -> Tensor:
+    return weights.new_empty(labels.shape)
 
 
 @op(_fake_backward)
 def sequence_score_backward(
-    grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, implementation: str
+    weights: Tensor,
+    counts: Tensor,
+    labels: Tensor,
+    offsets: Tensor | None,
+    implementation: str,
+    factor: Tensor | None = None,
 ) -> Tensor:
-    """The gradient with respect to the log-probabilities, [B, T]."""
-    with device_guard(grad_scores):
-        kernels = kernels_for("sequence_score", implementation, grad_scores.device)
-        return kernels.backward(grad_scores.contiguous(), counts, labels.contiguous(), offsets)
+    """The gradient with respect to the log-probabilities, [B, T].  factor: 0-d, of all weights but those of zero."""
+    with device_guard(weights):
+        kernels = kernels_for("sequence_score", implementation, weights.device)
+        return kernels.backward(weights.contiguous(), counts, labels.contiguous(), offsets, factor)
+
+
+def _fake_coefficients(weights: Tensor, labels: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
+    spread = weights.new_empty(labels.shape)
+    return spread, weights.new_empty(weights.shape, dtype=torch.int32), labels.new_empty(labels.shape)
+
+
+@op(_fake_coefficients)
+def token_coefficients(
+    weights: Tensor, labels: Tensor, offsets: Tensor | None, implementation: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of scores [S] as coefficients of log-probabilities [B, T].
+
+    Returns:
+        coefficients: [B, T], dtype of the weights.
+        counts: [S] int32, response tokens.
+        wanted: [B, T] int64, the labels whose coefficient is not zero, else `IGNORED`.
+    """
+    with device_guard(weights):
+        kernels = kernels_for("sequence_score", implementation, weights.device)
+        return kernels.coefficients(weights.contiguous(), labels.contiguous(), offsets)
+
+
+def _fake_masked(coefficients: Tensor, labels: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return coefficients.new_empty(labels.shape), labels.new_empty(labels.shape)
+
+
+@op(_fake_masked)
+def masked_coefficients(coefficients: Tensor, labels: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
+    """Coefficients [B, T], zero where ignored whatever they are there; and the labels of those that are not zero."""
+    with device_guard(coefficients):
+        kernels = kernels_for("sequence_score", implementation, coefficients.device)
+        return kernels.masked(coefficients.contiguous(), labels.contiguous())

@@ -66,7 +66,8 @@ def to_odd(s: Array, error: Array) -> Array:
 
 def f64_to_bf16(x: Array) -> Array:
     """Rounded once: to fp32 by odd, which has bits enough for the second rounding to be the only one."""
-    single = x.astype(F32)
+    with np.errstate(over="ignore"):
+        single = x.astype(F32)
     error = np.where(np.isfinite(single), x - single, 0)
     bits = single.view(I32)
     fix = (error != 0) & ((bits & 1) == 0)

@@ -192,6 +192,8 @@ def decode_float_conversion(modifiers: list[str], to: str, kind: str, item: Inst
         return elementwise(bf16_to_f32, [U16], item, slots)
     if (to, kind) == ("bf16", "f32"):
         return elementwise(f32_to_bf16, [F32], item, slots)
+    if (to, kind) == ("f64", "bf16"):
+        return elementwise(lambda x: bf16_to_f32(x).astype(F64), [U16], item, slots)
     if (to, kind) == ("bf16", "f64"):
         return elementwise(f64_to_bf16, [F64], item, slots)
     if "bf16" in (to, kind):

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arithmetic import I64, U16, U32, U64, Array, bf16_to_f32
+from .arithmetic import F16, I64, U16, U32, U64, Array, bf16_to_f32
 from .decode import BOOL, TYPES, DType, Opcode, Run, Slots, get, instruction
 from .parse import Instruction
 from .threads import Threads
@@ -212,6 +212,9 @@ INTEGER_COMPARISONS: dict[str, Function] = {
 @instruction("setp")
 def decode_comparison(op: Opcode, item: Instruction, slots: Slots) -> Run:
     (comparison,) = op.modifiers
+    if op.kind in ("bf16x2", "f16x2"):
+        widen: Function = bf16_to_f32 if op.kind == "bf16x2" else (lambda a: a.view(F16))
+        return _compare_pairs(FLOAT_COMPARISONS[comparison], widen, item, slots)
     if op.kind == "bf16":
         compare = FLOAT_COMPARISONS[comparison]
         return elementwise(lambda a, b: compare(bf16_to_f32(a), bf16_to_f32(b)), [U16, U16], item, slots)
@@ -219,6 +222,21 @@ def decode_comparison(op: Opcode, item: Instruction, slots: Slots) -> Run:
     if comparison not in table:
         raise NotImplementedError(f"comparison {comparison}")
     return elementwise(table[comparison], [op.dtype] * 2, item, slots)
+
+
+def _compare_pairs(compare: Function, widen: Function, item: Instruction, slots: Slots) -> Run:
+    """`setp.eq.bf16x2 p|q, a, b`: p compares the lower halves, q the upper ones."""
+    to, *operands = item.operands
+    p, q = (slots.destination(name) for name in str(to).split("|"))
+    a, b = (slots.source(operand, U32) for operand in operands)
+
+    def run(threads: Threads) -> None:
+        x, y = get(threads, a, U32), get(threads, b, U32)
+        for destination, shift in ((p, 0), (q, 16)):
+            halves = ((register >> np.uint32(shift)).astype(U16) for register in (x, y))
+            threads.registers[destination] = compare(*map(widen, halves))
+
+    return run
 
 
 @instruction("cvt")

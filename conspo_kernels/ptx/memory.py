@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .arithmetic import Array
-
-if TYPE_CHECKING:
-    from .threads import Threads
 
 # An access of so many bytes moves items of this type: bits are copied, never computed with.
 ITEMS: dict[int, np.dtype[Any]] = {
@@ -27,6 +24,20 @@ WIDEST = 16
 
 class Fault(RuntimeError):
     """Compiled code did what it must not: the message says what, which instruction, and which thread."""
+
+
+class Accessing(Protocol):
+    """The threads that run an access, as far as memory looks at them: `Threads` is one."""
+
+    mask: Array | None
+    ctas: Array
+    per_cta: int
+    barriers: Array
+    warp_barriers: Array
+
+    def active(self) -> Array: ...
+
+    def name(self, lane: int) -> str: ...
 
 
 class Access(NamedTuple):
@@ -112,7 +123,7 @@ class Memory:
         i = bisect_right(self.starts, address) - 1
         return self.regions[i] if i >= 0 and address < self.regions[i].end else None
 
-    def parts(self, address: Array, size: int, threads: Threads, what: str) -> list[tuple[Region, Array | None]]:
+    def parts(self, address: Array, size: int, threads: Accessing, what: str) -> list[tuple[Region, Array | None]]:
         """The regions that an access touches, and which of its addresses lie there (None: all).
 
         Raises Fault where an address is not a multiple of the size or the bytes are not all inside of a region.
@@ -133,7 +144,7 @@ class Memory:
             self.complain(f"{what}: outside of the memory that was passed", address, ~inside, threads)
         return parts
 
-    def complain(self, problem: str, address: Array, wrong: Array, threads: Threads) -> None:
+    def complain(self, problem: str, address: Array, wrong: Array, threads: Accessing) -> None:
         i = int(wrong.argmax())
         active = threads.active()
         lane = int(active[i] if len(address) == len(active) else active[0])
@@ -143,7 +154,7 @@ class Memory:
         size = "" if near is None else f", which has {near.end - near.start}"
         raise Fault(f"{self.name} {problem}, by {threads.name(lane)} at {where:#x}{place}{size}")
 
-    def load(self, address: Array, size: int, threads: Threads, text: str) -> Array:
+    def load(self, address: Array, size: int, threads: Accessing, text: str) -> Array:
         """[m] addresses, of the active threads or one for all of them -> items [m, k]."""
         parts = self.parts(address, size, threads, "load")
         if parts[0][1] is None:
@@ -158,7 +169,7 @@ class Memory:
             self._write_down(region, address[those], those, size, None, threads, text)
         return items
 
-    def store(self, address: Array, items: Array, threads: Threads, text: str) -> None:
+    def store(self, address: Array, items: Array, threads: Accessing, text: str) -> None:
         """items: [m, k] to [m] addresses, one per active thread."""
         size = items.itemsize * items.shape[1]
         for region, those in self.parts(address, size, threads, "store"):
@@ -177,7 +188,7 @@ class Memory:
             self._write_down(region, at, those, size, changed, threads, text)
 
     def _write_down(
-        self, region: Region, address: Array, those: Array | None, size: int, changed: Array | None, threads: Threads,
+        self, region: Region, address: Array, those: Array | None, size: int, changed: Array | None, threads: Accessing,
         text: str,
     ) -> None:  # fmt: skip
         """Only references are kept: nothing of this is looked at unless somebody stores to the region."""

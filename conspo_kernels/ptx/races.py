@@ -4,8 +4,8 @@ Two threads race where they touch the same bytes, one of them stores, and nothin
 does; in a CTA a barrier does, within a warp also a barrier of the warp. Two things are no race:
 
 - stores of the same bits: Triton's layouts hold replicas of a number, and each may write it;
-- the load of a replica: a thread loads, by the same instruction as the thread that stores later, a number that it then
-  does not use. What it reads there does not matter.
+- in global memory, the load of a replica: a thread loads, by the same instruction as the thread that stores later, a
+  number that it then does not use. What it reads there does not matter. In shared memory every load is used.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def _check(region: Region, space: str, kernel: str) -> None:
         candidates = touches.only(those)
         groups = _groups([column[those] for column in key])
         for group in np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1]):
-            if len(group) and _matters(candidates.only(group)):
+            if len(group) and _matters(candidates.only(group), replicas=space == "global"):
                 _complain("threads, with no barrier between them,", candidates.only(group), region, space, kernel)
 
 
@@ -114,8 +114,8 @@ def _shared_with_a_store(key: list[Array], who: Array, touches: Touches) -> Arra
     return (several & stored)[groups]
 
 
-def _matters(touches: Touches) -> bool:
-    """Whether the order of these accesses to one granule can change anything."""
+def _matters(touches: Touches, replicas: bool) -> bool:
+    """Whether the order of these accesses to one granule can change anything.  replicas: whether theirs are no race."""
     stores = touches.only(touches.stores)
     loads = touches.only(~touches.stores)
     # The first of several stores may change the bits; a later one by another thread must find its own there.
@@ -128,8 +128,8 @@ def _matters(touches: Touches) -> bool:
             continue
         if (stores.access[others] < access).any():
             return True
-        replicas = loads.thread[loads.access == access]
-        if not np.isin(stores.thread[others], replicas).all():
+        same_load = loads.thread[loads.access == access]
+        if not (replicas and np.isin(stores.thread[others], same_load).all()):
             return True
     return False
 

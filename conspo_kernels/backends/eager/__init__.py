@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from .. import contract
-from . import group_infonce, scale, sequence_score, token_logprob
+from . import group_infonce, label_alignment, scale, sequence_score, token_logprob
 
 # That the modules keep the contract.
-_: tuple[contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale]
-_ = (token_logprob, sequence_score, group_infonce, scale)
+_: tuple[contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale, contract.LabelAlignment]
+_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment)
 
 
 def obstacle(device: torch.device) -> str | None:

@@ -43,9 +43,9 @@ def _moment(p: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(p > 0, p * log_p, 0.0)
 
 
-def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
+def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
     """Statistics, each [B, T]."""
-    logits, labels, transform = rows
+    logits, labels, transform, _start = rows
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     vocab_size = logits.shape[-1]
     logprobs, row_max, log_sum = (torch.zeros(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
@@ -64,14 +64,15 @@ def forward(rows: LogitRows, with_entropy: bool) -> Statistics:
         values = [(logprobs, torch.where(inside, label_d, torch.nan) - ls), (row_max, m), (log_sum, ls)]
         if entropy is not None:
             values.append((entropy, ls - _moment(e, d).sum(-1) / s))
-        for out, value in values:
-            out[chunk] = torch.where(active[chunk], value, 0.0)
-    return Statistics(logprobs, entropy, row_max, log_sum)
+        for result, value in values:
+            result[chunk] = torch.where(active[chunk], value, 0.0)
+    found = Statistics(logprobs, entropy, row_max, log_sum)
+    return found if out is None else found.copied_to(out)
 
 
 def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
     """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
-    logits, labels, transform = rows
+    logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
     grad_logprobs, grad_entropy = upstream
     _logprobs, entropy, row_max, log_sum = statistics
     acc, vocab_size = row_max.dtype, logits.shape[-1]
@@ -98,11 +99,11 @@ def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstr
             g -= entropy_coefficient_bt[chunk][:, None] * (_moment(p, log_p) + p * entropy[chunk][:, None])
         g *= transform.scale
         g *= slope
-        grad_logits[chunk] = torch.where(nonzero[chunk][:, None], g, 0.0).to(logits.dtype)
+        grad_logits[chunk] = torch.where(nonzero[chunk][:, None], g, 0.0).to(grad_logits.dtype)
 
 
-def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
     """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
     statistics = forward(rows, with_entropy=False)
     backward(grad_logits, rows, statistics, Upstream(coefficients))
-    return statistics.logprobs
+    return statistics.logprobs if out is None else out.copy_(statistics.logprobs)

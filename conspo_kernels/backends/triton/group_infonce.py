@@ -1,23 +1,28 @@
-"""Group InfoNCE on scores, loss and weights in one launch, in Triton.
+"""Group InfoNCE on scores, loss and weights, in Triton: one launch for few rollouts, two for many.
 
-One program does it all, because the mean needs the number of valid groups before the first weight is known, and a batch
-of rollouts is small (64 groups of 16 are 4 KB): it walks tiles of GROUPS groups x MEMBERS rollouts, first to count the
-valid groups, then for losses and weights. Tiles stay in the first-level cache between the walks. The equations and the
-names are those of `objective.py`.
+The mean needs the number of valid groups before the first weight is known. Up to `FEW` rollouts one program walks tiles
+of GROUPS groups x MEMBERS rollouts, first to count the valid groups, then for losses and weights; tiles stay in the
+first-level cache between the walks. More rollouts would make it wait for one tile after another: there each program has
+one tile of groups, and leaves the sum of its losses and the number of its valid groups; a second launch adds these up,
+in a fixed order, and divides. The equations and the names are those of `objective.py`.
 """
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ...objective import ContrastSettings, GroupLoss, Rollouts
 from .softmax import NEG_INF, finite_max
 
 MEMBERS = 16
 GROUPS = 16
+FEW = 1024  # rollouts: four tiles, of which a program reads each four times
 NUM_WARPS = 8
-UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size")
-UNALIGNED = ("scores_ptr", "rewards_ptr", "margin_ptr", "num_groups_ptr")  # a user's slice begins anywhere
+BLOCK = 1024  # of the second launch, rollouts per program
+UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size", "num_programs")
+# A user's slice begins anywhere.
+UNALIGNED = ("scores_ptr", "rewards_ptr", "counts_ptr", "margin_ptr", "num_groups_ptr")
 
 
 @triton.jit
@@ -128,73 +133,150 @@ def _positives(
     return sum_softplus, sum_q
 
 
-# Reads scores, rewards and counts a few times, from the cache after the first; writes 2 numbers per rollout.
+@triton.jit
+def _number(ptr, value, acc: tl.constexpr):
+    """A number that is on the device, or was known on the host."""
+    if ptr is not None:
+        return tl.load(ptr).to(acc)
+    else:
+        return tl.full((), value, tl.float64).to(acc)
+
+
+@triton.jit
+def _count_valid(
+    order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau, num_rollouts, num_slots, group_size,
+    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+):  # fmt: skip
+    num_valid = tl.zeros((GROUPS,), tl.int32)
+    k0 = num_slots * 0  # a 0 of its type, which a loop variable has to keep
+    while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
+        start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
+        _num_positive, valid, _peak, _total = _negatives(
+            start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
+            RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
+        )  # fmt: skip
+        num_valid += valid.to(tl.int32)
+        k0 += GROUPS
+    return tl.sum(num_valid)
+
+
+@triton.jit
+def _tile(
+    k0, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr, roles_ptr,
+    margin, threshold, tau, denominator, num_slots, group_size,
+    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, REDUCTION: tl.constexpr, GROUPS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+):  # fmt: skip
+    """Weights and roles of the groups k0 .. k0 + GROUPS; their losses, and which are valid."""
+    acc: tl.constexpr = tau.dtype
+    start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
+    num_positive, valid, peak, total = _negatives(
+        start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
+        RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
+    )  # fmt: skip
+    lse = peak + tl.log(total)
+    per_positive = 1 / tl.maximum(num_positive, 1).to(acc)
+
+    sum_softplus, sum_q = _positives(
+        start, stop, lse, margin, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
+        RAGGED, HAS_COUNTS, MEMBERS,
+    )  # fmt: skip
+    group_loss = tl.where(valid, tau * per_positive * sum_softplus, tl.zeros_like(peak))
+    if REDUCTION == "none":
+        k = k0 + tl.arange(0, GROUPS)
+        tl.store(loss_ptr + k, group_loss, mask=k < num_slots)
+
+    pull = sum_q * per_positive / tl.where(total > 0, total, tl.full((), 1, acc))
+    for j in range(0, tl.max(stop - start), MEMBERS):
+        rollout, inside, score, positive, negative = _members(
+            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+        )
+        q = _sigmoid(lse[:, None] - (score - margin) / tau)
+        odds = tl.exp(score / tau - peak[:, None])
+        weight = tl.where(positive, -q * per_positive[:, None], pull[:, None] * odds)
+        takes_part = valid[:, None] & (positive | negative)
+        tl.store(weights_ptr + rollout, tl.where(takes_part, weight / denominator, 0), mask=inside)
+        role = positive.to(tl.int8) - negative.to(tl.int8)
+        tl.store(roles_ptr + rollout, tl.where(valid[:, None], role, role * 2), mask=inside)
+    return group_loss, valid
+
+
+# Reads scores, rewards and counts a few times, from the cache after the first; writes 2 numbers per rollout, and with
+# several programs 2 per program.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _kernel(
     scores_ptr, rewards_ptr, counts_ptr, order_ptr, offsets_ptr, margin_ptr, num_groups_ptr, loss_ptr, weights_ptr,
-    roles_ptr,
-    num_rollouts: tl.int64, num_slots: tl.int64, group_size: tl.int64, tau: tl.float64, threshold: tl.float64,
-    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, HAS_NUM_GROUPS: tl.constexpr, REDUCTION: tl.constexpr,
+    roles_ptr, partial_ptr,
+    num_rollouts: tl.int64, num_slots: tl.int64, group_size: tl.int64, margin: tl.float64, num_groups: tl.float64,
+    tau: tl.float64, threshold: tl.float64,
+    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, DENOMINATOR: tl.constexpr, REDUCTION: tl.constexpr,
     GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = scores_ptr.dtype.element_ty
     tau = tl.full((), tau, acc)
     threshold = tl.full((), threshold, tl.float64)
-    margin = tl.load(margin_ptr).to(acc)
+    margin = _number(margin_ptr, margin, acc)
+    one = tl.full((), 1, acc)
 
-    denominator = tl.full((), 1, acc)
-    if REDUCTION == "mean" and HAS_NUM_GROUPS:
-        denominator = tl.load(num_groups_ptr).to(acc)
-    elif REDUCTION == "mean":
-        num_valid = tl.zeros((GROUPS,), tl.int32)
-        k0 = num_slots * 0  # a 0 of its type, which a loop variable has to keep
-        while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
-            start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
-            _num_positive, valid, _peak, _total = _negatives(
-                start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-                RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
+    if partial_ptr is not None:
+        program = tl.program_id(0).to(tl.int64)
+        group_loss, valid = _tile(
+            program * GROUPS, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr,
+            roles_ptr, margin, threshold, tau, one, num_slots, group_size,
+            RAGGED, HAS_COUNTS, REDUCTION, GROUPS, MEMBERS,
+        )  # fmt: skip
+        tl.store(partial_ptr + 2 * program, tl.sum(group_loss))
+        tl.store(partial_ptr + 2 * program + 1, tl.sum(valid.to(tl.int32)).to(acc))
+    else:
+        denominator = one
+        if DENOMINATOR == "given":
+            denominator = _number(num_groups_ptr, num_groups, acc)
+        elif DENOMINATOR == "valid":
+            num_valid = _count_valid(
+                order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau, num_rollouts, num_slots,
+                group_size, RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
             )  # fmt: skip
-            num_valid += valid.to(tl.int32)
+            denominator = tl.maximum(num_valid, 1).to(acc)
+        loss = tl.zeros((GROUPS,), acc)
+        k0 = num_slots * 0
+        while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
+            group_loss, _valid = _tile(
+                k0, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr, roles_ptr,
+                margin, threshold, tau, denominator, num_slots, group_size,
+                RAGGED, HAS_COUNTS, REDUCTION, GROUPS, MEMBERS,
+            )  # fmt: skip
+            loss += group_loss
             k0 += GROUPS
-        denominator = tl.maximum(tl.sum(num_valid), 1).to(acc)
+        if REDUCTION != "none":
+            tl.store(loss_ptr, tl.sum(loss) / denominator)
 
-    loss = tl.zeros((GROUPS,), acc)
-    k0 = num_slots * 0
-    while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
-        start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
-        num_positive, valid, peak, total = _negatives(
-            start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-            RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
-        )  # fmt: skip
-        lse = peak + tl.log(total)
-        per_positive = 1 / tl.maximum(num_positive, 1).to(acc)
 
-        sum_softplus, sum_q = _positives(
-            start, stop, lse, margin, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-            RAGGED, HAS_COUNTS, MEMBERS,
-        )  # fmt: skip
-        group_loss = tl.where(valid, tau * per_positive * sum_softplus, tl.zeros_like(peak))
-        if REDUCTION == "none":
-            k = k0 + tl.arange(0, GROUPS)
-            tl.store(loss_ptr + k, group_loss, mask=k < num_slots)
-        loss += group_loss
-
-        pull = sum_q * per_positive / tl.where(total > 0, total, tl.full((), 1, acc))
-        for j in range(0, tl.max(stop - start), MEMBERS):
-            rollout, inside, score, positive, negative = _members(
-                start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
-            )
-            q = _sigmoid(lse[:, None] - (score - margin) / tau)
-            odds = tl.exp(score / tau - peak[:, None])
-            weight = tl.where(positive, -q * per_positive[:, None], pull[:, None] * odds)
-            takes_part = valid[:, None] & (positive | negative)
-            tl.store(weights_ptr + rollout, tl.where(takes_part, weight / denominator, 0), mask=inside)
-            role = positive.to(tl.int8) - negative.to(tl.int8)
-            tl.store(roles_ptr + rollout, tl.where(valid[:, None], role, role * 2), mask=inside)
-        k0 += GROUPS
-
-    if REDUCTION != "none":
+# Reads 2 numbers per program of the first launch, reads and writes one per rollout.
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def _reduce_kernel(
+    partial_ptr, num_groups_ptr, loss_ptr, weights_ptr,
+    num_rollouts: tl.int64, num_programs: tl.int64, num_groups: tl.float64,
+    DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    acc: tl.constexpr = weights_ptr.dtype.element_ty
+    loss, num_valid = tl.zeros((BLOCK,), acc), tl.zeros((BLOCK,), acc)
+    start = num_programs * 0
+    while start < num_programs:
+        program = start + tl.arange(0, BLOCK)
+        loss += tl.load(partial_ptr + 2 * program, mask=program < num_programs, other=0.0)
+        num_valid += tl.load(partial_ptr + 2 * program + 1, mask=program < num_programs, other=0.0)
+        start += BLOCK
+    if DENOMINATOR == "given":
+        denominator = _number(num_groups_ptr, num_groups, acc)
+    elif DENOMINATOR == "valid":
+        denominator = tl.maximum(tl.sum(num_valid), 1)
+    else:
+        denominator = tl.full((), 1, acc)
+    if tl.program_id(0) == 0:
         tl.store(loss_ptr, tl.sum(loss) / denominator)
+    rollouts = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    weights = tl.load(weights_ptr + rollouts, mask=rollouts < num_rollouts, other=0.0)
+    tl.store(weights_ptr + rollouts, weights / denominator, mask=rollouts < num_rollouts)
 
 
 def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
@@ -202,15 +284,33 @@ def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
     scores, rewards, counts, segments, group_size = rollouts
     num_rollouts = scores.numel()
     num_slots = num_rollouts // group_size if segments is None else segments.offsets.numel() - 1
-    # Trailing slots of ragged groups are never visited, hence zeros.
+    # Trailing slots of ragged groups are never visited by one program, hence zeros.
     loss = scores.new_zeros(num_slots) if settings.reduction == "none" else scores.new_empty(())
     weights = torch.empty_like(scores)
     roles = torch.empty(num_rollouts, dtype=torch.int8, device=scores.device)
-    _kernel[(1,)](
-        scores, rewards, counts, segments and segments.order, segments and segments.offsets, settings.margin,
-        settings.num_groups, loss, weights, roles, num_rollouts, num_slots, group_size, settings.tau,
-        settings.reward_threshold, RAGGED=segments is not None, HAS_COUNTS=counts is not None,
-        HAS_NUM_GROUPS=settings.num_groups is not None, REDUCTION=settings.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS,
-        num_warps=NUM_WARPS,
+    num_programs = 1 if num_rollouts <= FEW else triton.cdiv(num_slots, GROUPS)
+    partial = scores.new_empty(2 * num_programs) if num_programs > 1 else None
+    denominator = "one"
+    if settings.reduction == "mean":
+        denominator = "valid" if settings.num_groups is None else "given"
+    margin_ptr, margin = _pointer_or_number(settings.margin)
+    num_groups_ptr, num_groups = _pointer_or_number(settings.num_groups)
+    _kernel[(num_programs,)](
+        scores, rewards, counts, segments and segments.order, segments and segments.offsets, margin_ptr,
+        num_groups_ptr, loss, weights, roles, partial, num_rollouts, num_slots, group_size, margin, num_groups,
+        settings.tau, settings.reward_threshold, RAGGED=segments is not None, HAS_COUNTS=counts is not None,
+        DENOMINATOR=denominator, REDUCTION=settings.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS, num_warps=NUM_WARPS,
     )  # fmt: skip
+    if partial is not None and settings.reduction != "none":
+        _reduce_kernel[(triton.cdiv(num_rollouts, BLOCK),)](
+            partial, num_groups_ptr, loss, weights, num_rollouts, num_programs, num_groups,
+            DENOMINATOR=denominator, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return GroupLoss(loss, weights, roles)
+
+
+def _pointer_or_number(x: Tensor | None) -> tuple[Tensor | None, float]:
+    """A 0-d tensor as a kernel takes it: a number where the host can look at it."""
+    if x is None:
+        return None, 0.0
+    return (None, float(x.item())) if x.device.type == "cpu" else (x, 0.0)

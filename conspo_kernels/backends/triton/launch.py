@@ -31,6 +31,13 @@ class Launch(NamedTuple):
     num_warps: int
 
 
+# Forward and backward of a row in one program, whose second look at the row is to find it in the L2. 1,024 threads of
+# more than 32 registers: one row per multiprocessor is in flight, for fp32 logits two. That is the point, and not
+# searched for.
+KNOWN = {"known": Launch(2048, 32), "heavy known": Launch(1024, 32)}
+L2_SHARE = 0.85  # that the rows in flight may take: a row leaves as it is read again, half of them are half read
+L2_BYTES, MULTIPROCESSORS = 50 * 2**20, 132  # of an H100, where no GPU says its own
+
 # kernel: "forward", "backward", or "heavy", a backward whose slope or narrow stores double the registers per logit.
 # Registers, and the warps that fit them, are those of `python -m benchmarks.compiled`, bf16. A multiprocessor has to
 # keep bandwidth * latency / multiprocessors bytes in flight, about 600 ns on a GPU; every row has a margin of two.
@@ -65,11 +72,32 @@ def architecture(device: torch.device) -> str:
 
 def launch_of(kernel: str, logits: Tensor) -> Launch:
     """How to launch a kernel on these logits."""
+    if kernel in KNOWN:
+        launch = KNOWN[kernel]
+        return launch._replace(num_warps=16) if architecture(logits.device).startswith("gfx") else launch
     if _forced is not None:
         return _forced
     if logits.is_cuda and os.environ.get("CONSPO_AUTOTUNE") == "1":
         return search(kernel, logits.shape[-1], logits.dtype, logits.device)
     return TABLE[architecture(logits.device)][kernel]
+
+
+@functools.lru_cache(maxsize=16)
+def _cached_row_bytes(device: torch.device) -> float:
+    """The longest row of which one per multiprocessor fits the L2."""
+    if device.type != "cuda":
+        return L2_SHARE * L2_BYTES / MULTIPROCESSORS
+    properties = torch.cuda.get_device_properties(device)
+    return L2_SHARE * properties.L2_cache_size / properties.multi_processor_count
+
+
+def caches_rows(logits: Tensor) -> bool:
+    """Whether the L2 holds the rows in flight of kernel "known".
+
+    It depends on V, the dtype and the device alone, as the order of every sum does.
+    """
+    rows = 2 if logits.element_size() == 4 else 1
+    return rows * logits.shape[-1] * logits.element_size() <= _cached_row_bytes(logits.device)
 
 
 def vectors_per_thread(launch: Launch, device: torch.device) -> int:

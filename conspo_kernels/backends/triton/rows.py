@@ -29,10 +29,21 @@ UNSPECIALIZED = (
     "grad_early",
     "stride_grad_b",
     "stride_grad_t",
+    "vocab_start",
 )
 
-# Read a number at a time, from wherever a user's slice begins: knowing the alignment would only make for more binaries.
-UNALIGNED = ("labels_ptr", "grad_logprobs_ptr", "grad_entropy_ptr")
+# Read a number at a time, from wherever a slice begins, a user's or a tile's: knowing the alignment would only make for
+# more binaries, some of them in the middle of training.
+UNALIGNED = (
+    "labels_ptr",
+    "coefficients_ptr",
+    "grad_logprobs_ptr",
+    "grad_entropy_ptr",
+    "logprobs_ptr",
+    "row_max_ptr",
+    "log_sum_ptr",
+    "entropy_ptr",
+)
 
 
 @triton.jit
@@ -63,8 +74,10 @@ def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
     """How the kernels that walk rows cut them. kernel: of `launch.TABLE`."""
     size = logits.element_size()
     launch = launch_of(kernel, logits)
-    cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes, "CHUNK": CHUNK_BYTES // size}
-    if kernel == "forward":
+    cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes}
+    if not kernel.endswith("known"):  # a whole row per program
+        cut["CHUNK"] = CHUNK_BYTES // size
+    if kernel == "forward" or kernel.endswith("known"):
         cut["PARTS"] = vectors_per_thread(launch, logits.device)
     return cut | {"num_warps": launch.num_warps}
 

@@ -1,4 +1,4 @@
-"""Segmented mean of token log-probabilities, forward and backward, in Triton.
+"""Segmented mean of token log-probabilities, forward and backward, and sums with known weights, in Triton.
 
 One program per rollout, which walks its own tokens: the order of the sum depends on the rollout's length alone.
 Rollouts are the rows of padded [B, T] tensors, or the segments between `offsets` of packed ones.
@@ -14,8 +14,9 @@ from ...values import IGNORED as IGNORED_LABEL
 BLOCK = 4096
 NUM_WARPS = 8
 IGNORED = tl.constexpr(IGNORED_LABEL)
-UNSPECIALIZED = ("num_tokens", "num_positions")
-UNALIGNED = ("logprobs_ptr", "labels_ptr", "grad_scores_ptr")  # a user's slice begins anywhere
+UNSPECIALIZED = ("num_tokens", "num_positions", "num_segments")
+# A user's slice begins anywhere.
+UNALIGNED = ("logprobs_ptr", "labels_ptr", "offsets_ptr", "weights_ptr", "factor_ptr", "values_ptr", "counts_ptr")
 
 
 @triton.jit
@@ -26,8 +27,8 @@ def _segment(s, offsets_ptr, num_positions, num_tokens, PACKED: tl.constexpr):
     out of the tensor.
     """
     if PACKED:
-        start = tl.load(offsets_ptr + s)
-        stop = tl.load(offsets_ptr + s + 1)
+        start = tl.load(offsets_ptr + s).to(tl.int64)
+        stop = tl.load(offsets_ptr + s + 1).to(tl.int64)
         start = tl.minimum(tl.maximum(start, 0), num_tokens)
         stop = tl.minimum(tl.maximum(stop, start), num_tokens)
     else:
@@ -59,23 +60,110 @@ def _forward_kernel(
     tl.store(counts_ptr + s, n)
 
 
+@triton.jit
+def _fill_gap(out_ptr, start, stop, value, BLOCK: tl.constexpr):
+    while start < stop:
+        tokens = start + tl.arange(0, BLOCK)
+        tl.store(out_ptr + tokens, tl.zeros((BLOCK,), out_ptr.dtype.element_ty) + value, mask=tokens < stop)
+        start += BLOCK
+
+
+@triton.jit
+def _fill_outside(out_ptr, offsets_ptr, num_segments, num_tokens, value, BLOCK: tl.constexpr):
+    """Of packed tokens, those outside of all segments."""
+    zero = num_tokens * 0  # of its type, which a loop variable has to keep
+    start = tl.maximum(tl.minimum(tl.load(offsets_ptr).to(tl.int64), num_tokens), zero)
+    stop = tl.maximum(tl.minimum(tl.load(offsets_ptr + num_segments).to(tl.int64), num_tokens), zero)
+    _fill_gap(out_ptr, zero, start, value, BLOCK)
+    _fill_gap(out_ptr, stop, num_tokens, value, BLOCK)
+
+
 # Reads a label per token and two numbers per rollout; writes a gradient per token.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
-    grad_scores_ptr, counts_ptr, labels_ptr, offsets_ptr, grad_logprobs_ptr,
-    num_positions: tl.int64, num_tokens: tl.int64,
+    weights_ptr, factor_ptr, counts_ptr, labels_ptr, offsets_ptr, grad_logprobs_ptr,
+    num_positions: tl.int64, num_tokens: tl.int64, num_segments: tl.int64,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
+    if PACKED:
+        if s == num_segments:
+            _fill_outside(grad_logprobs_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
+            return
     start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
     n = tl.load(counts_ptr + s)
-    grad = tl.load(grad_scores_ptr + s, mask=n > 0, other=0.0) / tl.maximum(n, 1)
+    grad = tl.load(weights_ptr + s, mask=n > 0, other=0.0)
+    if factor_ptr is not None:  # a weight of zero takes no part, whatever comes in
+        grad = tl.where(grad == 0, grad, grad * tl.load(factor_ptr).to(grad.dtype))
+    grad = grad / tl.maximum(n, 1)
     while start < stop:
         tokens = start + tl.arange(0, BLOCK)
         mask = tokens < stop
         active = mask & (n > 0) & (tl.load(labels_ptr + tokens, mask=mask, other=0) != IGNORED)
         tl.store(grad_logprobs_ptr + tokens, tl.where(active, grad, tl.zeros_like(grad)), mask=mask)
         start += BLOCK
+
+
+# Reads the labels twice and a number per rollout; writes a coefficient and a label per token, a number per rollout.
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def _coefficients_kernel(
+    weights_ptr, labels_ptr, offsets_ptr, coefficients_ptr, counts_ptr, wanted_ptr,
+    num_positions: tl.int64, num_tokens: tl.int64, num_segments: tl.int64,
+    PACKED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    s = tl.program_id(0).to(tl.int64)
+    if PACKED:
+        if s == num_segments:
+            _fill_outside(coefficients_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
+            _fill_outside(wanted_ptr, offsets_ptr, num_segments, num_tokens, IGNORED, BLOCK)
+            return
+    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
+    count = tl.zeros((BLOCK,), tl.int32)
+    first = start
+    while first < stop:
+        tokens = first + tl.arange(0, BLOCK)
+        count += (tl.load(labels_ptr + tokens, mask=tokens < stop, other=IGNORED) != IGNORED).to(tl.int32)
+        first += BLOCK
+    n = tl.sum(count)
+    tl.store(counts_ptr + s, n)
+    c = tl.load(weights_ptr + s, mask=n > 0, other=0.0) / tl.maximum(n, 1)
+    while start < stop:
+        tokens = start + tl.arange(0, BLOCK)
+        mask = tokens < stop
+        label = tl.load(labels_ptr + tokens, mask=mask, other=IGNORED)
+        coefficient = tl.where(label != IGNORED, c, tl.zeros_like(c))
+        tl.store(coefficients_ptr + tokens, coefficient, mask=mask)
+        tl.store(wanted_ptr + tokens, tl.where(coefficient != 0, label, IGNORED), mask=mask)
+        start += BLOCK
+
+
+# Reads a coefficient and a label per token, and writes them.
+@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+def _masked_kernel(
+    values_ptr, labels_ptr, coefficients_ptr, wanted_ptr, num_tokens: tl.int64, BLOCK: tl.constexpr
+):  # fmt: skip
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = tokens < num_tokens
+    label = tl.load(labels_ptr + tokens, mask=mask, other=IGNORED)
+    coefficient = tl.load(values_ptr + tokens, mask=mask & (label != IGNORED), other=0.0)
+    tl.store(coefficients_ptr + tokens, coefficient, mask=mask)
+    tl.store(wanted_ptr + tokens, tl.where(coefficient != 0, label, IGNORED), mask=mask)
+
+
+# Reads two numbers (three with counts) per value; writes one. One program: the order of the sum is fixed.
+@triton.jit(do_not_specialize=("number",), do_not_specialize_on_alignment=UNALIGNED)
+def _weighted_sum_kernel(values_ptr, weights_ptr, counts_ptr, sum_ptr, number: tl.int64, BLOCK: tl.constexpr):
+    total = tl.zeros((BLOCK,), values_ptr.dtype.element_ty)
+    start = number * 0
+    while start < number:
+        i = start + tl.arange(0, BLOCK)
+        weight = tl.load(weights_ptr + i, mask=i < number, other=0.0)
+        used = weight != 0  # what is not used may be -inf or NaN
+        if counts_ptr is not None:
+            used = used & (tl.load(counts_ptr + i, mask=i < number, other=0) > 0)
+        total += weight * tl.load(values_ptr + i, mask=used, other=0.0)
+        start += BLOCK
+    tl.store(sum_ptr, tl.sum(total))
 
 
 def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -91,15 +179,49 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[T
     return scores, counts
 
 
-def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None) -> Tensor:
-    """The gradient of the scores, [S], spread over their tokens: [B, T], zero where ignored."""
-    # Of packed tokens, those outside all segments have no program.
-    allocate = torch.empty if offsets is None else torch.zeros
-    grad_logprobs = allocate(labels.shape, dtype=grad_scores.dtype, device=labels.device)
-    num_segments = counts.numel()
-    if num_segments > 0:
-        _backward_kernel[(num_segments,)](
-            grad_scores, counts, labels, offsets, grad_logprobs, labels.shape[1], labels.numel(),
+def backward(
+    weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
+) -> Tensor:
+    """The gradient of the scores, weights [S] times factor, at their tokens: [B, T], zero where ignored."""
+    grad_logprobs = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
+    if programs := _num_programs(labels, offsets):
+        _backward_kernel[(programs,)](
+            weights, factor, counts, labels, offsets, grad_logprobs, labels.shape[1], labels.numel(), counts.numel(),
             PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
     return grad_logprobs
+
+
+def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
+    spread = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
+    counts = torch.empty(weights.shape, dtype=torch.int32, device=labels.device)
+    wanted = torch.empty_like(labels)
+    if programs := _num_programs(labels, offsets):
+        _coefficients_kernel[(programs,)](
+            weights, labels, offsets, spread, counts, wanted, labels.shape[1], labels.numel(), weights.numel(),
+            PACKED=offsets is not None, BLOCK=BLOCK // 2, num_warps=NUM_WARPS,  # two loops' registers
+        )  # fmt: skip
+    return spread, counts, wanted
+
+
+def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
+    spread, wanted = torch.empty_like(coefficients), torch.empty_like(labels)
+    if labels.numel():
+        _masked_kernel[(triton.cdiv(labels.numel(), BLOCK),)](
+            coefficients, labels, spread, wanted, labels.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
+        )
+    return spread, wanted
+
+
+def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
+    """The sum (0-d) of weights times values, contiguous, without those whose weight (or count) is zero."""
+    total = values.new_empty(())
+    _weighted_sum_kernel[(1,)](values, weights, counts, total, values.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    return total
+
+
+def _num_programs(labels: Tensor, offsets: Tensor | None) -> int:
+    """One per rollout; of packed tokens one more, for those of no rollout."""
+    return labels.shape[0] if offsets is None else offsets.numel()

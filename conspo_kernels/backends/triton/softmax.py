@@ -39,12 +39,24 @@ def tanh(z, inner, TANH: tl.constexpr):
     if TANH == "series":
         # 1 - t cancels for small x, and a large softcap multiplies what is lost: there the Taylor series through x^13.
         x = z * inner.to(z.dtype)
-        x2 = x * x
-        series = tl.fma(tl.fma(x2, 21844 / 6081075, -1382 / 155925), x2, 62 / 2835)
-        series = tl.fma(tl.fma(tl.fma(series, x2, -17 / 315), x2, 2 / 15), x2, -1 / 3) * x2
         small: tl.constexpr = 0.03 if z.dtype == tl.float64 else 0.3
-        u = tl.where(tl.abs(x) < small, tl.fma(x, series, x), u)
+        u = tl.where(tl.abs(x) < small, _tanh_series(x), u)
     return u, t * r * r
+
+
+@triton.jit
+def _tanh_series(x):
+    """tanh(x) for small x. `tl.fma` takes a Python number as fp32, whatever its other operands are: hence `_number`."""
+    x2 = x * x
+    series = tl.fma(tl.fma(x2, _number(21844 / 6081075, x), _number(-1382 / 155925, x)), x2, _number(62 / 2835, x))
+    series = tl.fma(tl.fma(series, x2, _number(-17 / 315, x)), x2, _number(2 / 15, x))
+    return tl.fma(x, tl.fma(series, x2, _number(-1 / 3, x)) * x2, x)
+
+
+@triton.jit
+def _number(value: tl.constexpr, like):
+    """A constant in the dtype of `like`."""
+    return tl.full((), value, like.dtype)
 
 
 @triton.jit

@@ -1,0 +1,137 @@
+"""What each mode of the fused-linear path moves and multiplies, and the time that predicts: calculated, not measured.
+
+    python -m benchmarks.costs [--tokens 8192] [--vocab 151936]
+
+Bytes and operations are those of the library's own model, `conspo_kernels/linear/tiling.py`, by which it also chooses
+its tiles. Prints the page docs/costs.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import NamedTuple
+
+from conspo_kernels.backends.triton.launch import L2_SHARE
+from conspo_kernels.linear.tiling import GEMMS, Problem, gemm_operations, moved_bytes, workspace_of
+
+from .counted import GPUS
+from .tables import markdown
+
+TOKENS, VOCAB, HIDDEN, ITEMSIZE = 8192, 151_936, (2048, 4096, 7168), 2
+SMALL = 512 * 2**20  # the workspace of a GPU with up to 16 GiB, and of every version before
+
+
+class Device(NamedTuple):
+    """flops: of a large bf16 GEMM, per second.  memory, l2: bytes, as a driver reports them."""
+
+    flops: float
+    memory: int
+    l2: int
+
+
+# GEMMs: what an H100 was measured to reach, 81 % of its data sheet's 989 TFLOP/s; the same share of a B200's 2,250.
+DEVICES = {
+    "H100": Device(798e12, int(79.2 * 2**30), 50 * 2**20),
+    "H200": Device(798e12, int(139.8 * 2**30), 50 * 2**20),
+    "B200": Device(0.807 * 2250e12, int(178.3 * 2**30), 126 * 2**20),
+}
+
+
+class Cost(NamedTuple):
+    """Seconds of the GEMMs, and of what is moved beside them.  gigabytes: of logits, sums, rows."""
+
+    gemms: float
+    moved: float
+    gigabytes: tuple[float, float, float]
+
+    @property
+    def share(self) -> float:
+        return self.moved / self.gemms
+
+
+def cost(problem: Problem, mode: str, workspace: int, gpu: str) -> Cost:
+    device, known = DEVICES[gpu], GPUS[gpu]
+    in_flight = known.multiprocessors * problem.vocab_size * problem.itemsize
+    moved = moved_bytes(problem, mode, workspace, cached=in_flight <= L2_SHARE * device.l2)
+    logits, sums, rows = (size / 1e9 for size in moved)
+    return Cost(gemm_operations(problem, mode) / device.flops, moved.total / known.bandwidth, (logits, sums, rows))
+
+
+def table(tokens: int, vocab: int, workspace: int | None) -> str:
+    """A line per hidden size and mode.  workspace: bytes, None: each GPU's own."""
+    headers = ["H, mode", "GEMMs", "TFLOP", "logits, GB", "sums, GB", "rows, GB", *(f"{gpu}, ms" for gpu in GPUS)]
+    lines = []
+    for hidden in HIDDEN:
+        problem = Problem(tokens, vocab, hidden, ITEMSIZE)
+        for mode, gemms in GEMMS.items():
+            if mode == "store" and workspace is not None and tokens * vocab * ITEMSIZE > workspace:
+                continue
+            costs = {
+                gpu: cost(problem, mode, workspace or workspace_of(device.memory), gpu)
+                for gpu, device in DEVICES.items()
+            }
+            gigabytes = [f"{size:.2f}" for size in costs["H100"].gigabytes]
+            times = [f"{it.gemms * 1e3:.1f} + {it.moved * 1e3:.1f} ({it.share:.1%})" for it in costs.values()]
+            tera = gemm_operations(problem, mode) / 1e12
+            lines.append((f"{hidden}, {mode}", gemms, f"{tera:.1f}", *gigabytes, *times))
+    return markdown(headers, lines)
+
+
+PAGE = """\
+# Calculated, not measured
+
+What the modes of the fused-linear path cost, forward and backward, by counting. No GPU has run this: the page is
+printed by `python -m benchmarks.costs`, from the model by which the library chooses its tiles
+(`conspo_kernels/linear/tiling.py`).
+
+N = {tokens:,} tokens, V = {vocab:,}, bf16, every token with a label. "GEMMs" are products of 2 * N * H * V operations.
+What is moved beside them, in 10^9 bytes on an H100: "logits", by the kernels, over tiles of logits and their gradients;
+"sums", of dW and dH in fp32, where they go through memory once more for every further tile; "rows", of hidden states
+that are copied together or scaled. What GEMMs read and write themselves is in their rate. The last columns are the
+time of the GEMMs, plus that of the moved bytes, one after the other, and the second over the first.
+
+{devices}
+
+The modes: "none" is phase 1, without gradient; "recompute" the default where the logits do not fit the workspace, and
+"store" where they do; "frozen" a head without gradient; "known" phase 2, whose weights are known beforehand. With known
+coefficients (and a frozen head) a row of logits is read again as soon as it was read. Where the rows in flight take at
+most {share:.0%} of the L2, that is counted as no memory traffic. No GPU has confirmed it; if it fails, one more read of
+the logits is to be added, {look:.2f} GB.
+
+## With the default workspace
+
+A 32nd of the GPU's memory, at least 512 MiB: {workspaces}.
+
+{default}
+
+## With 512 MiB
+
+"known" sums dW over tiles of rows: that is why the default grew. Modes that do not fit are left out.
+
+{small}
+"""
+
+
+def page(tokens: int = TOKENS, vocab: int = VOCAB) -> str:
+    devices = "\n".join(
+        f"- {gpu}: {device.flops / 1e12:,.0f} TFLOP/s, {GPUS[gpu].bandwidth / 1e12:g} TB/s, "
+        f"{device.memory / 2**30:.0f} GiB, {device.l2 / 2**20:.0f} MiB of L2"
+        for gpu, device in DEVICES.items()
+    )
+    workspaces = ", ".join(f"{gpu} {workspace_of(device.memory) / 2**20:,.0f} MiB" for gpu, device in DEVICES.items())
+    return PAGE.format(
+        tokens=tokens, vocab=vocab, look=tokens * vocab * ITEMSIZE / 1e9, devices=devices, workspaces=workspaces,
+        share=L2_SHARE, default=table(tokens, vocab, None), small=table(tokens, vocab, SMALL),
+    )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--vocab", type=int, default=VOCAB)
+    arguments = parser.parse_args()
+    print(page(arguments.tokens, arguments.vocab), end="")
+
+
+if __name__ == "__main__":
+    main()

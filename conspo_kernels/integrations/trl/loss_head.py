@@ -1,0 +1,216 @@
+"""TRL's loss head on this library's ops, for every one of its trainers, for as long as somebody wants it.
+
+TRL's trainers take log-probabilities and entropies from `ChunkedLogProbFunction`, given hidden states, and from
+`selective_log_softmax_and_entropy` and `selective_log_softmax`, given logits. While the loss head is on, all references
+to these in TRL's modules are to the functions below, which take and return the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conspo_kernels import linear_token_logprobs, token_logprobs
+
+from .config import installed_trl
+
+# Pairs (replacement, TRL's own) while the head is on; empty while it is off.
+_replaced: list[tuple[Any, Any]] = []
+
+ALL_STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # those of ChunkedLogProbFunction, in order
+Statistics = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+@contextmanager
+def fused_loss_head() -> Iterator[None]:
+    """The loss head is on inside of the `with`, and afterwards, also after an exception, what it was before.
+
+    Raises:
+        ImportError: TRL is missing or too old.
+    """
+    before = bool(_replaced)
+    enable_fused_loss_head()
+    try:
+        yield
+    finally:
+        if before:
+            enable_fused_loss_head()
+        else:
+            disable_fused_loss_head()
+
+
+def enable_fused_loss_head() -> None:
+    """TRL's log-probabilities and entropies come from this library's ops, whatever the trainer. A second call is none.
+
+    Raises:
+        ImportError: TRL is missing or too old.
+
+    Cost: from hidden states, in GEMMs of 2 * N * H * V operations: as `linear_token_logprobs`, and one more for each
+        call that asks for log_sum_sq_probs, mean_logits or is_top1 (SFT, DPO and KTO do), which TRL's own function
+        computes, without a gradient.
+    """
+    if _replaced:
+        return
+    _replaced.extend(_replacements())
+    _exchange({id(original): replacement for replacement, original in _replaced})
+
+
+def disable_fused_loss_head() -> None:
+    """TRL's own functions are back, in modules that TRL imported in the meantime too."""
+    _exchange({id(replacement): original for replacement, original in _replaced})
+    _replaced.clear()
+
+
+def _exchange(by_id: dict[int, Any]) -> None:
+    """Every name in TRL's modules that refers to a key, by its id, refers to the value."""
+    if not by_id:
+        return
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] != "trl" or module is None:
+            continue
+        for attribute, value in list(vars(module).items()):
+            if id(value) in by_id:
+                setattr(module, attribute, by_id[id(value)])
+
+
+def _replacements() -> list[tuple[Any, Any]]:
+    installed_trl()
+    from trl import kernels
+    from trl.trainer import utils
+
+    function, selective = kernels.ChunkedLogProbFunction, utils.selective_log_softmax
+    replacements = [
+        (type("FusedLogProbs", (), {"apply": staticmethod(_chunked(function))}), function),
+        (_selective(selective), selective),
+        (_with_entropy(), utils.selective_log_softmax_and_entropy),
+    ]
+    kernel = getattr(kernels, "selective_log_softmax_and_entropy", None)
+    return replacements if kernel is None else [*replacements, (_kernel(), kernel)]  # None where there is no Triton
+
+
+def _chunked(function: Any) -> Callable[..., Statistics]:
+    """In place of the `apply` of TRL's autograd function."""
+
+    def fused_logprobs(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        chunk_size: int,
+        final_logit_softcapping: float | None = None,
+        logit_scale: float = 1.0,
+        outputs: tuple[str, ...] = ALL_STATISTICS,
+    ) -> Statistics:
+        """Of hidden [N, H], weight [V, H], bias [V], targets [N]: five [N], None where not asked for."""
+        if hasattr(weight, "ds_id"):  # DeepSpeed's mark of a parameter that is there while it is gathered
+            raise ValueError(
+                "the fused loss head does not run under ZeRO-3: backward reads the weight of lm_head, which is not "
+                "gathered then. Use ZeRO-2 or FSDP2, or TRL's own loss head"
+            )
+        head, weight_grad = _cast_weight(hidden, weight)
+        result = linear_token_logprobs(
+            hidden, head, targets, bias=None if bias is None else bias.to(head.dtype), weight_grad=weight_grad,
+            temperature=temperature, softcap=final_logit_softcapping, logit_scale=logit_scale,
+            return_entropy="entropy" in outputs,
+        )  # fmt: skip
+        logprobs, entropy = result if isinstance(result, tuple) else (result, None)
+        others = tuple(name for name in ALL_STATISTICS if name in outputs and name != "entropy")
+        if not others:
+            return logprobs, entropy, None, None, None
+        with torch.no_grad():
+            statistics = function.apply(
+                hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, others
+            )
+        return logprobs, entropy, *statistics[2:]
+
+    return fused_logprobs
+
+
+def _cast_weight(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weight in the dtype of the GEMMs, and, where its gradient is of more bits, [V, H] fp32 to add it up in."""
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if weight.dtype != torch.float32 or dtype.itemsize > 2 or not (weight.requires_grad and torch.is_grad_enabled()):
+        return weight.to(dtype), None
+    weight_grad = torch.zeros_like(weight, requires_grad=False)
+    return UnroundedGradient.apply(weight, dtype, weight_grad), weight_grad
+
+
+class UnroundedGradient(torch.autograd.Function):
+    """A weight in 16 bits whose gradient is handed on as the ops have summed it, in fp32. That of a cast is rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype, weight_grad: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.weight_grad = weight_grad
+        return weight.to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *_none: Tensor | None) -> tuple[Tensor, None, None]:
+        """Runs when the ops' backward has run: their gradient of this weight is in `weight_grad`."""
+        if ctx.weight_grad is None:
+            raise RuntimeError("a second backward through the loss head: its gradient was handed on by the first")
+        weight_grad, ctx.weight_grad = ctx.weight_grad, None
+        return weight_grad, None, None
+
+
+def _selective(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """In place of `trl.trainer.utils.selective_log_softmax`."""
+
+    def selective_log_softmax(
+        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    ) -> Tensor:
+        """Of logits [..., V] and index [...]; several indices per row, [..., K], are left to TRL's own."""
+        if index.dim() == logits.dim():
+            return original(logits, index, temperature, row_mask)
+        return _of_rows(logits, index, temperature, row_mask, False)[0]
+
+    return selective_log_softmax
+
+
+def _with_entropy() -> Callable[..., tuple[Tensor, Tensor]]:
+    """In place of `trl.trainer.utils.selective_log_softmax_and_entropy`."""
+
+    def selective_log_softmax_and_entropy(
+        logits: Tensor,
+        index: Tensor,
+        entropy_requires_grad: bool = True,
+        temperature: float = 1.0,
+        row_mask: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Of logits [..., V], index and row_mask [...]."""
+        logprobs, entropy = _of_rows(logits, index, temperature, row_mask, True)
+        return logprobs, entropy if entropy_requires_grad else entropy.detach()
+
+    return selective_log_softmax_and_entropy
+
+
+def _kernel() -> Callable[..., tuple[Tensor, Tensor]]:
+    """In place of `trl.kernels.selective_log_softmax_and_entropy`."""
+
+    def selective_log_softmax_and_entropy(
+        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Of logits [..., V], index and row_mask [...]."""
+        return _of_rows(logits, index, temperature, row_mask, True)
+
+    return selective_log_softmax_and_entropy
+
+
+def _of_rows(
+    logits: Tensor, index: Tensor, temperature: float, row_mask: Tensor | None, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and, if asked for, entropies (else the former twice), shaped like index, 0 where masked."""
+    shape, rows = index.shape, logits
+    if logits.dim() != 3:  # [B, T, V] may be a slice of a larger tensor: read in place
+        rows = logits.reshape(1, -1, logits.shape[-1])
+        index, row_mask = index.reshape(1, -1), None if row_mask is None else row_mask.reshape(1, -1)
+    result = token_logprobs(rows, index, response_mask=row_mask, temperature=temperature, return_entropy=entropy)
+    logprobs, entropies = result if isinstance(result, tuple) else (result, result)
+    return logprobs.view(shape), entropies.view(shape)

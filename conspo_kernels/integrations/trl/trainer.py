@@ -1,0 +1,250 @@
+"""`ConSPOTrainer`: ConSPO on TRL's `GRPOTrainer`, with whole groups in every optimizer step.
+
+TRL shuffles the rollouts of a group over micro-batches and ranks, while the loss of a group needs all of its scores. It
+needs nothing else, so an optimizer step goes in two phases:
+
+    generate -> rewards of all ranks -> scores of the step's rollouts, no graph -> weights dloss/dscores, once
+    each micro-batch: sum_i weights[i] * score_i, whose gradient is that of the whole loss
+
+The weights travel as one more column of TRL's batch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conspo_kernels import ConSPOWeights, CosineMargin, Parallel, conspo_weights, sequence_scores
+
+from .config import config_class, installed_trl
+
+# What TRL hands to a model beside the tokens.
+MODEL_COLUMNS = (
+    "pixel_values", "image_grid_thw", "num_images", "pixel_attention_mask", "spatial_shapes", "num_tiles",
+    "image_sizes", "token_type_ids", "mm_token_type_ids", "image_position_ids",
+)  # fmt: skip
+
+Rollouts = dict[str, Any]  # TRL's batch: columns by name
+
+_Trainer: Any = object  # GRPOTrainer, which is not there before TRL is imported
+
+
+class ConSPOSteps(_Trainer):
+    """Policy optimization with ConSPO: what `ConSPOTrainer` changes in `GRPOTrainer`.
+
+    Args:
+        args: a `ConSPOConfig`, or None.
+        Others: as `GRPOTrainer`. Rewards above `args.reward_threshold` mark right rollouts; a rollout for which every
+            reward function returns None takes no part.
+
+    Raises:
+        TypeError: args is another config.
+        ValueError: the model has a router's load-balancing loss, which is not part of this one.
+
+    Cost: one forward pass more per optimizer step than GRPO has; none where TRL computes the old log-probabilities, or
+        where the step is one micro-batch.
+
+    Source: arXiv:2605.12969.
+    """
+
+    _tag_names = ("trl", "conspo")
+    _name = "ConSPO"
+    _paper = {  # noqa: RUF012  as TRL has it
+        "title": "Contrastive Sequence-level Policy Optimization (ConSPO)",
+        "id": "2605.12969",
+        "citation": "@misc{conspo, author = {Zhang and others}, year = 2026, eprint = {arXiv:2605.12969}}",
+    }
+
+    def __init__(self, model: Any, reward_funcs: Any = None, args: Any = None, *others: Any, **options: Any) -> None:
+        if args is None:
+            args = config_class()("ConSPO")
+        if not isinstance(args, config_class()):
+            raise TypeError(f"args must be a ConSPOConfig or None, got {type(args).__name__}")
+        super().__init__(model, reward_funcs, args, *others, **options)
+        if self.aux_loss_enabled:
+            raise ValueError("the router's load-balancing loss is not supported: set router_aux_loss_coef=0.0")
+        self._all_rewards: Tensor | None = None  # of all ranks, in rank order
+        self._step_loss = torch.tensor(torch.nan)  # of the rollouts whose weights were computed last, per micro-batch
+        data = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
+        self._parallel = Parallel(data=data)
+
+    # Generation: the columns that TRL's batch lacks.
+
+    def _calculate_rewards(self, *arguments: Any, **options: Any) -> Tensor:
+        per_function = super()._calculate_rewards(*arguments, **options)
+        # As TRL sums them: a function that returned None for a rollout counts nothing, all of them: unscorable.
+        rewards = (per_function * self.reward_weights.to(per_function.device)).nansum(dim=1)
+        self._all_rewards = rewards.masked_fill(per_function.isnan().all(dim=1), torch.nan)
+        return per_function
+
+    def _generate_and_score_completions(self, inputs: list[Rollouts]) -> Rollouts:
+        rollouts = super()._generate_and_score_completions(inputs)
+        rows = len(rollouts["completion_ids"])
+        start = self.accelerator.process_index * rows
+        size = self.num_generations if self.model.training else self.num_generations_eval
+        assert self._all_rewards is not None
+        rollouts["conspo_rewards"] = self._all_rewards[start : start + rows]
+        # The rows of all ranks, in rank order, are groups of `size` consecutive ones; ids are global.
+        rollouts["conspo_groups"] = torch.arange(start, start + rows, device=self.accelerator.device) // size
+        if (logprobs := rollouts.get("old_per_token_logps")) is not None:
+            rollouts["conspo_scores"] = _scores(logprobs, rollouts)
+        return rollouts
+
+    def _generated_micro_batches(self, inputs: list[Rollouts]) -> list[Rollouts]:
+        """New rollouts, shuffled as TRL does it, but within the optimizer step that they are for."""
+        from trl.trainer import utils
+
+        columns: Any = utils  # its types are narrower than what it takes
+        count = self._micro_batches_weighed_at_once
+        rollouts = columns.split_pixel_values_by_grid(self._generate_and_score_completions(inputs))
+        return [
+            columns.unsplit_pixel_values_by_grid(micro_batch)
+            for step in columns.split_tensor_dict(rollouts, self.args.steps_per_generation // count)
+            for micro_batch in columns.split_tensor_dict(columns.shuffle_sequence_dict(step), count)
+        ]
+
+    @property
+    def _micro_batches_weighed_at_once(self) -> int:
+        """Those of an optimizer step, or of a generation where a step has several."""
+        return min(self.args.gradient_accumulation_steps, self.args.steps_per_generation)
+
+    def _prepare_inputs(self, inputs: list[Rollouts]) -> Rollouts:
+        if not self.model.training:
+            return super()._prepare_inputs(inputs)
+        generation, count = self.args.steps_per_generation, self._micro_batches_weighed_at_once
+        new = self._step % (generation * self.num_iterations) == 0 or self._buffered_inputs is None
+        if new:
+            self._buffered_inputs: Any = self._generated_micro_batches(inputs)
+        index = self._step % generation
+        if count > 1 and index % count == 0:
+            self._weigh(self._buffered_inputs[index : index + count], new)
+        return self._buffered_inputs[index]
+
+    # Between the phases: weights of all rollouts of an optimizer step, at its parameters.
+
+    def _weigh(self, micro_batches: list[Rollouts], new: bool) -> None:
+        """Adds the columns conspo_weights and conspo_scores.  new: the parameters are those that generated."""
+        if not new or "conspo_scores" not in micro_batches[0]:
+            self._first_pass(micro_batches)
+        scores, rewards, groups = (
+            torch.cat([it[f"conspo_{name}"] for it in micro_batches]) for name in ("scores", "rewards", "groups")
+        )
+        result = self._weights(scores, rewards, groups)
+        self._step_loss = result.loss / len(micro_batches)
+        for it, weights in zip(micro_batches, result.weights.chunk(len(micro_batches)), strict=True):
+            it["conspo_weights"] = weights
+
+    def _first_pass(self, micro_batches: list[Rollouts]) -> None:
+        from trl.models.utils import disable_gradient_checkpointing
+
+        with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            for it in micro_batches:
+                it["conspo_scores"] = _scores(self._logprobs(self.model, it)[0], it)
+
+    def _weights(self, scores: Tensor, rewards: Tensor, groups: Tensor) -> ConSPOWeights:
+        mode = "train" if self.model.training else "eval"
+        num_groups = None
+        if self.args.group_denominator == "all":
+            num_groups = len(scores) * self.accelerator.num_processes / self.num_generations_eval
+            if mode == "train":  # of the optimizer step, the last of an epoch may be shorter
+                rows = self._train_batch_size * self.current_gradient_accumulation_steps
+                num_groups = rows * self.accelerator.num_processes / self.num_generations
+        schedule = CosineMargin(self.args.margin, self.args.margin_warmup_ratio, max(self.state.max_steps, 1))
+        result = conspo_weights(
+            scores,
+            rewards,
+            groups,
+            tau=self.args.tau,
+            margin=schedule(self.state.global_step),
+            reward_threshold=self.args.reward_threshold,
+            num_groups=num_groups,
+            parallel=self._parallel,
+            return_metrics=True,
+        )
+        for name, value in result.metrics.items():
+            self._metrics[mode][name].append(value.item())
+        return result
+
+    # Phase 2.
+
+    def _compute_loss(self, model: Any, inputs: Rollouts) -> Tensor:
+        logprobs, entropy = self._logprobs(model, inputs, compute_entropy=True)
+        scores = _scores(logprobs, inputs)
+        mode = "train" if self.model.training else "eval"
+        if (weights := inputs.get("conspo_weights")) is not None:
+            loss = self._step_loss
+            drift = torch.where(weights != 0, (scores.detach() - inputs["conspo_scores"]).abs(), 0.0).max()
+            self._metrics[mode]["conspo/score_drift"].append(self.accelerator.gather(drift).max().item())
+        else:  # all of the rollouts are here: these are the scores of the first pass
+            weights, loss, _ = self._weights(scores.detach(), inputs["conspo_rewards"], inputs["conspo_groups"])
+        mask = _response_mask(inputs)
+        totals = self.accelerator.reduce(torch.stack([(entropy * mask).sum(), mask.sum()]).detach(), reduction="sum")
+        self._metrics[mode]["entropy"].append((totals[0] / totals[1].clamp(min=1.0)).item())
+        # Scores are NaN without tokens, which takes no part, and of NaN logits, which has to be seen.
+        scorable = mask.any(dim=1) & ~inputs["conspo_rewards"].isnan()
+        weighted = torch.where(scorable, weights * scores, 0.0).sum()
+        return weighted + (loss - weighted).detach()  # the gradient of the sum, the value of the loss
+
+    def _logprobs(self, model: Any, rollouts: Rollouts, compute_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the responses, and the entropy, as TRL computes them."""
+        logprobs, entropy, _ = self._get_per_token_logps_and_entropies(
+            model,
+            torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1),
+            torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1),
+            rollouts["completion_ids"].size(1),
+            compute_entropy=compute_entropy,
+            **{name: rollouts.get(name) for name in MODEL_COLUMNS},
+        )
+        return logprobs, entropy
+
+    # Checkpoints: rollouts that are still to be trained on go with them.
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self._step % (self.args.steps_per_generation * self.num_iterations):
+            folder = os.path.join(self._get_output_dir(trial=trial), f"checkpoint-{self.state.global_step}")
+            path = os.path.join(folder, _rollouts_file(self.accelerator.process_index))
+            torch.save({"step": self._step, "micro_batches": self._buffered_inputs}, path)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        path = os.path.join(checkpoint or "", _rollouts_file(self.accelerator.process_index))
+        if checkpoint is not None and os.path.exists(path):
+            saved = torch.load(path, map_location=self.accelerator.device, weights_only=True)
+            self._step, self._buffered_inputs = saved["step"], saved["micro_batches"]
+
+
+def _rollouts_file(rank: int) -> str:
+    return f"conspo_rollouts_{rank}.pt"
+
+
+def _response_mask(rollouts: Rollouts) -> Tensor:
+    """[B, T], zero for padding and what a tool wrote."""
+    mask: Tensor = rollouts["completion_mask"]
+    return mask if rollouts.get("tool_mask") is None else mask * rollouts["tool_mask"]
+
+
+def _scores(logprobs: Tensor, rollouts: Rollouts) -> Tensor:
+    """[B], NaN for a rollout without response tokens."""
+    return sequence_scores(logprobs, rollouts["completion_ids"], response_mask=_response_mask(rollouts))
+
+
+@functools.cache
+def trainer_class() -> type:
+    """`ConSPOTrainer`, made when it is first asked for: its base is TRL's."""
+
+    class ConSPOTrainer(ConSPOSteps, installed_trl().GRPOTrainer):  # type: ignore[misc]
+        __doc__ = ConSPOSteps.__doc__
+
+    ConSPOTrainer.__qualname__ = "ConSPOTrainer"
+    return ConSPOTrainer
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ConSPOTrainer":
+        return trainer_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,98 @@
+"""conspo::weighted_sum: the value of a loss with known weights, to which gradients that are there already are tied.
+
+Backward multiplies them, in place, by the scalar that comes in, or adds them to a buffer that is kept for weight. A
+second backward is told by autograd.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.registry import kernels_for
+from ..registration import device_guard, op
+from .derivative import without_derivative
+
+
+def _fake_scale(*_: object) -> None:
+    return None
+
+
+@op(_fake_scale, mutates=("gradient",))
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor (0-d), at no cost where the factor is 1; it counts as a modification even then."""
+    with device_guard(gradient):
+        kernels_for("scale", "auto", gradient.device).scale_(gradient, factor)
+
+
+@op(_fake_scale, mutates=("target",))
+def add_scaled_(target: Tensor, source: Tensor, factor: Tensor) -> None:
+    """target += source * factor (0-d)."""
+    with device_guard(target):
+        kernels_for("scale", "auto", target.device).add_scaled_(target, source, factor)
+
+
+def _fake(values: Tensor, *_: object) -> Tensor:
+    return values.new_empty(())
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    del output
+    values, weights, counts, _hidden, _weight, _bias, *gradients, ctx.weight_grad, _implementation = inputs
+    # A graph through the values: then no gradient is known.
+    ctx.save_for_backward(*((weights, counts) if values.requires_grad else (None, None)), *gradients)
+    ctx.used = False
+
+
+def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
+    weights, counts, *gradients = ctx.saved_tensors  # the first backward modified them: autograd tells a second
+    if ctx.used and any(gradient is not None for gradient in gradients):  # but inside of hooks
+        raise RuntimeError("a second backward through a loss of known weights, whose gradient the first has scaled")
+    ctx.used = True
+    grad_values = None
+    if weights is not None:
+        used = weights != 0 if counts is None else (weights != 0) & (counts > 0)
+        grad_values = torch.where(used, weights * grad_value, 0.0)
+    given: list[Tensor | None] = []
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            given.append(None)
+        elif i == 1 and ctx.weight_grad is not None:
+            add_scaled_(ctx.weight_grad, gradient.detach(), grad_value)
+            given.append(None)
+        else:
+            gradient = gradient.detach()
+            scale_(gradient, grad_value)
+            given.append(without_derivative(gradient))
+    return grad_values, None, None, *given, None, None, None, None, None
+
+
+@op(_fake, setup_context=_setup_context, backward=_backward)
+def weighted_sum(
+    values: Tensor,
+    weights: Tensor,
+    counts: Tensor | None,
+    x: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    grad_x: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    weight_grad: Tensor | None,
+    implementation: str,
+) -> Tensor:
+    """The sum (0-d) of weights times values, without those whose weight (or count) is zero, whatever the value.
+
+    Args:
+        values, weights: of one shape.
+        counts: of that shape, or None.
+        x, weight, bias: what the value has known gradients by: logits or hidden states, the head's weight and bias.
+        grad_x, grad_weight, grad_bias: these gradients, or None.
+        weight_grad: backward adds the gradient of weight to it, and returns none; `grad_weight` has its dtype.
+    """
+    del x, weight, bias, grad_x, grad_weight, grad_bias, weight_grad
+    with device_guard(values):
+        kernels = kernels_for("sequence_score", implementation, values.device)
+        return kernels.weighted_sum(values.contiguous(), weights.contiguous(), counts)

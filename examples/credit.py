@@ -1,0 +1,78 @@
+"""How much credit a rollout gets, against its score: GRPO beside ConSPO. Computed from the objectives, not trained.
+
+One group of eight rollouts, two of them right, at the parameters that sampled them (all ratios are 1). The credit of a
+rollout is -dloss/ds, s its mean log-probability: what its tokens are pushed by, up or down. Left, one right rollout
+moves while all others stay; right, one wrong rollout moves. GRPO's credit is the same wherever it is; ConSPO's follows
+the gap.
+
+    python examples/credit.py --out runs/credit.svg
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import matplotlib
+import torch
+from objectives import coefficients, conspo, grpo
+from records import replace_atomically
+from torch import Tensor
+
+matplotlib.use("Agg")  # before pyplot is imported: there may be no display
+import matplotlib.pyplot as plt
+
+GROUP, RIGHT = 8, 2
+OTHERS = -1.0  # score of the rollouts that stay, nats per token
+REWARDS = torch.tensor([1.0] * RIGHT + [0.0] * (GROUP - RIGHT), dtype=torch.float64)
+GAPS = torch.linspace(-2, 3, 201, dtype=torch.float64)  # score of the one that moves minus that of the others
+CURVES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
+    "GRPO": (grpo, {}),
+    "ConSPO, tau 1, margin 0": (conspo, {"tau": 1.0}),
+    "ConSPO, tau 1, margin 1": (conspo, {"tau": 1.0, "margin": 1.0}),
+    "ConSPO, tau 0.3, margin 0": (conspo, {"tau": 0.3}),
+}
+
+
+def credit(objective: Callable[..., Tensor], constants: dict[str, float], mover: int) -> Tensor:
+    """-dloss/ds of the rollout that moves, for each of GAPS.
+
+    Every rollout has one token, so its score is the token's log-probability; each gap is a group of its own, and the
+    mean over groups is taken back.
+    """
+    scores = torch.full((len(GAPS), GROUP), OTHERS, dtype=torch.float64)
+    scores[:, mover] += GAPS
+    logprobs = scores.view(-1, 1)
+    _loss, gradient = coefficients(
+        objective, logprobs, logprobs, torch.ones_like(logprobs), REWARDS.repeat(len(GAPS)), GROUP, **constants
+    )
+    return -gradient.view(len(GAPS), GROUP)[:, mover] * len(GAPS)
+
+
+def plot(path: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    moves = ((0, "a right rollout moves"), (RIGHT, "a wrong rollout moves"))
+    for (mover, title), ax in zip(moves, axes, strict=True):
+        for color, (name, (objective, constants)) in enumerate(CURVES.items()):
+            values = credit(objective, constants, mover)
+            ax.plot(GAPS, values, color=f"C{color}", linestyle="--" if name == "GRPO" else "-", label=name)
+        ax.axhline(0, color="0.7", linewidth=0.8)
+        ax.set_title(title)
+        ax.set_xlabel("its score minus that of the others (nats per token)")
+        ax.set_ylabel("credit, -dloss/dscore")
+        ax.legend(fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, metadata={"Date": None}))
+    plt.close(figure)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/credit.svg"), help="the picture, SVG or PNG")
+    plot(parser.parse_args(argv).out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,142 @@
+"""The tables and the curves of the recorded runs: means over seeds, and differences to ConSPO in pairs of seeds."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from records import replace_atomically
+
+from . import protocol
+from .protocol import DECIDES, METHODS, SEEDS, TASKS, UPDATES, Run
+
+matplotlib.use("Agg")  # before pyplot is imported: there may be no display
+import matplotlib.pyplot as plt
+
+Results = dict[str, dict[str, Any]]
+REFERENCE = "conspo"
+CURVES = {
+    "reward": "fraction of rollouts solved",
+    "entropy": "entropy (nats per token)",
+    "response_length": "response length (tokens)",
+    "score_gap": "score gap, right - wrong (nats per token)",
+    "valid_groups": "fraction of valid groups",
+}
+SMOOTHING = 10  # steps
+
+
+def final_rows(results: Results, task: str, setting: str, method: str) -> list[dict[str, Any]]:
+    """The rows of SEEDS in their order; empty unless all are there."""
+    validation = {name: row["validation_accuracy"] for name, row in results.items()}
+    taken = protocol.chosen(task, setting, method, validation)
+    if taken is None:
+        return []
+    rows = [results.get(run.name) for run in protocol.final_runs(task, setting, method, taken)]
+    return [row for row in rows if row is not None] if None not in rows else []
+
+
+def standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def sign_flip(differences: Sequence[float]) -> float:
+    """Two-sided p-value of a mean difference: the share of sign assignments whose mean is at least as far from 0."""
+    observed = abs(sum(differences))
+    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
+            for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
+    return sum(value >= observed - 1e-12 for value in sums) / len(sums)
+
+
+def table(results: Results, task: str, setting: str) -> Iterator[str]:
+    """Markdown, the best method first; `> 2 SE` marks a difference to ConSPO beyond two standard errors."""
+    yield "| method | constants, learning rate | held-out accuracy, mean ± SE | minus ConSPO, paired ± SE | p | |"
+    yield "|---|---|---|---|---|---|"
+    reference = [row[DECIDES] for row in final_rows(results, task, setting, REFERENCE)]
+    lines = []
+    for method, about in METHODS.items():
+        if setting in about.same_as:
+            lines.append((-1.0, f"| {method} | | equals {about.same_as[setting]} here | | | |"))
+            continue
+        rows = final_rows(results, task, setting, method)
+        if not rows:
+            continue
+        values = [row[DECIDES] for row in rows]
+        run = Run(**rows[0]["run"])
+        settings = ", ".join(f"{k} {v:g}" for k, v in run.constants.items() if v is not True) or "-"
+        cells = [method, f"{settings}; {run.lr:g}", f"{statistics.mean(values):.1%} ± {standard_error(values):.1%}"]
+        if method == REFERENCE or not reference:
+            cells += ["", "", ""]
+        else:
+            differences = [a - b for a, b in zip(values, reference, strict=True)]
+            mean, error = statistics.mean(differences), standard_error(differences)
+            cells += [f"{mean:+.1%} ± {error:.1%}", f"{sign_flip(differences):.2f}"]
+            cells.append("> 2 SE" if abs(mean) > 2 * error else "")
+        lines.append((statistics.mean(values), f"| {' | '.join(cells)} |"))
+    yield from (line for _value, line in sorted(lines, key=lambda pair: -pair[0]))
+
+
+def running_mean(values: Sequence[float | None]) -> list[float]:
+    """Over the last SMOOTHING steps; a step without a number (no valid group) does not count."""
+    means = []
+    for end in range(1, len(values) + 1):
+        window = [value for value in values[max(0, end - SMOOTHING) : end] if value is not None]
+        means.append(statistics.mean(window) if window else math.nan)
+    return means
+
+
+def plot(results: Results, task: str, setting: str, methods: Sequence[str], path: Path) -> None:
+    """Means over seeds with bands of two standard errors: held-out accuracy, then what the rollouts show."""
+    figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
+    for color, method in enumerate(methods):
+        rows = final_rows(results, task, setting, method)
+        if not rows:
+            continue
+        steps = [int(step) for step in rows[0]["held_out_curve"]]
+        series = [[row["held_out_curve"][step] for step in row["held_out_curve"]] for row in rows]
+        _band(axes.flat[0], steps, series, color, method)
+        for ax, name in zip(axes.flat[1:], CURVES, strict=True):
+            smooth = [running_mean(row["curve"][name]) for row in rows]
+            _band(ax, list(range(1, len(smooth[0]) + 1)), smooth, color, method)
+    titles = [f"held-out accuracy, mean of {len(SEEDS)} seeds ± 2 SE", *CURVES.values()]
+    for ax, title in zip(axes.flat, titles, strict=True):
+        ax.set_title(title, fontsize=10)
+        ax.set_xlabel("step")
+        ax.grid(alpha=0.3)
+    axes.flat[0].legend(fontsize=8)
+    figure.suptitle(f"{task}, {setting}")
+    replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    plt.close(figure)
+
+
+def _band(ax: Any, steps: list[int], series: list[list[float]], color: int, label: str) -> None:
+    means = [statistics.mean(values) for values in zip(*series, strict=True)]
+    errors = [2 * standard_error(values) for values in zip(*series, strict=True)]
+    ax.plot(steps, means, color=f"C{color}", label=label, linewidth=1.2)
+    low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
+    ax.fill_between(steps, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
+
+
+BASELINES = [name for name in METHODS if name == REFERENCE or name in ("grpo", "dapo", "dr_grpo", "disco")]
+RATIOS = [name for name in METHODS if name in (REFERENCE, "grpo", "gmpo", "cispo", "sapo")]
+ABLATIONS = [REFERENCE, *[name for name in METHODS if name.startswith(("conspo,", "linear"))]]
+PLOTS = {"baselines": BASELINES, "ratios": RATIOS, "ablations": ABLATIONS}
+
+
+def write(results: Results, out: Path) -> None:
+    """report.md and a plot for each task, setting and set of methods."""
+    seconds = sum(row["seconds"] for row in results.values())
+    lines = ["# Results", "", f"{len(results)} runs, {seconds / 3600:.1f} hours of one core. The protocol is",
+             "`protocol.py`; every run is a line of `runs.jsonl`.", ""]  # fmt: skip
+    for task, setting in itertools.product(TASKS, UPDATES):
+        lines += [f"## {task}, {setting}", "", TASKS[task], "", *table(results, task, setting), ""]
+        for name, methods in PLOTS.items():
+            if any(final_rows(results, task, setting, method) for method in methods):
+                picture = f"{task}_{setting.replace(' ', '-')}_{name}.png"
+                plot(results, task, setting, methods, out / picture)
+                lines += [f"![{task}, {setting}: {name}]({picture})", ""]
+    replace_atomically(out / "report.md", lambda file: file.write_text("\n".join(lines), encoding="utf-8"))

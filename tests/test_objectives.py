@@ -1,0 +1,214 @@
+"""The paper's first claim as a theorem that runs, and the objectives beside TRL's own code."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from typing import Any
+
+import pytest
+import torch
+from objectives import (
+    OBJECTIVES,
+    Objective,
+    clipped_ratio_scores,
+    coefficients,
+    informative,
+    ratios,
+    rollout_means,
+)
+from torch import Tensor
+
+import conspo_kernels as ck
+
+
+class Batch:
+    """Random log-probabilities of ragged rollouts, old ones that the clip acts on, and rewards of 0 and 1."""
+
+    def __init__(self, seed: int, groups: int, size: int, length: int = 7) -> None:
+        generator = torch.Generator().manual_seed(seed)
+
+        def draw(*shape: int) -> Tensor:
+            return torch.rand(*shape, generator=generator, dtype=torch.float64)
+
+        shape = (groups * size, length)
+        self.size = size
+        self.logprobs = -3 * draw(*shape)
+        self.old = self.logprobs + 0.6 * (draw(*shape) - 0.5)
+        self.mask = (torch.arange(length) < (1 + draw(groups * size, 1) * length).long()).double()
+        self.rewards = (draw(groups, size) < draw(groups, 1)).double().flatten()
+
+    def gradient(self, objective: Objective, **constants: Any) -> Tensor:
+        return coefficients(
+            objective, self.logprobs, self.old, self.mask, self.rewards, self.size, **constants
+        )[1]  # fmt: skip
+
+
+def weighted_score_gap(
+    logprobs: Tensor, old: Tensor, mask: Tensor, rewards: Tensor, size: int, clip: float = 0.2
+) -> Tensor:
+    """-mean_g c_g (mean score of the right - mean score of the wrong), c_g = p (1 - p) / (std_g r + 1e-4).
+
+    p: the fraction of right rollouts of the group. The scores are means of clipped ratios.
+    """
+    scores = clipped_ratio_scores(logprobs, old, mask, rewards, clip, clip).view(-1, size)
+    rewards = rewards.view(-1, size)
+    p = rewards.mean(1)
+    weight = p * (1 - p) / (rewards.std(1) + 1e-4)
+    right, wrong = rewards.sum(1).clamp(min=1), (1 - rewards).sum(1).clamp(min=1)
+    gap = (scores * rewards).sum(1) / right - (scores * (1 - rewards)).sum(1) / wrong
+    return -(weight * gap).mean()
+
+
+@pytest.mark.parametrize("size", [2, 5, 8, 16])
+def test_grpo_is_a_weighted_score_gap(size: int) -> None:
+    """Claim 1 of arXiv:2605.12969, 250 random groups of each size: ratios, clips and lengths at random."""
+    batch = Batch(size, groups=250, size=size)
+    assert 0.2 < ((ratios(batch.logprobs, batch.old) - 1).abs() > 0.2).double().mean() < 0.6  # the clip acts
+    assert 0.3 < informative(batch.rewards, size).double().mean() < 1
+    grpo, gap = batch.gradient(OBJECTIVES["grpo"]), batch.gradient(weighted_score_gap)
+    assert grpo.abs().max() > 0
+    assert (grpo - gap).abs().max() <= 1e-12 * grpo.abs().max()
+    other = batch.gradient(weighted_score_gap, clip=0.25)
+    assert (grpo - other).abs().max() > 1e-3 * grpo.abs().max()  # the comparison can fail
+
+
+def test_on_policy_grpo_is_reinforce_on_scores() -> None:
+    """Where the ratio is 1 GRPO's gradient is that of -mean_i A_i s_i, s_i the mean log-probability."""
+    batch = Batch(1, groups=20, size=8)
+    batch.old = batch.logprobs
+
+    def reinforce(logprobs: Tensor, old: Tensor, mask: Tensor, rewards: Tensor, size: int) -> Tensor:
+        r = rewards.view(-1, size)
+        advantage = ((r - r.mean(1, keepdim=True)) / (r.std(1, keepdim=True) + 1e-4)).flatten()
+        return -(advantage * rollout_means(logprobs, mask)).mean()
+
+    torch.testing.assert_close(batch.gradient(OBJECTIVES["grpo"]), batch.gradient(reinforce), rtol=1e-12, atol=1e-16)
+
+
+def test_conspo_is_the_library_s() -> None:
+    batch = Batch(2, groups=6, size=4)
+    logits = torch.randn(24, 7, 11, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(11, (24, 7))
+    constants = {"tau": 0.3, "margin": 0.2}
+    loss = ck.conspo_loss(logits, labels, batch.rewards, 4, response_mask=batch.mask, **constants)
+    (exact,) = torch.autograd.grad(loss, logits)
+    with torch.no_grad():
+        logprobs = ck.token_logprobs(logits, labels, response_mask=batch.mask)
+    value, c = coefficients(OBJECTIVES["conspo"], logprobs, logprobs, batch.mask, batch.rewards, 4, **constants)
+    carried = ck.weighted_logprob_loss(logits, labels, c, response_mask=batch.mask)
+    torch.testing.assert_close(torch.autograd.grad(carried, logits)[0], exact, rtol=1e-11, atol=1e-15)
+    torch.testing.assert_close(value, loss.detach(), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_groups_without_a_contrast_have_no_gradient(name: str) -> None:
+    batch = Batch(3, groups=8, size=4)
+    batch.old = batch.logprobs  # DisCO's penalty on the divergence has a gradient elsewhere
+    batch.rewards[:4], batch.rewards[4:8] = 1.0, 0.0
+    gradient = batch.gradient(OBJECTIVES[name])
+    assert not gradient[:8].any()
+    assert gradient[8:].any()
+    assert not gradient[batch.mask == 0].any()
+
+
+def test_dynamic_sampling_counts_informative_tokens_only() -> None:
+    batch = Batch(4, groups=8, size=4)
+    batch.rewards[:4] = 1.0
+    kept = informative(batch.rewards, 4)
+    assert not kept[:4].any()
+    ratio = batch.gradient(OBJECTIVES["dapo"], dynamic_sampling=True) / batch.gradient(OBJECTIVES["dapo"])
+    expected = batch.mask.sum() / batch.mask[kept].sum()
+    torch.testing.assert_close(ratio[ratio.isfinite()], expected.expand(int(ratio.isfinite().sum())), rtol=1e-9, atol=0)
+
+
+def test_disco_s_constraint() -> None:
+    """Its penalty acts where the mean divergence exceeds delta, and only there."""
+    batch = Batch(5, groups=8, size=4)
+    batch.old = batch.logprobs + 0.1
+    free = batch.gradient(OBJECTIVES["disco"], beta=0.0)
+    held = batch.gradient(OBJECTIVES["disco"], beta=10.0, delta=0.02)
+    each = -batch.mask / batch.mask.sum(1, keepdim=True) / len(batch.mask)
+    torch.testing.assert_close(held - free, 10 * 2 * 0.08 * each, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(batch.gradient(OBJECTIVES["disco"], beta=10.0, delta=0.2), free, rtol=0, atol=0)
+
+
+# TRL's own loss, called with what it reads of a trainer.
+
+TRL_CONSTANTS: dict[str, dict[str, Any]] = {
+    "grpo": {"epsilon_low": 0.2, "epsilon_high": 0.2},
+    "dapo": {"epsilon_low": 0.2, "epsilon_high": 0.28},
+    "dr_grpo": {"epsilon_low": 0.2, "epsilon_high": 0.2},
+    "cispo": {"epsilon_low": 0.2, "epsilon_high": 5.0},
+    "sapo": {"epsilon_low": 0.2, "epsilon_high": 0.2},
+}
+
+
+class TrainerOf(types.SimpleNamespace):
+    """As much of TRL's GRPOTrainer as `_compute_loss` reads: anything else it asks for is off."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
+
+
+def trl_gradient(name: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient by the log-probabilities, by trl 1.16's `GRPOTrainer._compute_loss`."""
+    from collections import defaultdict
+
+    from trl.trainer.grpo_trainer import GRPOTrainer
+
+    leaf = batch.logprobs.detach().requires_grad_()
+    rewards = batch.rewards.view(-1, batch.size)
+    advantage = rewards - rewards.mean(1, keepdim=True)
+    if name != "dr_grpo":
+        advantage = advantage / (rewards.std(1, keepdim=True) + 1e-4)
+    count = len(batch.mask)
+    trainer = TrainerOf(
+        loss_type=name, beta=0.0, importance_sampling_level="token", top_entropy_quantile=1.0, use_vllm=False,
+        max_completion_length=batch.mask.shape[1], current_gradient_accumulation_steps=1,
+        model=torch.nn.Linear(1, 1), _entropy_bonus_enabled=False, tools=None,
+        args=types.SimpleNamespace(
+            delta=None, steps_per_generation=1, sapo_temperature_pos=1.0, sapo_temperature_neg=1.05,
+            use_bias_correction_kl=False,
+        ),
+        accelerator=types.SimpleNamespace(num_processes=1, gather=lambda x: x, reduce=lambda x, reduction: x),
+        _metrics={"train": defaultdict(list), "eval": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (leaf, torch.zeros_like(leaf), None),
+        **TRL_CONSTANTS[name],
+    )  # fmt: skip
+    inputs = {
+        "prompt_ids": torch.zeros(count, 1, dtype=torch.long), "prompt_mask": torch.ones(count, 1, dtype=torch.long),
+        "completion_ids": torch.zeros(batch.mask.shape, dtype=torch.long), "completion_mask": batch.mask,
+        "advantages": advantage.flatten(), "old_per_token_logps": batch.old, "num_items_in_batch": batch.mask.sum(),
+    }  # fmt: skip
+    loss = GRPOTrainer._compute_loss(trainer, trainer.model, inputs)
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("name", TRL_CONSTANTS)
+def test_equals_trl(name: str) -> None:
+    if importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed")
+    batch = Batch(6, groups=50, size=8)
+    value, gradient = coefficients(
+        OBJECTIVES[name], batch.logprobs, batch.old, batch.mask, batch.rewards, batch.size
+    )  # fmt: skip
+    exact_value, exact = trl_gradient(name, batch)
+    assert (value - exact_value).abs() <= 1e-6 * exact_value.abs()
+    assert (gradient - exact).abs().max() <= 1e-6 * exact.abs().max()
+
+
+def test_credit_follows_the_gap_in_conspo_and_not_in_grpo() -> None:
+    """The curves of examples/credit.py, against the closed form of ConSPO's weights."""
+    from credit import CURVES, GAPS, GROUP, OTHERS, RIGHT, credit
+
+    flat = credit(*CURVES["GRPO"], 0)
+    torch.testing.assert_close(flat, flat[:1].expand_as(flat), rtol=1e-12, atol=0)
+    assert flat[0] > 0
+    tau, wrong = 0.3, GROUP - RIGHT
+    others = OTHERS + tau * torch.tensor(wrong, dtype=torch.float64).log()  # tau logsumexp_j s_j / tau
+    q = torch.sigmoid((others - (OTHERS + GAPS)) / tau)
+    torch.testing.assert_close(credit(*CURVES["ConSPO, tau 0.3, margin 0"], 0), q / RIGHT, rtol=1e-10, atol=0)
+    assert (credit(*CURVES["ConSPO, tau 1, margin 1"], RIGHT).diff() < 0).all()  # a likelier wrong one is pushed harder

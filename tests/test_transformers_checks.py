@@ -1,0 +1,232 @@
+"""What would be wrong in silence raises: heads, packing, batches and packages that are not what they should be."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import transformers
+from peft import PromptTuningConfig, get_peft_model
+from rollouts import (
+    OPTIONS,
+    REWARDS,
+    own_loss,
+    padded_batch,
+)
+from tiny_models import STATE_SPACE, VOCAB, lora, multimodal, tiny_model
+from torch import Tensor, nn
+
+from conspo_kernels.integrations import transformers_check
+from conspo_kernels.integrations.required import required
+from conspo_kernels.integrations.transformers import (
+    check_head,
+    check_packing,
+    conspo_loss_of,
+    packed,
+)
+
+
+def test_a_softcap_that_the_config_has_and_the_model_does_not_apply_raises() -> None:
+    """Gemma 3 with vision: its config takes one, its forward does not look at it."""
+    with pytest.raises(ValueError, match=r"other logits than its config says \(logit_scale=1.0, softcap=3.0\)"):
+        conspo_loss_of(multimodal("Gemma3"), padded_batch(), REWARDS, 2)
+
+
+@pytest.mark.parametrize("name", [*STATE_SPACE, "GptOss", "OPT"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_packed_rollouts_that_see_one_another_raise(name: str, dtype: torch.dtype) -> None:
+    """A state runs on; GPT-OSS and OPT do not tell their attention masks of positions."""
+    changes = {"GptOss": {"head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 2}}
+    changes["OPT"] = {"word_embed_proj_dim": 32, "ffn_dim": 48}
+    model = tiny_model(name, **changes.get(name, {})).to(dtype)
+    batch = padded_batch()
+    torch.testing.assert_close(  # padded they are right
+        conspo_loss_of(model.eval(), batch, REWARDS, 2, **OPTIONS, logits_dtype=torch.float32),
+        own_loss(model, batch),
+        rtol=1e-5 if dtype == torch.float32 else 2e-2,
+        atol=1e-6,
+    )
+    with pytest.raises(ValueError, match="lets packed rollouts see one another"):
+        conspo_loss_of(model, packed(padded_batch()), REWARDS, 2)
+
+
+def test_autocast_around_the_models_forward_alone_raises() -> None:
+    """As Accelerate has it: its base model, called from outside, would compute in another precision."""
+    model = tiny_model("Llama")
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    with pytest.raises(ValueError, match=r"inside of accelerator.autocast\(\)"):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "message"),
+    [
+        (lambda m: lora(m, ["lm_head"]), "the head of LlamaForCausalLM carries an adapter"),
+        (lambda m: lora(m, ["q_proj"], trainable_token_indices={"lm_head": [3]}), "carries an adapter"),
+        (lambda m: get_peft_model(m, PromptTuningConfig("CAUSAL_LM", num_virtual_tokens=3)), "PROMPT_TUNING changes"),
+        (lambda m: nn.DataParallel(m), "must not be wrapped, got DataParallel"),
+        (lambda m: torch.compile(m), "must not be wrapped, got OptimizedModule"),
+    ],
+)
+def test_what_would_be_wrong_in_silence_raises(wrap, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        conspo_loss_of(wrap(tiny_model("Llama")), padded_batch(), REWARDS, 2)
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (torch.empty(0), r"empty here: if it is sharded \(ZeRO-3\), gather it"),
+        (torch.zeros(VOCAB, 32, dtype=torch.int8), "must be floating point, got torch.int8"),
+    ],
+)
+def test_a_weight_that_is_not_there_or_quantised_raises(weight: Tensor, message: str) -> None:
+    model = tiny_model("Llama")
+    model.lm_head.weight = nn.Parameter(weight, requires_grad=False)
+    with pytest.raises(ValueError, match=message):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+
+
+def test_what_is_no_causal_lm_raises() -> None:
+    batch = padded_batch()
+    with pytest.raises(TypeError, match="must be a PreTrainedModel of transformers or PEFT's, got Linear"):
+        conspo_loss_of(nn.Linear(2, 2), batch, REWARDS, 2)
+    sizes = {"vocab_size": VOCAB, "d_model": 8, "d_ff": 8, "num_layers": 1, "num_heads": 1, "d_kv": 8}
+    with pytest.raises(ValueError, match="encoder-decoder"):
+        conspo_loss_of(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), batch, REWARDS, 2)
+    with pytest.raises(ValueError, match="must have a head"):
+        conspo_loss_of(tiny_model("Llama").model, batch, REWARDS, 2)
+
+
+class Scaled(transformers.LlamaForCausalLM):
+    """Does to its logits what no config says."""
+
+    def forward(self, **inputs):
+        output = super().forward(**inputs)
+        output.logits = self.change(output.logits)
+        return output
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: z * 0.9,
+        lambda z: 30 * torch.tanh(z / 30),
+        lambda z: z.index_fill(-1, torch.tensor([5]), -torch.inf),
+        lambda z: z + torch.linspace(0, 1, VOCAB),
+        lambda z: z[..., :-1],
+    ],
+    ids=["scale", "softcap", "a token masked", "a bias", "fewer tokens"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_transform_that_no_config_tells_raises(change, dtype: torch.dtype) -> None:
+    model = Scaled(tiny_model("Llama").config).to(dtype)
+    model.change = lambda z: z
+    check_head(model)
+    model.change = change
+    with pytest.raises(ValueError, match="use conspo_loss"):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+
+
+def test_hidden_states_changed_on_the_way_to_the_head_raise() -> None:
+    model = tiny_model("Llama")
+    model.lm_head.register_forward_pre_hook(lambda _module, args: (args[0] * 1.1,))
+    with pytest.raises(ValueError, match="does not give its last hidden states to its head as they are"):
+        check_head(model)
+
+
+def test_a_head_that_is_not_linear_raises() -> None:
+    model = tiny_model("Llama")
+    model.lm_head.register_forward_hook(lambda _module, _args, output: output * 1.1)
+    with pytest.raises(ValueError, match="is not hidden @ weight"):
+        check_head(model)
+
+
+def test_a_config_that_says_what_the_model_does_not_do_raises() -> None:
+    with pytest.raises(ValueError, match=r"other logits than its config says \(logit_scale=0.5"):
+        conspo_loss_of(tiny_model("Llama", logit_scale=0.5), padded_batch(), REWARDS, 2)
+
+
+def test_checks_run_once_and_leave_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, batch = tiny_model("Llama"), packed(padded_batch())
+    model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    calls = []
+    for name in ("check_head", "check_packing"):
+        check = getattr(transformers_check, name)
+        monkeypatch.setattr(
+            transformers_check, name, lambda *a, check=check, name=name, **k: (calls.append(name), check(*a, **k))
+        )
+    for _ in range(3):
+        conspo_loss_of(model, batch, REWARDS, 2).backward()
+    assert calls == ["check_head", "check_packing"]
+    assert [module.training for module in model.modules()] == modes
+    assert not model.lm_head._forward_hooks
+    model.config.final_logit_softcapping = 7.0  # which Llama does not have
+    with pytest.raises(ValueError, match=r"softcap=7\.0"):
+        conspo_loss_of(model, batch, REWARDS, 2)
+
+
+def test_packing_is_checked_for_the_attention_in_use() -> None:
+    model = tiny_model("Llama")
+    check_packing(model)
+    model.set_attn_implementation("eager")
+    conspo_loss_of(model, packed(padded_batch()), REWARDS, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, "batch must say which tokens are responses"),
+        ({"input_ids": None}, "batch must have 'input_ids'"),
+        ({"labels": torch.zeros(4, 3, dtype=torch.int64)}, r"batch\['labels'\] must be \[4, 12\], as input_ids"),
+        ({"cu_seq_lens_q": torch.tensor([0, 12])}, "leave attention_mask out"),
+        ({"cu_seq_lens_q": torch.tensor([0, 12]), "attention_mask": None}, r"must have input_ids \[1, N\]"),
+    ],
+)
+def test_batches_that_do_not_go_together(change: dict[str, Tensor | None], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        conspo_loss_of(tiny_model("Llama"), padded_batch() | change, REWARDS, 2)
+
+
+def test_packing_what_is_not_per_token_raises() -> None:
+    with pytest.raises(ValueError, match=r"batch\['rewards'\] must be \[4, 12\], as attention_mask"):
+        packed(padded_batch() | {"rewards": REWARDS})
+
+
+def test_importing_imports_none_of_the_packages() -> None:
+    code = (
+        "import sys, conspo_kernels, conspo_kernels.integrations.transformers\n"
+        "print(*(name for name in ('transformers', 'peft', 'trl', 'verl', 'accelerate') if name in sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == ""
+
+
+def test_a_missing_package_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("Llama")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        ImportError, match=r"transformers >= 5.0 is needed .* pip install 'conspo-kernels\[transformers\]'"
+    ):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+
+
+@pytest.mark.parametrize(
+    ("version", "good"),
+    [("4.57.1", False), ("5.0.0rc1", True), ("5.0", True), ("5.0.0", True), ("10.1", True), ("0.9", False)],
+)
+def test_a_package_that_is_too_old_names_the_extra(monkeypatch: pytest.MonkeyPatch, version: str, good: bool) -> None:
+    old = types.ModuleType("transformers")
+    old.__version__ = version
+    monkeypatch.setitem(sys.modules, "transformers", old)
+    if good:
+        assert required("transformers", "5.0", extra="transformers") is old
+        return
+    with pytest.raises(ImportError, match=rf"got {version}: pip install 'conspo-kernels\[transformers\]'"):
+        required("transformers", "5.0", extra="transformers")
