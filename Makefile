@@ -28,10 +28,10 @@ RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would race
-.PHONY: help test lint typecheck unit slow sanitize demo sweep paper bench format clean
+.PHONY: help test lint typecheck unit slow integrations sanitize demo sweep paper bench format clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  Variables: PYTHON (python3), VENV (.venv), TORCH (2.13.0) and TRITON (3.7.1, else the one of that torch) for the'
 	@echo '  set-up; WORKERS (auto) for the tests, 0 for one process; STEPS, SEED, OUT, LOSS (conspo or grpo), MODEL (char'
@@ -55,6 +55,21 @@ unit: $(VENV)/.installed-dev  ## the tests, under Triton's interpreter where the
 
 slow: $(VENV)/.installed-dev  ## the tests marked slow (large tensors: tens of GB), one at a time
 	$(BIN)/python -m pytest -m slow
+
+# verl, OpenRLHF and SkyRL, in an environment of their own that sees the packages of $(VENV): they bring 0.6 GB, and would
+# replace torch and transformers, so they are installed alone, with only what their modules import here.
+FRAMEWORKS := $(VENV)-integrations
+integrations: $(FRAMEWORKS)/.installed  ## the integrations with the frameworks' own code, on a CPU
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(FRAMEWORKS)/bin/python -m pytest integration_tests
+
+$(FRAMEWORKS)/.installed: $(wildcard integration_tests/*.txt) $(VENV)/.installed-dev
+	$(BIN)/python -m venv $(FRAMEWORKS)
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' \
+	  > "$$($(FRAMEWORKS)/bin/python -c 'import site; print(site.getsitepackages()[0])')/shared.pth"
+	$(FRAMEWORKS)/bin/python -m pip install --only-binary :all: --no-binary antlr4-python3-runtime -c constraints.txt \
+	  -r integration_tests/requirements.txt
+	$(FRAMEWORKS)/bin/python -m pip install --only-binary :all: --no-deps -r integration_tests/requirements-alone.txt
+	@touch $@
 
 # In a copy, as the sanitizers' extension takes the place of the other; the allocator's own figures are not theirs.
 COPY := build/sanitize
@@ -90,7 +105,7 @@ format: $(VENV)/.installed-dev  ## rewrite the sources: ruff's safe fixes and it
 	$(BIN)/ruff format .
 
 clean:  ## remove the environment, caches and build results, keep runs/
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(FRAMEWORKS) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	find conspo_kernels examples tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The torch that is asked for, in a stamp with its name: another one is installed in its place.

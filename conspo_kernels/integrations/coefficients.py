@@ -1,0 +1,120 @@
+"""ConSPO where a trainer has one seam for rewards and another for log-probabilities: coefficients travel between them.
+
+ConSPO depends on the parameters through the scores alone, so with w = dloss/ds, computed once from the
+log-probabilities of all rollouts of a step,
+
+    sum_i w_i s_i = sum_i sum_t (w_i / n_i) logp[i, t]
+
+has its gradient, however the rollouts are spread over mini-batches, micro-batches and ranks. A trainer's "advantages"
+carry -w_i / n_i, times what the trainer divides by; its policy loss is linear: the sum of -advantage * logp. Trainers
+differ in where all log-probabilities are known, and in what they divide by: one module each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from conspo_kernels import ConSPOWeights, Parallel, conspo_weights, sequence_scores
+
+Margin = float | Callable[[float], float]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """ConSPO's settings, and its weights for what a trainer knows of a step.
+
+    Args:
+        tau: temperature of the contrast, > 0.
+        margin: nats per token; or a schedule, step -> margin, such as `CosineMargin`.
+        reward_threshold: a rollout is positive where its reward is above.
+    """
+
+    tau: float = 1.0
+    margin: Margin = 0.0
+    reward_threshold: float = 0.5
+
+    def weights(
+        self,
+        logprobs: Tensor,
+        response_mask: Tensor,
+        rewards: Tensor,
+        groups: int | Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        step: float | None = None,
+        parallel: Parallel | None = None,
+    ) -> ConSPOWeights:
+        """dloss/dscores of rollouts whose log-probabilities are known: phase 1 of `conspo_kernels.two_phase`.
+
+        Args:
+            logprobs: [S, T] padded, or [N] packed with `cu_seqlens` [S + 1], of all response tokens, at the parameters
+                that the step begins with.
+            response_mask: shaped like logprobs, zero = no response token.
+            rewards, groups, parallel: as `conspo_weights`.
+            step: the training step, counted from 0, for a margin that is a schedule.
+
+        Returns:
+            Weights [S], loss and metrics.
+
+        Raises:
+            ValueError: a response token's log-probability is NaN; the margin is a schedule and there is no step.
+            TypeError, ValueError: as `sequence_scores` and `conspo_weights`.
+
+        Source: arXiv:2605.12969.
+        """
+        mask = response_mask.bool()
+        if bool(torch.isnan(logprobs).logical_and(mask).any()):
+            raise ValueError("a log-probability of a response token is NaN: there are no scores to weigh")
+        labels = torch.zeros_like(mask, dtype=torch.int64)
+        scores = sequence_scores(
+            logprobs.detach(), labels, response_mask=mask, cu_seqlens=cu_seqlens, parallel=_context(parallel)
+        )
+        return conspo_weights(
+            scores, rewards, groups, tau=self.tau, margin=self._margin_at(step),
+            reward_threshold=self.reward_threshold, parallel=parallel, return_metrics=True,
+        )  # fmt: skip
+
+    def _margin_at(self, step: float | None) -> float:
+        if not callable(self.margin):
+            return self.margin
+        if step is None:
+            raise ValueError(f"the margin is a schedule ({self.margin!r}), and the training step is not known here")
+        return self.margin(step)
+
+
+def _context(parallel: Parallel | None) -> Parallel | None:
+    """Of `parallel` what concerns the sum over a rollout's tokens."""
+    if parallel is None or parallel.context is None:
+        return None
+    return Parallel(context=parallel.context, grad_reduction=parallel.grad_reduction)
+
+
+def token_advantages(weights: Tensor, response_mask: Tensor, scale: float) -> Tensor:
+    """-scale * w_i / n_i on the response tokens of padded rollouts, zero elsewhere.
+
+    Args:
+        weights: [S] dloss/dscores.
+        response_mask: [S, T], zero = no response token.
+        scale: what the trainer divides the sum over rollouts by.
+
+    Returns:
+        [S, T], dtype of the weights.
+    """
+    mask = response_mask.bool()
+    per_token = -scale * weights / mask.sum(dim=1).clamp(min=1)
+    return torch.where(mask, per_token[:, None], torch.zeros_like(per_token)[:, None])
+
+
+def linear_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
+    """-advantage * logp per token; exactly zero, whatever logp is, where the advantage is."""
+    return torch.where(advantages != 0, -advantages * logprobs, torch.zeros_like(logprobs))
+
+
+def group_ids(names: Sequence[Hashable]) -> Tensor:
+    """[S] int64: equal where the names of the prompts (strings, UUIDs) are."""
+    known: dict[Hashable, int] = {}
+    return torch.tensor([known.setdefault(name, len(known)) for name in names], dtype=torch.int64)

@@ -1,0 +1,113 @@
+"""ConSPO in SkyRL: a trainer whose advantages are ConSPO's, and a policy loss in SkyRL's registry.
+
+    register_policy_loss("conspo")(policy_loss)                  # skyrl.backends.skyrl_train.utils.ppo_utils
+    Trainer = conspo_trainer(RayPPOTrainer, tau=0.5)             # for `get_trainer` of the experiment
+    trainer.algorithm.policy_loss_type=conspo
+
+SkyRL's advantage estimators are given no log-probabilities, but the method of its trainer that calls them holds the
+whole batch: `action_log_probs`, rewards and uids of all rollouts, on one process. The first mini-batch has ConSPO's
+gradient exactly; later ones have its weights of the batch's beginning.
+
+Source: SkyRL 0.3.0, skyrl/train/trainer.py (`compute_advantages_and_returns`, `_normalize_advantages`),
+skyrl/backends/skyrl_train/utils/ppo_utils.py (`reduce_loss`), skyrl/backends/skyrl_train/workers/worker.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .coefficients import Margin, Objective, group_ids, linear_loss, token_advantages
+
+
+def conspo_advantages(data: Any, objective: Objective, step: float | None = None) -> Tensor:
+    """Advantages of a whole training batch: -w_i / n_i on the tokens of the loss, whose sum is ConSPO's gradient.
+
+    Args:
+        data: SkyRL's `TrainingInputBatch`: `action_log_probs`, `loss_mask` and `rewards` [B, T], uids in its metadata.
+
+    Returns:
+        [B, T].
+
+    Raises:
+        ValueError: there are no `action_log_probs`, and as `Objective.weights`.
+    """
+    logprobs = data["action_log_probs"]
+    if logprobs is None:
+        raise ValueError("ConSPO needs action_log_probs: a policy_loss_type that skips the policy's forward has none")
+    mask, groups = data["loss_mask"], group_ids(list(data.metadata["uids"]))
+    weights = objective.weights(logprobs, mask, data["rewards"].sum(dim=-1), groups, step=step).weights
+    return token_advantages(weights, mask, 1.0)
+
+
+def conspo_trainer(base: type, *, tau: float = 1.0, margin: Margin = 0.0, reward_threshold: float = 0.5) -> type:
+    """A subclass of SkyRL's `RayPPOTrainer` whose advantages are ConSPO's.
+
+    Args:
+        base: `RayPPOTrainer`, or what is derived from it.
+        tau, reward_threshold: as `conspo_loss`. A rollout's reward is the sum of its token-level rewards.
+        margin: a number, or a schedule of the trainer's `global_step`, whose first is 0 here.
+
+    Returns:
+        The class. It raises ValueError for settings that would make the loss another.
+    """
+    objective = Objective(tau, margin, reward_threshold)
+
+    class ConSPOTrainer(base):
+        @torch.no_grad()
+        def compute_advantages_and_returns(self, data: Any) -> Any:
+            _check(self.cfg)
+            advantages = conspo_advantages(data, objective, max(self.global_step - 1, 0))
+            data = super().compute_advantages_and_returns(data)  # its metrics, of the estimator in the settings
+            data["advantages"] = data["returns"] = advantages.to(data["advantages"].device)
+            return data
+
+        @torch.no_grad()
+        def _normalize_advantages(
+            self, data: Any, mini_batch_boundaries: list[tuple[int, int]], prompt_boundaries: Any = None
+        ) -> Any:
+            del prompt_boundaries
+            # The mean of the mini-batches' gradients is the batch's. SkyRL's reductions would divide by tokens.
+            data["advantages"] = data["advantages"] * len(mini_batch_boundaries)
+            return data
+
+    return ConSPOTrainer
+
+
+def _check(cfg: Any) -> None:
+    algorithm = cfg.trainer.algorithm
+    if algorithm.policy_loss_type != "conspo":
+        raise ValueError(
+            f"ConSPO's advantages need trainer.algorithm.policy_loss_type=conspo, got {algorithm.policy_loss_type}"
+        )
+    if algorithm.use_kl_in_reward:
+        raise ValueError(
+            "trainer.algorithm.use_kl_in_reward=true: rewards with a KL penalty are no verdicts; use_kl_loss"
+        )
+    if algorithm.advantage_batch_normalize:
+        raise ValueError("trainer.algorithm.advantage_batch_normalize=true would shift and scale ConSPO's coefficients")
+    if cfg.generator.step_wise_trajectories:
+        raise ValueError("generator.step_wise_trajectories=true: a trajectory's steps are rollouts of their own there")
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    config: Any,
+    loss_mask: Tensor | None = None,
+    rollout_logprobs: Tensor | None = None,
+) -> tuple[Tensor, dict[str, float]]:
+    """A policy loss in SkyRL's signature: the sum of -advantage * logp, which SkyRL multiplies by its ranks.
+
+    Returns:
+        The loss, and metrics: `conspo_logprob_drift`, the largest |new - old| of a token, zero in the first mini-batch.
+    """
+    del config, rollout_logprobs
+    loss = linear_loss(log_probs, advantages)
+    mask = torch.ones_like(loss, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
+    difference = (log_probs - old_log_probs).detach()[mask]
+    drift = float(difference.abs().max()) if difference.numel() else 0.0
+    return (loss * mask).sum(), {"clip_ratio": 0.0, "conspo_logprob_drift": drift}

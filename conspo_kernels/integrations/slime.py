@@ -1,0 +1,158 @@
+"""ConSPO in slime: a function of advantages and a loss, both given by their paths.
+
+    --custom-advantage-function-path conspo_kernels.integrations.slime.compute_advantages
+    --loss-type custom_loss --custom-loss-function-path conspo_kernels.integrations.slime.policy_loss
+    --disable-rewards-normalization --custom-config-path conspo.yaml
+
+The rollouts of a group lie on several data-parallel ranks, each of which computes its own advantages: one score, one
+reward and one prompt per rollout are gathered over these ranks. The first optimizer step of a rollout batch has
+ConSPO's gradient exactly; with `--num-steps-per-rollout` above 1 later ones have the weights of the batch's beginning.
+
+Source: THUDM/slime, slime/backends/megatron_utils/loss.py at 00c2d6db (`compute_advantages_and_returns`,
+`policy_loss_function`, `loss_function`), slime/backends/megatron_utils/cp_utils.py (`get_sum_of_sample_mean`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, MutableMapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conspo_kernels import CosineMargin, Parallel
+
+from .coefficients import Margin, Objective, linear_loss
+
+
+def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> None:
+    """slime's custom advantage function: sets `advantages` and `returns` of this rank's rollouts.
+
+    slime takes the mean over a rollout's tokens and divides by the rollouts of the step: the advantage of rollout i is
+    -w_i, times the rollouts of all ranks.
+
+    Args:
+        args: slime's arguments; of ours, from `--custom-config-path`: `conspo_tau`, `conspo_margin`,
+            `conspo_reward_threshold`; `conspo_margin_steps` and `conspo_margin_warmup_ratio` make the margin a schedule
+            of the rollout batches, counted from `start_rollout_id`.
+        rollout_data: `log_probs` and `loss_masks`, lists of [R_i], `rewards` and `sample_indices` of this rank.
+
+    Raises:
+        ValueError: a setting would make the loss another; the message names it.
+    """
+    _check(args, rollout_data)
+    logprobs: list[Tensor] = rollout_data["log_probs"]
+    device = logprobs[0].device
+    lengths = torch.tensor([x.numel() for x in logprobs], dtype=torch.int64)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(dim=0)]).to(device)
+    indices = torch.as_tensor(rollout_data["sample_indices"], dtype=torch.int64, device=device)
+    rewards = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32, device=device)
+    ranks = _data_parallel_ranks()
+    # slime adds gradients up over ranks, after it divided by the rollouts of all of them.
+    weights = _objective(args).weights(
+        torch.cat(logprobs), torch.cat(list(rollout_data["loss_masks"])).to(device), rewards,
+        indices // args.n_samples_per_prompt, cu_seqlens=offsets, step=_step(args),
+        parallel=Parallel(data=ranks, grad_reduction="sum") if ranks is not None else None,
+    ).weights  # fmt: skip
+    scaled = -weights * _over_ranks(len(logprobs), ranks, device)
+    rollout_data["advantages"] = [w.expand_as(x).clone() for w, x in zip(scaled, logprobs, strict=True)]
+    rollout_data["returns"] = rollout_data["advantages"]
+
+
+def policy_loss(
+    args: Any,
+    batch: MutableMapping[str, Any],
+    logits: Tensor,
+    sum_of_sample_mean: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """slime's custom loss: the sum over rollouts of the mean over tokens of -advantage * logp, and the entropy term.
+
+    Args:
+        batch: a micro-batch with `advantages`, `log_probs` (those of the step's beginning) and its tokens.
+        logits: [1, T, V], this rank's part of the vocabulary; slime's own function takes log-probabilities from them.
+
+    Returns:
+        The loss, and what slime logs.
+
+    Raises:
+        ValueError: `--use-kl-loss`, which is of slime's own loss.
+    """
+    if args.use_kl_loss:
+        raise ValueError("--use-kl-loss is of slime's policy loss; ConSPO's custom loss has no KL term")
+    logprobs, entropy = _logprobs_and_entropy(args, batch, logits)
+    pg_loss = sum_of_sample_mean(linear_loss(logprobs, torch.cat(batch["advantages"])))
+    entropy_loss = sum_of_sample_mean(entropy)
+    # A rank without response tokens still has to take part in backward.
+    loss = pg_loss - args.entropy_coef * entropy_loss + (0 * logits.sum() if logprobs.numel() == 0 else 0)
+    kl = sum_of_sample_mean(torch.cat(batch["log_probs"]) - logprobs)
+    logged = {"loss": loss, "pg_loss": pg_loss, "entropy_loss": entropy_loss, "ppo_kl": kl}
+    return loss, {name: value.clone().detach() for name, value in logged.items()}
+
+
+def _logprobs_and_entropy(args: Any, batch: MutableMapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:
+    from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
+
+    _, found = get_log_probs_and_entropy(
+        logits, args=args, unconcat_tokens=batch["unconcat_tokens"], total_lengths=batch["total_lengths"],
+        response_lengths=batch["response_lengths"], with_entropy=True,
+    )  # fmt: skip
+    return torch.cat(found["log_probs"]), torch.cat(found["entropy"])
+
+
+def _check(args: Any, rollout_data: MutableMapping[str, Any]) -> None:
+    wrong = {
+        "rewards_normalization": "rewards are then no verdicts any more: --disable-rewards-normalization",
+        "normalize_advantages": "it would shift and scale ConSPO's coefficients",
+        "calculate_per_token_loss": "ConSPO's mean over a rollout's tokens would be one over all tokens",
+        "use_rollout_logprobs": "the scores would be of the inference engine",
+        "use_opd": "it adds to the advantages",
+        "use_tis": "ConSPO has no importance weights",
+    }
+    for name, reason in wrong.items():
+        if getattr(args, name, False):
+            raise ValueError(f"--{name.replace('_', '-')}: {reason}")
+    if getattr(args, "context_parallel_size", 1) != 1:
+        raise ValueError("--context-parallel-size above 1: a rank's log-probabilities are then of parts of rollouts")
+    if getattr(args, "rollout_top_p", 1.0) != 1.0:
+        raise ValueError("--rollout-top-p below 1: log-probabilities would be of a renormalised distribution")
+    if args.loss_type != "custom_loss" or not rollout_data.get("log_probs"):
+        raise ValueError(
+            "there are no log-probabilities before the step: slime computes them for --loss-type custom_loss"
+        )
+    sums, masks = rollout_data.get("rollout_mask_sums"), rollout_data["loss_masks"]
+    if sums is not None and any(int(total) != int(mask.sum()) for total, mask in zip(sums, masks, strict=True)):
+        raise ValueError("a rollout of several samples: each would have a score of its own, and their mean another")
+
+
+def _objective(args: Any) -> Objective:
+    margin: Margin = getattr(args, "conspo_margin", 0.0)
+    steps = getattr(args, "conspo_margin_steps", None)
+    if steps is not None:
+        assert not callable(margin)
+        warmup = getattr(args, "conspo_margin_warmup_ratio", 1.0)
+        margin = CosineMargin(target=margin, warmup_ratio=warmup, total_steps=steps)
+    return Objective(getattr(args, "conspo_tau", 1.0), margin, getattr(args, "conspo_reward_threshold", 0.5))
+
+
+def _step(args: Any) -> int:
+    """How many rollout batches were trained on before this one; slime calls once per batch."""
+    step: int = getattr(args, "conspo_step", None) or getattr(args, "start_rollout_id", None) or 0
+    args.conspo_step = step + 1
+    return step
+
+
+def _data_parallel_ranks() -> dist.ProcessGroup | None:
+    if not dist.is_initialized():
+        return None
+    from megatron.core import mpu
+
+    ranks: dist.ProcessGroup = mpu.get_data_parallel_group(with_context_parallel=False)
+    return ranks
+
+
+def _over_ranks(number: int, ranks: dist.ProcessGroup | None, device: torch.device) -> int:
+    total = torch.tensor(number, device=device)
+    if ranks is not None:
+        dist.all_reduce(total, group=ranks)
+    return int(total)
