@@ -10,6 +10,7 @@ from torch import Tensor
 from .inputs import check
 from .inputs.groups import GroupLayout, live_rollouts
 from .inputs.parallel import Parallel, parallel_from
+from .inputs.scalars import plain
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
 from .objective import ContrastSettings, Role, Rollouts, ScoreObjective, Segments, equal_segments
@@ -73,6 +74,7 @@ class Contrast(NamedTuple):
     ) -> Contrast:
         check.flags(return_metrics=return_metrics)
         check_implementation(implementation)
+        tau, margin, reward_threshold, num_groups = map(plain, (tau, margin, reward_threshold, num_groups))
         check.objective(tau, margin, reward_threshold, reduction, num_groups)
         return cls(
             tau, margin, reward_threshold, reduction, num_groups, parallel_from(parallel), implementation,
@@ -83,6 +85,7 @@ class Contrast(NamedTuple):
         self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None = None
     ) -> Contrasted:
         """Of scores [S] and, where they are known, counts of response tokens."""
+        groups = plain(groups)
         check.rewards(rewards, scores.shape[0])
         check.devices(scores.device, rewards=rewards, groups=groups, margin=self.margin, num_groups=self.num_groups)
         places = None
@@ -176,6 +179,7 @@ def contrast_loss(
     source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
 ) -> Tensor | ConSPOOutput:
     """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
+    groups = plain(groups)
     if source.synchronize:
         check.rewards(rewards, response_counts(tokens, contrast.parallel).shape[0])
         rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups

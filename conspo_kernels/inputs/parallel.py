@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from . import check
+from .scalars import plain
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,9 @@ class Parallel:
     grad_reduction: str = "mean"
 
     def __post_init__(self) -> None:
+        start = plain(self.vocab_start)
+        if start is not self.vocab_start:
+            object.__setattr__(self, "vocab_start", start)
         check.parallel(self.data, self.context, self.vocab, self.vocab_start, self.grad_reduction)
 
     @property

@@ -11,11 +11,14 @@ import triton
 import triton.language as tl
 
 from ...objective import ContrastSettings, GroupLoss, Rollouts
+from .launch import registers
 from .softmax import NEG_INF, finite_max
 
 MEMBERS = 16
 GROUPS = 16
 NUM_WARPS = 8
+# It needs 56. ptxas, which does not know that there is one program, would rather use a stack than have fewer at a time.
+REGISTERS = 64
 UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size")
 UNALIGNED = ("scores_ptr", "rewards_ptr", "margin_ptr", "num_groups_ptr")  # a user's slice begins anywhere
 
@@ -211,6 +214,6 @@ def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
         settings.num_groups, loss, weights, roles, num_rollouts, num_slots, group_size, settings.tau,
         settings.reward_threshold, RAGGED=segments is not None, HAS_COUNTS=counts is not None,
         HAS_NUM_GROUPS=settings.num_groups is not None, REDUCTION=settings.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS,
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS, enable_fp_fusion=True, **registers(REGISTERS, scores.device),
     )  # fmt: skip
     return GroupLoss(loss, weights, roles)

@@ -72,6 +72,12 @@ def launch_of(kernel: str, logits: Tensor) -> Launch:
     return TABLE[architecture(logits.device)][kernel]
 
 
+def registers(most: int, device: torch.device) -> dict[str, int]:
+    """The option that lets a thread have so many registers; there is none on an AMD GPU."""
+    amd = torch.version.hip is not None or architecture(device).startswith("gfx")
+    return {} if amd else {"maxnreg": most}
+
+
 def vectors_per_thread(launch: Launch, device: torch.device) -> int:
     """How many vectors of a tile one thread holds."""
     threads = launch.num_warps * (64 if architecture(device).startswith("gfx") else 32)

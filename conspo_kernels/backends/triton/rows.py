@@ -66,7 +66,7 @@ def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
     cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes, "CHUNK": CHUNK_BYTES // size}
     if kernel == "forward":
         cut["PARTS"] = vectors_per_thread(launch, logits.device)
-    return cut | {"num_warps": launch.num_warps}
+    return cut | {"num_warps": launch.num_warps, "enable_fp_fusion": True}
 
 
 def num_chunks_of(logits: Tensor) -> int:

@@ -31,4 +31,6 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     if not gradient.is_contiguous():
         gradient.mul_(factor)
     elif gradient.numel():
-        _kernel[(triton.cdiv(gradient.numel(), BLOCK),)](gradient, factor, gradient.numel(), BLOCK=BLOCK, num_warps=8)
+        _kernel[(triton.cdiv(gradient.numel(), BLOCK),)](
+            gradient, factor, gradient.numel(), BLOCK=BLOCK, num_warps=8, enable_fp_fusion=True
+        )

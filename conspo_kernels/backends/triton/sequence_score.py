@@ -86,7 +86,7 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[T
     if num_segments > 0:
         _forward_kernel[(num_segments,)](
             logprobs, labels, offsets, scores, counts, labels.shape[1], labels.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return scores, counts
 
@@ -100,6 +100,6 @@ def backward(grad_scores: Tensor, counts: Tensor, labels: Tensor, offsets: Tenso
     if num_segments > 0:
         _backward_kernel[(num_segments,)](
             grad_scores, counts, labels, offsets, grad_logprobs, labels.shape[1], labels.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS, enable_fp_fusion=True,
         )  # fmt: skip
     return grad_logprobs
