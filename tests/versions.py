@@ -47,16 +47,7 @@ STEPS: dict[str, tuple[list[str], dict[str, str]]] = {
     "quick": ([*PYTEST, "-n", "2", "--dist", "worksteal", "@tests/quick.txt"], {}),
     "gradcheck": ([*GRADCHECK, "--implementation", "native", "torch"], {}),
     "interpreter": (
-        [
-            *GRADCHECK,
-            "--implementation",
-            "triton",
-            "--op",
-            "conspo_loss_from_scores",
-            "token_logprobs",
-            "--dtype",
-            "fp32",
-        ],
+        [*GRADCHECK, "--implementation", "triton", "--op", "conspo_loss_from_scores", "conspo_loss", "--dtype", "fp32"],
         {"TRITON_INTERPRET": "1"},
     ),
     "kernels": ([*PYTEST, "tests/test_launch.py"], {}),
