@@ -7,8 +7,6 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from . import check
 from .scalars import plain
@@ -83,6 +81,10 @@ class VocabShard(NamedTuple):
 
 def shard_of(x: Tensor, dim: int) -> tuple[Tensor, VocabShard]:
     """The local part of a DTensor that is sharded along `dim` and replicated otherwise, and where it lies."""
+    # Imported by who has one: it takes as long as the rest of torch.
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     assert isinstance(x, DTensor)
     sharded = [i for i, p in enumerate(x.placements) if isinstance(p, Shard) and p.dim % x.dim() == dim % x.dim()]
     others = [p for i, p in enumerate(x.placements) if i not in sharded and not p.is_replicate()]
