@@ -28,7 +28,7 @@ RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would race
-.PHONY: help test lint typecheck unit slow integrations sanitize demo sweep paper bench format clean
+.PHONY: help test lint typecheck unit quick slow integrations sanitize versions wheel demo sweep paper bench format clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,20 @@ typecheck: $(VENV)/.installed-dev  ## mypy on the package
 unit: export OMP_NUM_THREADS ?= 1
 unit: $(VENV)/.installed-dev  ## the tests, under Triton's interpreter where there is no GPU
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+quick: export OMP_NUM_THREADS ?= 1
+quick: $(VENV)/.installed-dev  ## a minute of tests: PyTorch and native, no interpreter
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal @tests/quick.txt
+
+# 5 GB and half an hour per row; pip has to find those releases of torch.
+versions:  ## the tests with each release of torch and Triton, in environments of their own: ROWS='2.11.0 2.15.0'
+	$(PYTHON) tests/versions.py $(ROWS)
+
+# In this environment, not one of pip's own: the kernels are built against the torch that will load them.
+wheel: $(VENV)/.installed-dev  ## dist/: a wheel with the native kernels, for the torch of $(VENV), and an sdist
+	rm -rf build/lib* build/temp* build/bdist* dist
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+	$(BIN)/python setup.py -q sdist
 
 slow: $(VENV)/.installed-dev  ## the tests marked slow (large tensors: tens of GB), one at a time
 	$(BIN)/python -m pytest -m slow

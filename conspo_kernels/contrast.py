@@ -10,6 +10,7 @@ from torch import Tensor
 from .inputs import check
 from .inputs.groups import GroupLayout, live_rollouts
 from .inputs.parallel import Parallel, parallel_from
+from .inputs.scalars import plain
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
 from .objective import ContrastSettings, GroupLoss, Role, Rollouts, ScoreObjective, Segments, equal_segments
@@ -75,6 +76,7 @@ class Contrast(NamedTuple):
     ) -> Contrast:
         check.flags(return_metrics=return_metrics)
         check_implementation(implementation)
+        tau, margin, reward_threshold, num_groups = map(plain, (tau, margin, reward_threshold, num_groups))
         check.objective(tau, margin, reward_threshold, reduction, num_groups)
         return cls(
             tau, margin, reward_threshold, reduction, num_groups, parallel_from(parallel), implementation,
@@ -85,6 +87,7 @@ class Contrast(NamedTuple):
         self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None = None
     ) -> Contrasted:
         """Of scores [S] and, where they are known, counts of response tokens."""
+        groups = plain(groups)
         self._check(scores.shape[0], scores.device, rewards, groups)
         places = None
         if self.parallel.data is not None:
@@ -220,6 +223,7 @@ def contrast_loss(
     source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
 ) -> Tensor | ConSPOOutput:
     """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
+    groups = plain(groups)
     if source.synchronize:
         check.rewards(rewards, tokens.num_rollouts)
         rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups

@@ -23,6 +23,7 @@ BACKENDS = {
     "native": ".native",
     "torch": ".eager",
 }
+_warned: set[tuple[torch.device, str]] = set()  # devices on which "auto" had to fall back, and why
 PREFERRED = {"cuda": "triton", "cpu": "native"}  # where it can run; "torch" elsewhere
 
 
@@ -56,9 +57,9 @@ def choose(op: str, implementation: str, device: torch.device) -> str:
 
 
 def _log_fallback(op: str, device: torch.device, preferred: str, reason: str) -> None:
-    # An extension that was built and does not load is a surprise, one that was never built is not.
-    surprise = getattr(importlib.import_module(BACKENDS[preferred], __package__), "BUILT", False)
-    level = logging.WARNING if surprise else logging.INFO
+    """A warning for the first op of a device, which says it of them all."""
+    level = logging.INFO if (device, reason) in _warned else logging.WARNING
+    _warned.add((device, reason))
     logger.log(level, "%s on %s: implementation='torch', not %r: %s", op, device, preferred, reason)
 
 
@@ -88,3 +89,4 @@ def forget_choices() -> None:
     """Choose anew: what can run has changed."""
     choose.cache_clear()
     _kernels_for.cache_clear()
+    _warned.clear()

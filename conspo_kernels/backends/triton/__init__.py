@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,7 +24,28 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 def _interpreting() -> bool:
     """Whether Triton's kernels run on the CPU: decided when Triton defines them, by the environment."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    wanted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    if wanted and INSTALLED:
+        _mend_interpreter()
+    return wanted
+
+
+@functools.cache
+def _mend_interpreter() -> None:
+    """Numbers in Triton 3.6's interpreter are arrays [1], of which numpy 2.4 makes no bound of a `range`."""
+    import triton
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = with_index
 
 
 def obstacle(device: torch.device) -> str | None:
