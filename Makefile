@@ -36,7 +36,7 @@ help:  ## this list
 	@echo '  Variables: PYTHON (python3), VENV (.venv), TORCH (2.13.0) and TRITON (3.7.1, else the one of that torch) for the'
 	@echo '  set-up; WORKERS (auto) for the tests, 0 for one process; STEPS, SEED, OUT, LOSS (conspo or grpo), MODEL (char'
 	@echo '  or smollm2), FUSED_LINEAR (1) and OPTIONS (of examples/train.py) for the demo; SUITE (cpu or quick), REPEATS (9),'
-	@echo '  LINEAR_REPEATS (3) and WHEELS (a folder) for the benchmarks.'
+	@echo '  LINEAR_REPEATS (3) and WHEELS (a folder) for the benchmarks; ROWS (all, or names of releases) for versions.'
 	@echo '  Example: make demo STEPS=100 SEED=1 LOSS=grpo'
 
 test: lint typecheck unit  ## lint, type check and tests: what a change has to pass
