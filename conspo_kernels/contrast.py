@@ -212,7 +212,10 @@ def _selected(
     if live is None or (not on_cpu and not torch.compiler.is_compiling() and live.all()):
         left_out = torch.zeros((), dtype=torch.int64, device=tokens.labels.device) if asked else None
         return _Selected(tokens, None, counts, left_out)
-    keep, local = tokens.per_token(live), beside(live, tokens.labels)
+    keep = tokens.per_token(live)
+    if not on_cpu and not asked:  # their labels may stay: without a log-probability they have no part in the objective
+        return _Selected(tokens, keep)
+    local = beside(live, tokens.labels)
     wanted = keep if keep is not None and on_cpu else tokens.per_token(local)
     assert wanted is not None
     left_out = ((counts > 0) & ~local).sum() if asked and counts is not None else None

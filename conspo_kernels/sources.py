@@ -255,7 +255,8 @@ class HiddenSource(NamedTuple):
         if self.hidden.device.type == "cpu":
             return None  # labels can be looked at
         if self.synchronize:
-            keep = tokens.active.cpu()
+            active = tokens.active.cpu()
+            keep = active if keep is None else active & keep
         return None if keep is None else token_places(keep.flatten(), self.hidden.device)
 
     def logprobs(
