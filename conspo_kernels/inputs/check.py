@@ -44,6 +44,13 @@ def _dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], words: st
         raise ValueError(f"{name} must be {words}, got {value.dtype}")
 
 
+def _differentiable(name: str, value: Any, words: str) -> None:
+    """A floating-point tensor that reverse mode may differentiate by."""
+    _tensor(name, value)
+    _reverse_mode(name, value)
+    _dtype(name, value, LOGIT_DTYPES, words)
+
+
 def _shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
     if tuple(value.shape) != tuple(expected):
         raise ValueError(f"{name} must have shape {list(expected)} ({why}), got {list(value.shape)}")
@@ -89,9 +96,7 @@ def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
 
 
 def logits(value: Any) -> None:
-    _tensor("logits", value)
-    _reverse_mode("logits", value)
-    _dtype("logits", value, LOGIT_DTYPES, "fp16, bf16, fp32 or fp64")
+    _differentiable("logits", value, "fp16, bf16, fp32 or fp64")
     if value.dim() not in (2, 3):
         raise ValueError(f"logits must be [B, T, V], or packed [N, V] or [1, N, V], got {list(value.shape)}")
     if value.shape[-1] == 0:
@@ -185,17 +190,13 @@ def cu_seqlens(value: Any, shape: tuple[int, ...], needed_for: str | None) -> No
 
 
 def logprobs(value: Any) -> None:
-    _tensor("logprobs", value)
-    _reverse_mode("logprobs", value)
-    _dtype("logprobs", value, LOGIT_DTYPES, "floating point")
+    _differentiable("logprobs", value, "floating point")
     if value.dim() not in (1, 2):
         raise ValueError(f"logprobs must be [B, T], or packed [N] or [1, N], got {list(value.shape)}")
 
 
 def scores(value: Any) -> None:
-    _tensor("scores", value)
-    _reverse_mode("scores", value)
-    _dtype("scores", value, LOGIT_DTYPES, "floating point")
+    _differentiable("scores", value, "floating point")
     if value.dim() != 1:
         raise ValueError(f"scores must be [S], got {list(value.shape)}")
 
