@@ -28,15 +28,16 @@ RUNS    := $(if $(STEPS),--steps '$(STEPS)') $(if $(SEED),--seed '$(SEED)') $(if
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:  # two installs into one environment would race
-.PHONY: help test lint typecheck unit slow integrations sanitize demo sweep paper bench format clean
+.PHONY: help test lint typecheck unit quick slow integrations sanitize versions wheel demo sweep paper bench format clean \
+  docs hub-kernel gpu release-check
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 	@echo
 	@echo '  Variables: PYTHON (python3), VENV (.venv), TORCH (2.13.0) and TRITON (3.7.1, else the one of that torch) for the'
 	@echo '  set-up; WORKERS (auto) for the tests, 0 for one process; STEPS, SEED, OUT, LOSS (conspo or grpo), MODEL (char'
 	@echo '  or smollm2), FUSED_LINEAR (1) and OPTIONS (of examples/train.py) for the demo; SUITE (cpu or quick), REPEATS (9),'
-	@echo '  LINEAR_REPEATS (3) and WHEELS (a folder) for the benchmarks.'
+	@echo '  LINEAR_REPEATS (3) and WHEELS (a folder) for the benchmarks; ROWS (all, or names of releases) for versions.'
 	@echo '  Example: make demo STEPS=100 SEED=1 LOSS=grpo'
 
 test: lint typecheck unit  ## lint, type check and tests: what a change has to pass
@@ -52,6 +53,20 @@ typecheck: $(VENV)/.installed-dev  ## mypy on the package
 unit: export OMP_NUM_THREADS ?= 1
 unit: $(VENV)/.installed-dev  ## the tests, under Triton's interpreter where there is no GPU
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+quick: export OMP_NUM_THREADS ?= 1
+quick: $(VENV)/.installed-dev  ## a minute of tests: PyTorch and native, no interpreter
+	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal @tests/quick.txt
+
+# 5 GB and half an hour per row; pip has to find those releases of torch.
+versions:  ## the tests with each release of torch and Triton, in environments of their own: ROWS='2.11.0 2.15.0'
+	$(PYTHON) tests/versions.py $(ROWS)
+
+# In this environment, not one of pip's own: the kernels are built against the torch that will load them.
+wheel: $(VENV)/.installed-dev  ## dist/: a wheel with the native kernels, for the torch of $(VENV), and an sdist
+	rm -rf build/lib* build/temp* build/bdist* dist
+	$(BIN)/python -m pip wheel --no-build-isolation --no-deps -w dist .
+	$(BIN)/python setup.py -q sdist
 
 slow: $(VENV)/.installed-dev  ## the tests marked slow (large tensors: tens of GB), one at a time
 	$(BIN)/python -m pytest -m slow
@@ -129,3 +144,39 @@ $(VENV)/.weights-smollm2: $(VENV)/.torch-$(TORCH)-$(TRITON)
 	@touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.weights-smollm2
+
+.PHONY: docs hub-kernel gpu release-check
+
+# In an environment of its own, without torch: the pages are made from the sources, which nobody imports.
+DOCS := build/docs-env
+$(DOCS)/.installed: constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -m pip install --only-binary :all: -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	@touch $@
+
+docs: export NO_MKDOCS_2_WARNING = 1
+docs: $(DOCS)/.installed  ## build/site: the documentation; a dead link or a public name without an entry fails
+	$(DOCS)/bin/mkdocs build --strict
+
+hub-kernel:  ## build/hub: the kernel for the Hugging Face Hub, pure Python and Triton (OUT=: another folder)
+	$(PYTHON) hub/build.py $(or $(OUT),build/hub)
+
+# The tests marked gpu, the gradient check and every op beside the rivals: what a GPU has to pass, in minutes.
+gpu: $(VENV)/.installed-dev $(VENV)/.installed-bench  ## on a GPU: tests, gradient check and benchmarks, in runs/gpu
+	$(BIN)/python -m benchmarks.run --suite gpu --out runs/gpu $(if $(WHEELS),--wheels '$(WHEELS)')
+
+# The tests lie beside no sources there, so it is what was installed that they import. Those of setup.py need a checkout.
+RELEASE := build/release
+OF_A_CHECKOUT := test_what_is_built or test_an_installation_without_the_kernels
+release-check: wheel  ## dist/: wheel and sdist, each installed into an empty environment, with the quick tests
+	rm -rf $(RELEASE) && mkdir -p $(RELEASE)/tests-only
+	cp -r tests benchmarks examples pyproject.toml setup.py csrc $(RELEASE)/tests-only
+	set -e; for file in dist/*.whl dist/*.tar.gz; do \
+	  rm -rf $(RELEASE)/env; $(PYTHON) -m venv $(RELEASE)/env; \
+	  $(RELEASE)/env/bin/python -m pip install --only-binary :all: --no-binary conspo-kernels -c constraints.txt \
+	    'torch$(TORCH:%===%)' $(if $(TRITON),'triton==$(TRITON)') "$$file" pytest pytest-xdist hypothesis; \
+	  (cd $(RELEASE)/tests-only && ../env/bin/python -m conspo_kernels info && \
+	    ../env/bin/python -m pytest -q -p no:cacheprovider -n $(WORKERS) @tests/quick.txt \
+	      -k 'not triton and not ($(OF_A_CHECKOUT))'); \
+	  echo "$$file: passed"; \
+	done

@@ -17,9 +17,17 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import setup
+from setuptools.command.build_py import build_py
+
+# The first that knows the licence as pyproject.toml has it. Where the build is not isolated, nobody else asks.
+OLDEST_SETUPTOOLS = 77
+if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
+    sys.exit(f"conspo_kernels needs setuptools >= {OLDEST_SETUPTOOLS} to be built, this is {setuptools.__version__}")
 
 ROOT = Path(__file__).resolve().parent
+NOTE = "conspo_kernels/not_built.txt"
 CHOICES = ("auto", "cpu", "none")
 
 
@@ -78,19 +86,32 @@ def extension():
     }
 
 
+def without_extension(reason):
+    """A pure Python package that knows why it is one: `python -m conspo_kernels info` says it."""
+
+    class BuildWithNote(build_py):
+        def run(self):
+            super().run()
+            folder = ROOT if self.editable_mode else Path(self.build_lib)
+            (folder / NOTE).parent.mkdir(parents=True, exist_ok=True)
+            (folder / NOTE).write_text(reason, encoding="utf-8")
+
+    print(f"conspo_kernels: the CPU extension is NOT built: {reason}", file=sys.stderr)
+    return {"cmdclass": {"build_py": BuildWithNote}}
+
+
 def options():
     wanted = os.environ.get("CONSPO_BUILD", "auto")
     if wanted not in CHOICES:
         sys.exit(f"CONSPO_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")
     if wanted == "none":
-        return {}
+        return without_extension("CONSPO_BUILD=none, when it was installed")
     reason = obstacle()
     if reason is None:
         return extension()
     if wanted == "cpu":
         sys.exit(f"CONSPO_BUILD=cpu: the CPU extension cannot be built: {reason}")
-    print(f"conspo_kernels: the CPU extension is NOT built: {reason}", file=sys.stderr)
-    return {}
+    return without_extension(reason)
 
 
 setup(**options())

@@ -1,4 +1,4 @@
-"""The compiled kernels, without a GPU: registers, spills, shared memory and access widths of what the launchers launch.
+"""The compiled kernels, without a GPU: registers, stack, shared memory and access widths of what the launchers launch.
 
 The launchers of `backends/triton` are called with small CPU tensors under a driver that claims to be the target;
 Triton specialises and compiles as it would there, and nothing is launched. Run as
@@ -48,7 +48,7 @@ class Compiled:
     kernel: str
     target: str
     registers: int
-    spills: int
+    stack_bytes: int  # of a thread, in memory: where registers are spilled to
     shared_bytes: int
     loads: dict[int, int]
     stores: dict[int, int]
@@ -167,7 +167,7 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
 
 @functools.lru_cache  # cases share kernels, and each of the two programs takes a third of a second to start
 def _nvidia(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
-    """Registers, spilled bytes, load and store widths, from the machine code."""
+    """Registers, bytes of stack, load and store widths, from the machine code."""
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -194,7 +194,10 @@ def _nvidia(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
 
 
 def _amd(kernel: Any) -> tuple[int, int, dict[int, int], dict[int, int]]:
-    """The same from AMD's assembly text."""
+    """The same from AMD's assembly text.
+
+    Scalars that LLVM parks in lanes of a vector register (`sgpr_spill_count`) are in no memory.
+    """
     text = kernel.asm["amdgcn"]
     sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
 
@@ -209,7 +212,7 @@ def _amd(kernel: Any) -> tuple[int, int, dict[int, int], dict[int, int]]:
         match = re.search(rf"\.{name}:\s+(\d+)", text)
         return int(match.group(1)) if match else 0
 
-    return field("vgpr_count"), field("vgpr_spill_count") + field("sgpr_spill_count"), widths("load"), widths("store")
+    return field("vgpr_count"), field("private_segment_fixed_size"), widths("load"), widths("store")
 
 
 def compiled(target: str) -> list[Compiled]:
@@ -219,11 +222,11 @@ def compiled(target: str) -> list[Compiled]:
         with offline(TARGETS[target]) as kernels:
             call()
         for kernel in kernels:
-            registers, spills, loads, stores = _amd(kernel) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
+            registers, stack, loads, stores = _amd(kernel) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
             shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
             table.append(
                 Compiled(
-                    case, kernel.metadata.name, target, registers, spills, shared, loads, stores, warps,
+                    case, kernel.metadata.name, target, registers, stack, shared, loads, stores, warps,
                     occupancy(target, registers, shared, warps),
                 )
             )  # fmt: skip
@@ -240,12 +243,12 @@ def main() -> None:
         print(json.dumps([asdict(row) for row in rows]))
         return
     print(
-        f"{'target':8}{'kernel':22}{'case':38}{'regs':>5}{'spills':>7}{'shared':>7}  {'occupancy':24}"
+        f"{'target':8}{'kernel':22}{'case':38}{'regs':>5}{'stack':>7}{'shared':>7}  {'occupancy':24}"
         "loads, stores {bits: count}"
     )
     for row in rows:
         print(
-            f"{row.target:8}{row.kernel:22}{row.case:38}{row.registers:5}{row.spills:7}{row.shared_bytes:7}  "
+            f"{row.target:8}{row.kernel:22}{row.case:38}{row.registers:5}{row.stack_bytes:7}{row.shared_bytes:7}  "
             f"{'{}/{} ({})'.format(*row.occupancy):24}{row.loads} {row.stores}"
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from .inputs import check
 from .inputs.groups import GroupLayout, live_rollouts
 from .inputs.parallel import Parallel, parallel_from
+from .inputs.scalars import plain
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
 from .objective import ContrastSettings, GroupLoss, Role, Rollouts, ScoreObjective, Segments, equal_segments
@@ -76,6 +77,7 @@ class Contrast(NamedTuple):
     ) -> Contrast:
         check.flags(return_metrics=return_metrics)
         check_implementation(implementation)
+        tau, margin, reward_threshold, num_groups = map(plain, (tau, margin, reward_threshold, num_groups))
         check.objective(tau, margin, reward_threshold, reduction, num_groups)
         return cls(
             tau, margin, reward_threshold, reduction, num_groups, parallel_from(parallel), implementation,
@@ -86,6 +88,7 @@ class Contrast(NamedTuple):
         self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None = None
     ) -> Contrasted:
         """The loss of scores [S].  counts: [S] response tokens, where they are known."""
+        groups = plain(groups)
         self._check(scores.shape[0], scores.device, rewards, groups)
         local_indices = None
         if self.parallel.data is not None:
@@ -223,7 +226,10 @@ def _selected(
     if live is None or (not on_cpu and not torch.compiler.is_compiling() and live.all()):
         left_out = torch.zeros((), dtype=torch.int64, device=tokens.labels.device) if asked else None
         return _Selected(tokens, None, counts, left_out)
-    keep, local = tokens.per_token(live), beside(live, tokens.labels)
+    keep = tokens.per_token(live)
+    if not on_cpu and not asked:  # their labels may stay: without a log-probability they have no part in the objective
+        return _Selected(tokens, keep)
+    local = beside(live, tokens.labels)
     wanted = keep if keep is not None and on_cpu else tokens.per_token(local)
     assert wanted is not None
     left_out = ((counts > 0) & ~local).sum() if asked and counts is not None else None
@@ -234,6 +240,7 @@ def contrast_loss(
     source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
 ) -> Tensor | ConSPOOutput:
     """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
+    groups = plain(groups)
     if source.synchronize:
         check.rewards(rewards, tokens.num_rollouts)
         rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .contrast import ConSPOOutput
 from .inputs.parallel import Parallel
+from .inputs.scalars import plain
 from .loss import conspo_loss, linear_conspo_loss
 
 if TYPE_CHECKING:
@@ -27,7 +28,9 @@ class _Settings(nn.Module):
         super().__init__()
         defaults = type(self).loss.__kwdefaults__ or {}
         self.settings = {
-            name: value for name, value in settings.items() if isinstance(value, Tensor) or value != defaults[name]
+            name: plain(value)  # torch.compile takes a scalar of NumPy for an array
+            for name, value in settings.items()
+            if isinstance(value, Tensor) or value != defaults[name]
         }
 
     def extra_repr(self) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .inputs import check
 from .inputs.autocast import cast, cast_weight
 from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
+from .inputs.scalars import plain
 from .inputs.tokens import ON_ALL_RANKS, Predictions, TokenLayout
 from .ops import check_implementation
 from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
@@ -36,6 +37,7 @@ class LogitSettings(NamedTuple):
         cls, temperature: Any, logit_scale: Any, softcap: Any, parallel: Any, implementation: Any
     ) -> LogitSettings:
         check_implementation(implementation)
+        temperature, logit_scale, softcap = map(plain, (temperature, logit_scale, softcap))
         check.logit_transform(temperature, logit_scale, softcap)
         return cls(LogitTransform(temperature, logit_scale, softcap), parallel_from(parallel), implementation)
 
@@ -204,6 +206,7 @@ class HiddenSource(NamedTuple):
         batch_invariant: bool = False,
         synchronize: bool = False,
     ) -> HiddenSource:
+        workspace_mib = plain(workspace_mib)
         check.linear(hidden, weight, bias, workspace_mib)
         if weight_grad is not None:
             check.weight_grad(weight_grad, weight)
@@ -253,7 +256,8 @@ class HiddenSource(NamedTuple):
         if self.hidden.device.type == "cpu":
             return None  # the op can look at the labels
         if self.synchronize:
-            keep = tokens.active.cpu()
+            active = tokens.active.cpu()
+            keep = active if keep is None else active & keep
         return None if keep is None else token_places(keep.flatten(), self.hidden.device)
 
     def logprobs(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 matplotlib.use("Agg")  # before pyplot is imported: there may be no display
 import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 GROUP, RIGHT = 8, 2
 OTHERS = -1.0  # score of the rollouts that stay, nats per token
@@ -50,18 +51,29 @@ def credit(objective: Callable[..., Tensor], constants: dict[str, float], mover:
     return -gradient.view(len(GAPS), GROUP)[:, mover] * len(GAPS)
 
 
+def _name_at_their_ends(ax: Axes, curves: dict[str, Tensor]) -> None:
+    """Names beside the last points, moved apart where they would cover each other."""
+    low, high = ax.get_ylim()
+    place = -torch.inf
+    for color, (name, values) in sorted(enumerate(curves.items()), key=lambda item: item[1][1][-1].item()):
+        place = max(values[-1].item(), place + 0.06 * (high - low))
+        ax.text(GAPS[-1].item() + 0.08, place, name, color=f"C{color}", fontsize=8.5, va="center")
+    ax.set_xlim(GAPS[0].item(), GAPS[-1].item())
+    ax.spines[["top", "right"]].set_visible(False)
+
+
 def plot(path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     moves = ((0, "a right rollout moves"), (RIGHT, "a wrong rollout moves"))
     for (mover, title), ax in zip(moves, axes, strict=True):
-        for color, (name, (objective, constants)) in enumerate(CURVES.items()):
-            values = credit(objective, constants, mover)
-            ax.plot(GAPS, values, color=f"C{color}", linestyle="--" if name == "GRPO" else "-", label=name)
+        curves = {name: credit(objective, constants, mover) for name, (objective, constants) in CURVES.items()}
+        for color, (name, values) in enumerate(curves.items()):
+            ax.plot(GAPS, values, color=f"C{color}", linestyle="--" if name == "GRPO" else "-")
+        _name_at_their_ends(ax, curves)
         ax.axhline(0, color="0.7", linewidth=0.8)
         ax.set_title(title)
         ax.set_xlabel("its score minus that of the others (nats per token)")
         ax.set_ylabel("credit, -dloss/dscore")
-        ax.legend(fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, metadata={"Date": None}))
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that are not here: access widths, registers, spills, and when Triton compiles anew."""
+"""The kernels compiled for GPUs that are not here: access widths, registers, stack, and when Triton compiles anew."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import triton
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -23,26 +24,38 @@ def python(*arguments: str) -> str:
     return result.stdout
 
 
+def wide_loads(target: str, kernel: str, case: str) -> int:
+    """How many instructions load 16 bytes: of whole tiles, and of the masked one behind them.
+
+    Four for each tile, two where the tile is halved. With gfx942's 64 lanes a wave there are twice the threads, each
+    with half the loads. There, from Triton 3.8 on, LLVM makes one of two trips of a loop as short as that of fp32, and
+    keeps one trip for an odd number of tiles.
+    """
+    halved = kernel == "_backward_kernel" and ("softcap" in case or "elsewhere" in case)
+    wide = 4 if halved else 8
+    if target != "gfx942":
+        return wide
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
+    unrolled = release >= (3, 8) and case.startswith("fp32") and "softcap" not in case
+    return wide if unrolled else wide // 2
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "gfx942"])
 def test_compiled_kernels(target: str) -> None:
+    """Of the compilers of Triton 3.6 to 3.9; a later one may count otherwise."""
     rows = json.loads(python("-m", "benchmarks.compiled", "--json", "--target", target))
     walks = {(row["case"], row["kernel"]): row for row in rows}
     assert len(walks) == len(rows) >= 25
     for row in rows:
         what = f"{row['kernel']}, {row['case']}"
-        assert row["spills"] == 0, what
+        assert row["stack_bytes"] == 0, what
         assert row["registers"] <= 128, what
         warps, most, _limit = row["occupancy"]
         assert warps >= most // 4, what  # enough 16-byte loads in flight: 512 threads of 4 are 32 KB per multiprocessor
     for (case, kernel), row in walks.items():
         if kernel in ("_statistics_kernel", "_backward_kernel") and case[:2] in ("bf", "fp"):
-            # The tiles: four 16-byte loads for whole ones, four for the masked one, two each where the tile is halved.
+            assert row["loads"]["128"] == wide_loads(target, kernel, case), (case, kernel, row["loads"])
             # What is narrower are a label, a coefficient, and the edges of a row.
-            halved = kernel == "_backward_kernel" and ("softcap" in case or "elsewhere" in case)
-            wide = 4 if halved else 8
-            if target == "gfx942":
-                wide //= 2  # 64 lanes a wave: twice the threads, half the loads of each
-            assert row["loads"]["128"] == wide, (case, kernel, row["loads"])
             assert sum(count for bits, count in row["loads"].items() if bits != "128") <= 7, (case, kernel)
         if kernel == "_backward_kernel" and case[:2] in ("bf", "fp") and "elsewhere" not in case:
             assert max(row["stores"], key=lambda bits: row["stores"][bits]) == "128", (case, row["stores"])

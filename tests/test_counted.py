@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import triton
 from test_compiled import python
 
 from benchmarks.machine_code import Instruction, Pipes, instructions, loops, pipes, width
@@ -45,11 +44,11 @@ def test_an_unknown_instruction_is_no_guess() -> None:
         pipes([Instruction("", "QMUL", "QMUL R1, R2, R3")])
 
 
-@pytest.mark.skipif(
-    not triton.__version__.startswith("3.7."), reason="counts are those of a compiler; targets: Triton 3.7"
-)
 def test_what_arithmetic_allows() -> None:
-    """Its rate over memory's: 1.3 on an H100 without a softcap, 0.9 and 1.5 with one, 1.1 on a B200 for the forward."""
+    """Its rate over memory's: 1.3 on an H100 without a softcap, 0.9 and 1.5 with one, 1.1 on a B200 for the forward.
+
+    Counts are those of a compiler: these hold for Triton 3.6 to 3.9.
+    """
     found = json.loads(python("-m", "benchmarks.counted", "--json"))
     ours = [count for count in found["counts"] if count["package"] == "conspo_kernels"]
     h100 = {count["what"]: count["ratio"]["H100"] for count in ours if count["target"] == "sm_90"}

@@ -21,6 +21,7 @@ ROLLOUTS, LENGTH, HIDDEN, VOCAB, GROUP = 8, 5, 64, 50_257, 4
 LABELS = torch.zeros(ROLLOUTS, LENGTH, dtype=torch.int64, device=DEVICE)
 REWARDS = torch.zeros(ROLLOUTS, device=DEVICE)
 ON_CPU = torch.tensor([1.0, 0, 0, 0, 1, 0, 0, 1])
+REACHED = torch.tensor([1.0, 1, 1, 1, 0, 0, 0, 0])  # the second group has no positive
 MASK = torch.ones(ROLLOUTS, LENGTH, dtype=torch.bool, device=DEVICE)
 COEFFICIENTS = torch.zeros(ROLLOUTS, LENGTH, device=DEVICE)
 OFFSETS = torch.arange(ROLLOUTS + 1) * LENGTH
@@ -87,6 +88,9 @@ CALLS: dict[str, tuple[int, Callable[[], Tensor]]] = {
     ),
     "linear_conspo_loss, rewards on the CPU": (
         20, lambda: ck.linear_conspo_loss(*head(), LABELS, ON_CPU, GROUP, workspace_mib=2, **AS)
+    ),
+    "linear_conspo_loss, rollouts left out": (
+        20, lambda: ck.linear_conspo_loss(*head(), LABELS, ON_CPU * REACHED, GROUP, workspace_mib=2, **AS)
     ),
     "linear_conspo_loss, frozen": (
         20, lambda: ck.linear_conspo_loss(*head(True), LABELS, REWARDS, GROUP, workspace_mib=2, **AS)

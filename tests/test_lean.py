@@ -152,6 +152,19 @@ def test_coefficients(offsets: list[int] | None) -> None:
     torch.testing.assert_close(*sums)
 
 
+def test_selection() -> None:
+    from conspo_kernels.backends.eager import selection as eager_selection
+    from conspo_kernels.backends.triton import selection
+
+    for total, places in ((9, [0, 3, 8]), (2000, list(range(1, 2000, 3))), (5, []), (4, [3])):
+        where = torch.tensor(places, dtype=torch.int64, device=DEVICE)
+        tensors = [torch.randn(total, device=DEVICE) for _ in range(4)] + [torch.arange(total, device=DEVICE)]
+        gathered = [x.gather(tensors, where) for x in (selection, eager_selection)]
+        spread = [x.spread(gathered[1], where, total) for x in (selection, eager_selection)]
+        for ours, other in zip((*gathered[0], *spread[0]), (*gathered[1], *spread[1]), strict=True):
+            assert torch.equal(ours, other)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "rows", "columns", "empty"])
 def test_scaling(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over its own elements alone, by a grid that does not grow with it."""

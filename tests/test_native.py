@@ -232,6 +232,10 @@ def test_an_extension_that_does_not_load_is_told(
     with caplog.at_level(logging.WARNING, logger="conspo_kernels"):
         assert registry.choose("token_logprob", "auto", torch.device("cpu")) == "torch"
     assert "undefined symbol" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="conspo_kernels"):
+        assert registry.choose("sequence_score", "auto", torch.device("cpu")) == "torch"
+    assert [record.levelname for record in caplog.records] == ["INFO"]  # the reason is the same
     with pytest.raises(ValueError, match="implementation='native' cannot run token_logprob here: the native extension"):
         registry.choose("token_logprob", "native", torch.device("cpu"))
     registry.forget_choices()
@@ -270,3 +274,16 @@ def test_what_is_built() -> None:
     wrong = setup("gpu")
     assert wrong.returncode != 0
     assert "CONSPO_BUILD must be one of auto, cpu, none, got 'gpu'" in wrong.stderr
+
+
+def test_an_installation_without_the_kernels_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is built without a compiler, and what `info` prints of it."""
+    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    environment = {**os.environ, "CONSPO_BUILD": "auto", "PATH": "/nonexistent", "CXX": "no-such-compiler"}
+    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+    monkeypatch.setattr(native, "__file__", str(tmp_path / "conspo_kernels" / "backends" / "native.py"))
+    monkeypatch.setattr(native, "BUILT", False)
+    said = (
+        "this installation has no native extension: no C++ compiler: no-such-compiler, g++ and clang++ are not on the "
+    )
+    assert native._load() == said + "path"

@@ -78,6 +78,16 @@ class SequenceScore(Protocol):
         """The sum (0-d) of weights times values, of any one shape, without those whose weight (or count) is zero."""
 
 
+class Selection(Protocol):
+    """Numbers of the tokens that take part. Tensors are one-dimensional and contiguous; places [n] int64 rise."""
+
+    def gather(self, tensors: list[Tensor], places: Tensor) -> list[Tensor]:
+        """[N] each -> [n] each, those at the places."""
+
+    def spread(self, tensors: list[Tensor], places: Tensor, total: int) -> list[Tensor]:
+        """[n] each -> [total] each, zero elsewhere."""
+
+
 class GroupInfoNCE(Protocol):
     """The objective of `objective.py` and its gradient; everything is on the device of the scores."""
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,18 +16,24 @@ from torch import Tensor
 from ..objective import ContrastSettings, GroupLoss, Rollouts
 from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 from . import contract
-from .eager import label_alignment, scale
+from .eager import label_alignment, scale, selection
 from .eager import sequence_score as eager_sequence_score
 
 BUILT = importlib.util.find_spec(".._C", __package__) is not None
 _C: Any = None
 
 
+def _why_not_built() -> str:
+    """What `setup.py` wrote down."""
+    note = Path(__file__).parent.parent / "not_built.txt"
+    return note.read_text(encoding="utf-8") if note.exists() else "the package is used as it lies, it was not installed"
+
+
 def _load() -> str | None:
     """Import the extension; why it cannot be used, or None. Each release of torch has its own binary interface."""
     global _C
     if not BUILT:
-        return "this installation has no native extension"
+        return f"this installation has no native extension: {_why_not_built()}"
     try:
         _C = importlib.import_module(".._C", __package__)
     except ImportError as error:
@@ -138,5 +145,6 @@ _: tuple[
     contract.GroupInfoNCE,
     contract.Scale,
     contract.LabelAlignment,
+    contract.Selection,
 ]
-_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment)
+_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from .contract import GroupInfoNCE, LabelAlignment, Scale, SequenceScore, TokenLogprob
+from .contract import GroupInfoNCE, LabelAlignment, Scale, Selection, SequenceScore, TokenLogprob
 
 logger = logging.getLogger("conspo_kernels")
 
@@ -23,6 +23,7 @@ BACKENDS = {
     "native": ".native",
     "torch": ".eager",
 }
+_warned: set[tuple[torch.device, str]] = set()  # devices on which "auto" had to fall back, and why
 PREFERRED = {"cuda": "triton", "cpu": "native"}  # where it can run; "torch" elsewhere
 
 
@@ -56,9 +57,9 @@ def choose(op: str, implementation: str, device: torch.device) -> str:
 
 
 def _log_fallback(op: str, device: torch.device, preferred: str, reason: str) -> None:
-    # An extension that was built and does not load is a surprise, one that was never built is not.
-    surprise = getattr(importlib.import_module(BACKENDS[preferred], __package__), "BUILT", False)
-    level = logging.WARNING if surprise else logging.INFO
+    """A warning for the first op of a device, which says it of them all."""
+    level = logging.INFO if (device, reason) in _warned else logging.WARNING
+    _warned.add((device, reason))
     logger.log(level, "%s on %s: implementation='torch', not %r: %s", op, device, preferred, reason)
 
 
@@ -70,6 +71,8 @@ def kernels_for(op: Literal["sequence_score"], implementation: str, device: torc
 def kernels_for(op: Literal["group_infonce"], implementation: str, device: torch.device) -> GroupInfoNCE: ...
 @overload
 def kernels_for(op: Literal["label_alignment"], implementation: str, device: torch.device) -> LabelAlignment: ...
+@overload
+def kernels_for(op: Literal["selection"], implementation: str, device: torch.device) -> Selection: ...
 @overload
 def kernels_for(op: Literal["scale"], implementation: str, device: torch.device) -> Scale: ...
 def kernels_for(op: str, implementation: str, device: torch.device) -> Any:
@@ -88,3 +91,4 @@ def forget_choices() -> None:
     """Choose anew: what can run has changed."""
     choose.cache_clear()
     _kernels_for.cache_clear()
+    _warned.clear()

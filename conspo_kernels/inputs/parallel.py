@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from . import check
+from .scalars import plain
 
 
 @dataclass(frozen=True)
@@ -42,6 +41,9 @@ class Parallel:
     grad_reduction: str = "mean"
 
     def __post_init__(self) -> None:
+        start = plain(self.vocab_start)
+        if start is not self.vocab_start:
+            object.__setattr__(self, "vocab_start", start)
         check.parallel(self.data, self.context, self.vocab, self.vocab_start, self.grad_reduction)
 
     @property
@@ -79,6 +81,10 @@ class VocabShard(NamedTuple):
 
 def shard_of(x: Tensor, dim: int) -> tuple[Tensor, VocabShard]:
     """The local part of a DTensor that is sharded along `dim` and replicated otherwise, and where it lies."""
+    # Imported by who has one: it takes as long as the rest of torch.
+    from torch.distributed.tensor import DTensor, Shard
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
     assert isinstance(x, DTensor)
     sharded = [i for i, p in enumerate(x.placements) if isinstance(p, Shard) and p.dim % x.dim() == dim % x.dim()]
     others = [p for i, p in enumerate(x.placements) if i not in sharded and not p.is_replicate()]

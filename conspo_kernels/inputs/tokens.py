@@ -17,6 +17,7 @@ from ..registration import device_guard, op
 from ..transfer import to_device
 from ..values import IGNORED
 from . import check
+from .scalars import plain
 
 NOT_CHECKED = -1  # as a vocabulary's size: labels only say which tokens count
 ON_ALL_RANKS = 2**62  # larger than any: the rest of the vocabulary is on other ranks
@@ -62,6 +63,7 @@ class TokenLayout(NamedTuple):
         check.flags(shift=shift)
         if split:
             check.no_shift_over_ranks(shift)
+        ignore_index = plain(ignore_index)
         check.ignore_index(ignore_index)
         check.tokens(labels, response_mask, name, shape, tensor)
         check.cu_seqlens(cu_seqlens, shape, needed_for or ("shift=True" if shift else None))

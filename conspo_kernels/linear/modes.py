@@ -58,7 +58,7 @@ def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) ->
     statistics = _empty(run, with_entropy)
     for rows, _hidden, z, _grad in _row_tiles(run, batch_invariant):
         run.kernels.forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
-    return statistics.map(run.tokens.spread)
+    return statistics.map_all(run.tokens.spread)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
@@ -68,7 +68,7 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
     run.kernels.forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
-    return statistics.map(tokens.spread), stored
+    return statistics.map_all(tokens.spread), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
@@ -81,7 +81,7 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Ten
         logit_rows = _logit_rows(run, z, rows)
         run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
         gemms.gemm(operand(grad, head.weight), head.weight, grad_hidden[rows])
-    return tokens.spread(logprobs), tokens.spread(grad_hidden)
+    return tokens.spread(logprobs)[0], tokens.spread_rows(grad_hidden)
 
 
 def backward_store(
@@ -92,10 +92,9 @@ def backward_store(
     z = grad = stored[everything]
     if head.narrows(needs.bias) or not overwrite:
         grad = torch.empty_like(z, dtype=head.weight.dtype if head.narrows(needs.bias) else z.dtype)
-    part = _part(statistics.map(tokens.compact), everything)
-    run.kernels.backward(
-        grad[None], _logit_rows(run, z, everything), part, _upstream_part(_compact(tokens, upstream), everything)
-    )
+    statistics, upstream = _compact(tokens, statistics, upstream)
+    part, incoming = _part(statistics, everything), _upstream_part(upstream, everything)
+    run.kernels.backward(grad[None], _logit_rows(run, z, everything), part, incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
     dz = operand(grad, head.weight)
     hidden = tokens.hidden_rows()
@@ -104,7 +103,7 @@ def backward_store(
     if weight_sum is not None:
         weight_sum.add(slice(None), True, dz.t(), hidden)
     return Gradients(
-        None if grad_hidden is None else tokens.spread(grad_hidden),
+        None if grad_hidden is None else tokens.spread_rows(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         grad_bias,
     )
@@ -118,7 +117,7 @@ def backward_recompute(
     weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
     """
     tokens, head = run.tokens, run.head
-    statistics, upstream = statistics.map(tokens.compact), _compact(tokens, upstream)
+    statistics, upstream = _compact(tokens, statistics, upstream)
     vocab_size, hidden_size = head.weight.shape
     tile = backward_tile(tokens.problem(head), run.workspace, needs.hidden, needs.weight)
     narrow = head.narrows(needs.bias)
@@ -151,7 +150,7 @@ def backward_recompute(
         if weight_sum is not None:
             weight_sum.result()
     return Gradients(
-        None if hidden_sum is None else tokens.spread(hidden_sum.result()),
+        None if hidden_sum is None else tokens.spread_rows(hidden_sum.result()),
         grad_weight,
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
@@ -166,7 +165,7 @@ def forward_known(
     """
     tokens, head = run.tokens, run.head
     vocab_size, hidden_size = head.weight.shape
-    coefficients = tokens.compact(coefficients)
+    (coefficients,) = tokens.compact(coefficients)
     logprobs = torch.empty_like(coefficients)
     new, terms = tokens.hidden.new_empty, math.ceil(tokens.number / max(1, _row_tile(run).rows))
     grad_hidden = new(tokens.number, hidden_size) if needs.hidden else None
@@ -183,8 +182,8 @@ def forward_known(
             gemms.gemm(dz, head.weight, grad_hidden[rows])
         if weight_sum is not None:
             weight_sum.add(slice(None), rows.start == 0, dz.t(), hidden)
-    return tokens.spread(logprobs), Gradients(
-        None if grad_hidden is None else tokens.spread(grad_hidden),
+    return tokens.spread(logprobs)[0], Gradients(
+        None if grad_hidden is None else tokens.spread_rows(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
@@ -239,8 +238,14 @@ def _part(statistics: Statistics, rows: slice) -> Statistics:
     return statistics.map(lambda x: x[None, rows])
 
 
-def _compact(tokens: Tokens, upstream: Upstream) -> Upstream:
-    return Upstream(*(None if x is None else tokens.compact(x) for x in upstream))  # type: ignore[arg-type]
+def _compact(tokens: Tokens, statistics: Statistics, upstream: Upstream) -> tuple[Statistics, Upstream]:
+    """[N] -> [n]. Log-probabilities, which no backward reads, stay out of it."""
+    given = (statistics.entropy, statistics.row_max, statistics.log_sum, *upstream)
+    present = iter(tokens.compact(*(x for x in given if x is not None)))
+    entropy, row_max, log_sum, *incoming = (None if x is None else next(present) for x in given)
+    assert row_max is not None
+    assert log_sum is not None
+    return Statistics(row_max, entropy, row_max, log_sum), Upstream(*incoming)  # type: ignore[arg-type]
 
 
 def _upstream_part(upstream: Upstream, rows: slice) -> Upstream:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..backends.contract import Selection
 from ..values import IGNORED
 from . import gemm as gemms
 from .tiling import Problem
@@ -31,21 +32,27 @@ class Head(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """hidden [N, H]; of the tokens that take part labels [n] and places, which they are, [n] int64, None: all."""
+    """hidden [N, H]; of the tokens that take part labels [n] and places, which they are, [n] int64, None: all.
+
+    selection: how their numbers are put together and back.
+    """
 
     hidden: Tensor
     labels: Tensor
     places: Tensor | None
+    selection: Selection | None = None
 
     @classmethod
-    def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None) -> Tokens:
+    def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None, selection: Selection) -> Tokens:
         """Those with a label, of labels [N] on the CPU, where they can be looked at; else those at `places`."""
         if labels.device.type == "cpu":
             active = labels != IGNORED
             places = None if active.all() else active.nonzero()[:, 0]
         elif places is not None and places.shape[0] == labels.shape[0]:
             places = None
-        return cls(hidden, labels if places is None else labels.index_select(0, places), places)
+        if places is not None:
+            (labels,) = selection.gather([labels.contiguous()], places)
+        return cls(hidden, labels, places, selection)
 
     @property
     def number(self) -> int:
@@ -57,16 +64,24 @@ class Tokens(NamedTuple):
         logit_bytes = wide if wide == itemsize else wide + itemsize
         return Problem(self.number, vocab_size, hidden_size, itemsize, self.places is not None, logit_bytes)
 
-    def compact(self, x: Tensor) -> Tensor:
-        """[N, ...] -> [n, ...], of those that take part."""
-        return x if self.places is None else x.index_select(0, self.places)
+    def compact(self, *tensors: Tensor) -> list[Tensor]:
+        """[N] each -> [n] each, of those that take part."""
+        if self.places is None or self.selection is None:
+            return list(tensors)
+        return self.selection.gather([x.contiguous() for x in tensors], self.places)
+
+    def spread(self, *tensors: Tensor) -> list[Tensor]:
+        """[n] each back to [N] each, zero where no part is taken."""
+        if self.places is None or self.selection is None:
+            return list(tensors)
+        return self.selection.spread(list(tensors), self.places, self.hidden.shape[0])
 
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """[r, H] of those that take part."""
         return self.hidden[rows] if self.places is None else self.hidden.index_select(0, self.places[rows])
 
-    def spread(self, x: Tensor) -> Tensor:
-        """[n, ...] back to [N, ...], zero where no part is taken."""
+    def spread_rows(self, x: Tensor) -> Tensor:
+        """[n, H] back to [N, H], zero where no part is taken."""
         if self.places is None:
             return x
         return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.places, x)

@@ -38,7 +38,7 @@ def run_of(
     """The arguments of an op as the modes take them."""
     return Run(
         kernels=kernels_for("token_logprob", implementation, hidden.device),
-        tokens=Tokens.from_labels(hidden, labels, places),
+        tokens=Tokens.from_labels(hidden, labels, places, kernels_for("selection", implementation, hidden.device)),
         head=Head(weight, bias, logits_dtype),
         transform=LogitTransform.from_numbers(transform),
         workspace=workspace,

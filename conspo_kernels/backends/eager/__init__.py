@@ -5,11 +5,18 @@ from __future__ import annotations
 import torch
 
 from .. import contract
-from . import group_infonce, label_alignment, scale, sequence_score, token_logprob
+from . import group_infonce, label_alignment, scale, selection, sequence_score, token_logprob
 
 # That the modules keep the contract.
-_: tuple[contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale, contract.LabelAlignment]
-_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment)
+_: tuple[
+    contract.TokenLogprob,
+    contract.SequenceScore,
+    contract.GroupInfoNCE,
+    contract.Scale,
+    contract.LabelAlignment,
+    contract.Selection,
+]
+_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
 
 
 def obstacle(device: torch.device) -> str | None:

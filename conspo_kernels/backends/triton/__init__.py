@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:  # that the modules keep the contract
     from .. import contract
-    from . import group_infonce, label_alignment, scale, sequence_score, token_logprob
+    from . import group_infonce, label_alignment, scale, selection, sequence_score, token_logprob
 
     _: tuple[
-        contract.TokenLogprob, contract.SequenceScore, contract.GroupInfoNCE, contract.Scale, contract.LabelAlignment
+        contract.TokenLogprob,
+        contract.SequenceScore,
+        contract.GroupInfoNCE,
+        contract.Scale,
+        contract.LabelAlignment,
+        contract.Selection,
     ]
-    _ = (token_logprob, sequence_score, group_infonce, scale, label_alignment)
+    _ = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
 
 executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx.compiled`
 INSTALLED = importlib.util.find_spec("triton") is not None
@@ -23,7 +29,28 @@ INSTALLED = importlib.util.find_spec("triton") is not None
 
 def _interpreting() -> bool:
     """Whether Triton's kernels run on the CPU: decided when Triton defines them, by the environment."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    wanted = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
+    if wanted and INSTALLED:
+        _mend_interpreter()
+    return wanted
+
+
+@functools.cache
+def _mend_interpreter() -> None:
+    """Numbers in Triton 3.6's interpreter are arrays [1], of which numpy 2.4 makes no bound of a `range`."""
+    import triton
+
+    if not triton.__version__.startswith("3.6."):
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def with_index(tensor: type, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = with_index
 
 
 def obstacle(device: torch.device) -> str | None:

@@ -7,18 +7,23 @@ one tile of groups, and leaves the sum of its losses and the number of its valid
 in a fixed order, and divides. The equations and the names are those of `objective.py`.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...objective import ContrastSettings, GroupLoss, Rollouts
+from .launch import FUSED, registers
 from .softmax import NEG_INF, finite_max
 
 MEMBERS = 16
 GROUPS = 16
 FEW = 1024  # rollouts: four tiles, of which a program reads each four times
-NUM_WARPS = 8
+LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
+# ptxas, which does not know that there are few programs, would rather use a stack than have fewer at a time.
+REGISTERS = 64
 BLOCK = 1024  # of the second launch, rollouts per program
 UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size", "num_programs")
 # A user's slice begins anywhere.
@@ -299,12 +304,13 @@ def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
         scores, rewards, counts, segments and segments.order, segments and segments.offsets, margin_ptr,
         num_groups_ptr, loss, weights, roles, partial, num_rollouts, num_slots, group_size, margin, num_groups,
         settings.tau, settings.reward_threshold, RAGGED=segments is not None, HAS_COUNTS=counts is not None,
-        DENOMINATOR=denominator, REDUCTION=settings.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS, num_warps=NUM_WARPS,
+        DENOMINATOR=denominator, REDUCTION=settings.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS,
+        **LAUNCH, **registers(REGISTERS, scores.device),
     )  # fmt: skip
     if partial is not None and settings.reduction != "none":
         _reduce_kernel[(triton.cdiv(num_rollouts, BLOCK),)](
             partial, num_groups_ptr, loss, weights, num_rollouts, num_programs, num_groups,
-            DENOMINATOR=denominator, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            DENOMINATOR=denominator, BLOCK=BLOCK, **LAUNCH,
         )  # fmt: skip
     return GroupLoss(loss, weights, roles)
 

@@ -100,6 +100,15 @@ def caches_rows(logits: Tensor) -> bool:
     return rows * logits.shape[-1] * logits.element_size() <= _cached_row_bytes(logits.device)
 
 
+FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction: from Triton 3.10 on only where asked
+
+
+def registers(most: int, device: torch.device) -> dict[str, int]:
+    """The option that lets a thread have so many registers; there is none on an AMD GPU."""
+    amd = torch.version.hip is not None or architecture(device).startswith("gfx")
+    return {} if amd else {"maxnreg": most}
+
+
 def vectors_per_thread(launch: Launch, device: torch.device) -> int:
     """How many vectors of a tile one thread holds."""
     threads = launch.num_warps * (64 if architecture(device).startswith("gfx") else 32)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch_of, vectors_per_thread
+from .launch import FUSED, launch_of, vectors_per_thread
 
 VECTOR_BYTES = 16  # the widest load of one thread
 CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,936 logits
@@ -79,7 +79,7 @@ def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
         cut["CHUNK"] = CHUNK_BYTES // size
     if kernel == "forward" or kernel.endswith("known"):
         cut["PARTS"] = vectors_per_thread(launch, logits.device)
-    return cut | {"num_warps": launch.num_warps}
+    return cut | FUSED | {"num_warps": launch.num_warps}
 
 
 def num_chunks_of(logits: Tensor) -> int:

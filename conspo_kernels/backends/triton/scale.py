@@ -5,14 +5,17 @@ is done, a few microseconds for all; one program per 4,096 numbers would be 151,
 """
 
 import functools
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import FUSED
+
 BLOCK = 4096
-NUM_WARPS = 8
+LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
 PROGRAMS = 8  # per multiprocessor: 64 warps, as many as one holds
 MULTIPROCESSORS = 132  # of an H100, where no GPU says its own number
 UNSPECIALIZED = ("rows", "row_blocks", "width", "num_positions", "stride_b", "stride_t")
@@ -81,7 +84,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     grid = (min(rows * row_blocks, num_programs(gradient.device)),)
     _kernel[grid](
         gradient, factor, rows, row_blocks, width, num_positions, stride_b, stride_t,
-        ONE_ROW=rows == 1, BLOCK=BLOCK, num_warps=NUM_WARPS,
+        ONE_ROW=rows == 1, BLOCK=BLOCK, **LAUNCH,
     )  # fmt: skip
 
 
@@ -101,6 +104,6 @@ def add_scaled_(target: Tensor, source: Tensor, factor: Tensor) -> None:
     """target += source * factor (0-d)."""
     if target.is_contiguous() and source.is_contiguous() and target.numel():
         grid = (min(triton.cdiv(target.numel(), BLOCK), num_programs(target.device)),)
-        _add_kernel[grid](target, source, factor, target.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
+        _add_kernel[grid](target, source, factor, target.numel(), BLOCK=BLOCK, **LAUNCH)
     else:
         target.addcmul_(source, factor.to(source.dtype))

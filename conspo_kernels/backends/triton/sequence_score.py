@@ -4,15 +4,18 @@ One program per rollout, which walks its own tokens: the order of the sum depend
 Rollouts are the rows of padded [B, T] tensors, or the segments between `offsets` of packed ones.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...values import IGNORED as IGNORED_LABEL
+from .launch import FUSED
 
 BLOCK = 4096
-NUM_WARPS = 8
+LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
 IGNORED = tl.constexpr(IGNORED_LABEL)
 UNSPECIALIZED = ("num_tokens", "num_positions", "num_segments")
 # A user's slice begins anywhere.
@@ -174,7 +177,7 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[T
     if num_segments > 0:
         _forward_kernel[(num_segments,)](
             logprobs, labels, offsets, scores, counts, labels.shape[1], labels.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            PACKED=offsets is not None, BLOCK=BLOCK, **LAUNCH,
         )  # fmt: skip
     return scores, counts
 
@@ -187,7 +190,7 @@ def backward(
     if programs := _num_programs(labels, offsets):
         _backward_kernel[(programs,)](
             weights, factor, counts, labels, offsets, grad_logprobs, labels.shape[1], labels.numel(), counts.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK, num_warps=NUM_WARPS,
+            PACKED=offsets is not None, BLOCK=BLOCK, **LAUNCH,
         )  # fmt: skip
     return grad_logprobs
 
@@ -200,7 +203,7 @@ def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tup
     if programs := _num_programs(labels, offsets):
         _coefficients_kernel[(programs,)](
             weights, labels, offsets, spread, counts, wanted, labels.shape[1], labels.numel(), weights.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK // 2, num_warps=NUM_WARPS,  # two loops' registers
+            PACKED=offsets is not None, BLOCK=BLOCK // 2, **LAUNCH,  # two loops' registers
         )  # fmt: skip
     return spread, counts, wanted
 
@@ -210,7 +213,7 @@ def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     spread, wanted = torch.empty_like(coefficients), torch.empty_like(labels)
     if labels.numel():
         _masked_kernel[(triton.cdiv(labels.numel(), BLOCK),)](
-            coefficients, labels, spread, wanted, labels.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS
+            coefficients, labels, spread, wanted, labels.numel(), BLOCK=BLOCK, **LAUNCH
         )
     return spread, wanted
 
@@ -218,7 +221,7 @@ def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
     """The sum (0-d) of weights times values, contiguous, without those whose weight (or count) is zero."""
     total = values.new_empty(())
-    _weighted_sum_kernel[(1,)](values, weights, counts, total, values.numel(), BLOCK=BLOCK, num_warps=NUM_WARPS)
+    _weighted_sum_kernel[(1,)](values, weights, counts, total, values.numel(), BLOCK=BLOCK, **LAUNCH)
     return total
 
 
