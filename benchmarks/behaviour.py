@@ -30,7 +30,7 @@ def memory(suite: str, device: torch.device, implementation: str) -> Iterator[Ro
         shape = LinearShape(
             8, num_tokens // 8, hidden_size, vocab_size, torch.bfloat16, workspace_mib=workspace_mib
         )  # fmt: skip
-        inputs = fused_linear.Inputs.of(shape, device)
+        inputs = fused_linear.Inputs.from_shape(shape, device)
         for name in ("linear, recompute", "linear, known weights"):
             op = fused_linear.OPS[name]
             call = fused_linear.call(op, fused_linear.ours(op, inputs, implementation), inputs)

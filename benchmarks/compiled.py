@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from conspo_kernels.objective import ContrastSettings, GroupLoss, Rollouts, equal_segments
+from conspo_kernels.ptx.driver import CompilingDriver
 from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
 
 from .occupancy import Occupancy, occupancy
@@ -55,23 +56,6 @@ class Compiled:
     occupancy: Occupancy  # expected, from the three before
 
 
-class OfflineDriver:
-    """As much of a Triton driver as compiling needs."""
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-    def get_current_device(self) -> str:
-        return f"offline {self.target.arch}"  # the key of Triton's per-device cache
-
-    def get_current_stream(self, device: object) -> int:
-        del device
-        return 0
-
-
 def target_name(target: GPUTarget) -> str:
     return next(name for name, it in TARGETS.items() if it == target)
 
@@ -93,7 +77,7 @@ def offline(target: GPUTarget) -> Iterator[list[Any]]:
     table_row = launch.architecture
     launch.architecture = lambda _: target_name(target)  # type: ignore[assignment]
     active = triton.runtime.driver._active  # reset_active() would look for a GPU
-    triton.runtime.driver.set_active(OfflineDriver(target))  # type: ignore[arg-type]
+    triton.runtime.driver.set_active(CompilingDriver(target, "offline"))  # type: ignore[arg-type]
     JITFunction.run = compile_only  # type: ignore[method-assign]
     try:
         yield kernels

@@ -27,7 +27,7 @@ EXACT_ROWS = 64  # rows of logits that are in fp64 at a time
 
 
 class Op(NamedTuple):
-    """gemms: of 2 * N * H * V operations that it takes.  mode: of `ops/linear_logprob.py`, forced."""
+    """gemms: of 2 * N * H * V operations that it takes.  mode: of `linear/modes.py`, forced."""
 
     name: str
     gemms: int
@@ -55,7 +55,7 @@ class Inputs(NamedTuple):
     shape: LinearShape
 
     @staticmethod
-    def of(shape: LinearShape, device: torch.device) -> Inputs:
+    def from_shape(shape: LinearShape, device: torch.device) -> Inputs:
         torch.manual_seed(0)
         size = (shape.rollouts, shape.length)
         hidden = torch.randn(*size, shape.hidden_size, device=device).to(shape.dtype)
@@ -200,7 +200,7 @@ class Exact(NamedTuple):
     weight: Tensor
 
     @staticmethod
-    def of(inputs: Inputs) -> Exact:
+    def from_inputs(inputs: Inputs) -> Exact:
         hidden, weight = inputs.hidden.flatten(0, 1).double(), inputs.weight.double()
         labels, softcap = inputs.labels.flatten(), inputs.shape.softcap
         logprobs, grad_hidden, grad_weight = [], [], hidden.new_zeros(GATE_ROWS, hidden.shape[1])

@@ -86,7 +86,7 @@ class Inputs(NamedTuple):
     softcap: float | None = None
 
     @staticmethod
-    def of(shape: Shape, device: torch.device) -> Inputs:
+    def from_shape(shape: Shape, device: torch.device) -> Inputs:
         torch.manual_seed(0)
         size = (shape.rollouts, shape.length)
         logits = torch.randn(*size, shape.vocab_size, dtype=shape.dtype, device=device).mul_(3)
@@ -202,7 +202,7 @@ class Exact(NamedTuple):
     inputs: Inputs
 
     @staticmethod
-    def of(inputs: Inputs) -> Exact:
+    def from_inputs(inputs: Inputs) -> Exact:
         rows = inputs.logits.detach().flatten(0, 1)
         labels = inputs.labels.flatten().clamp(min=0)
         parts = [

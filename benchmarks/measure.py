@@ -60,7 +60,7 @@ class Timing:
     clock: float | None = None
 
     @staticmethod
-    def of(samples: Sequence[Sample]) -> Timing:
+    def from_samples(samples: Sequence[Sample]) -> Timing:
         seconds = [sample.seconds for sample in samples]
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
 
@@ -104,7 +104,7 @@ def interleaved(
                 spins[name] = min(max(2 * sample.host, SPIN), LONGEST_SPIN)
             if i >= warmups:
                 samples[name].append(sample)
-    return {name: Timing.of(found) for name, found in samples.items()}
+    return {name: Timing.from_samples(found) for name, found in samples.items()}
 
 
 def _once_cpu(call: Call) -> Sample:
@@ -155,7 +155,7 @@ def wall(call: Call, device: torch.device, repeats: int) -> Timing:
     timed = Call(call.prepare, synchronised)
     for _ in range(WALL_WARMUPS):
         _once_cpu(timed)
-    return Timing.of([_once_cpu(timed) for _ in range(repeats)])
+    return Timing.from_samples([_once_cpu(timed) for _ in range(repeats)])
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:

@@ -63,6 +63,16 @@ def gated(row: Row, package: str | None, gate: Callable[[], Row]) -> bool:
     return bool(row["ok"])
 
 
+def gate_result(
+    errors: logits_path.Errors | fused_linear.Errors, gradient: str, timed: Call, device: torch.device
+) -> Row:
+    """What the correctness gate adds to a row: the errors, and the peak memory of what is right.  gradient: as text."""
+    if not errors.ok:
+        note = f"wrong, not timed: errors {errors.value:.1e}, {gradient}"
+        return {**errors._asdict(), "ok": False, "note": note}
+    return {**errors._asdict(), "ok": True, "peak_bytes": peak_bytes(timed, device)}
+
+
 def limits(op: Op, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Call]:
     """What the memory allows: a copy of the logits, and (for forward) the largest of their bits taken as integers."""
     calls = {COPY: Call(lambda: None, lambda _: target.copy_(logits))}
@@ -91,10 +101,7 @@ def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choic
 
         def gate(candidate: logits_path.Candidate = candidate, timed: Call = timed) -> Row:
             errors = logits_path.errors(op, candidate, inputs, exact)
-            if not errors.ok:
-                note = f"wrong, not timed: errors {errors.value:.1e}, {errors.gradient}"
-                return {**errors._asdict(), "ok": False, "note": note}
-            return {**errors._asdict(), "ok": True, "peak_bytes": peak_bytes(timed, choice.device)}
+            return gate_result(errors, f"{errors.gradient}", timed, choice.device)
 
         if gated(row, candidate.package, gate):
             calls[name] = timed
@@ -135,10 +142,7 @@ def measure_linear(
             if op.mode == "loss":  # gated by the tests
                 return {"ok": True, "peak_bytes": peak_bytes(timed, choice.device)}
             errors = fused_linear.errors(op, candidate, inputs, exact)
-            if not errors.ok:
-                note = f"wrong, not timed: errors {errors.value:.1e}, {errors.gradient:.1e}"
-                return {**errors._asdict(), "ok": False, "note": note}
-            return {**errors._asdict(), "ok": True, "peak_bytes": peak_bytes(timed, choice.device)}
+            return gate_result(errors, f"{errors.gradient:.1e}", timed, choice.device)
 
         if gated(row, candidate.package, gate):
             calls[name] = timed

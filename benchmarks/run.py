@@ -65,15 +65,15 @@ def measure(suite: str, ops: Sequence[str], choice: Choice, targets: Sequence[st
         return not targets or bool({*targets} & {*shape.target.split()})
 
     for shape in filter(wanted, SUITES[suite]) if any(name in OPS for name in ops) else ():
-        inputs = Inputs.of(shape, choice.device)
-        exact = Exact.of(inputs)
+        inputs = Inputs.from_shape(shape, choice.device)
+        exact = Exact.from_inputs(inputs)
         for name in ops:
             if name in OPS and (shape.entropy or not OPS[name].entropy):
                 yield from _surviving(name, shape, measure_op(OPS[name], shape, inputs, exact, choice))
         del inputs, exact
     for linear in filter(wanted, LINEAR_SUITES[suite]) if any(name in fused_linear.OPS for name in ops) else ():
-        hidden = fused_linear.Inputs.of(linear, choice.device)
-        exact_linear = fused_linear.Exact.of(hidden)
+        hidden = fused_linear.Inputs.from_shape(linear, choice.device)
+        exact_linear = fused_linear.Exact.from_inputs(hidden)
         for name in ops:
             if name in fused_linear.OPS:
                 rows = measure_linear(fused_linear.OPS[name], linear, hidden, exact_linear, choice)

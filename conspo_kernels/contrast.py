@@ -1,4 +1,4 @@
-"""The objective on scores with its settings, and the loss of a source: what the losses and `conspo_weights` share."""
+"""The objective with its settings, and the loss of a source: what the losses and `conspo_weights` share."""
 
 from __future__ import annotations
 
@@ -38,18 +38,19 @@ class ConSPOOutput(NamedTuple):
 
 
 class Contrasted(NamedTuple):
-    """loss: 0-d, or as reduction "none" has it, with a graph.  weights: [S] dloss/dscores, of all ranks; of this one
-    those at `places` (None: all).  metrics: if asked for.
+    """loss: 0-d, or as reduction "none" has it, with a graph.  weights: [S] dloss/dscores, over all ranks.
+
+    metrics: if asked for.  local_indices: int64, which of these rollouts are this rank's; None: all.
     """
 
     loss: Tensor
     weights: Tensor
     metrics: dict[str, Tensor] | None
-    places: Tensor | None
+    local_indices: Tensor | None
 
 
 class Contrast(NamedTuple):
-    """The settings of the objective. objective: in place of ConSPO's, which takes tau and margin."""
+    """The settings of the objective.  objective: replaces ConSPO's own, and then tau and margin are not used."""
 
     tau: float
     margin: float | Tensor
@@ -86,12 +87,12 @@ class Contrast(NamedTuple):
     def evaluate(
         self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None = None
     ) -> Contrasted:
-        """Of scores [S] and, where they are known, counts of response tokens."""
+        """The loss of scores [S].  counts: [S] response tokens, where they are known."""
         groups = plain(groups)
         self._check(scores.shape[0], scores.device, rewards, groups)
-        places = None
+        local_indices = None
         if self.parallel.data is not None:
-            scores, rewards, groups, counts, places = self._gathered(scores, rewards, groups, counts)
+            scores, rewards, groups, counts, local_indices = self._gathered(scores, rewards, groups, counts)
         layout = GroupLayout.from_arguments(groups, scores.shape[0])
         margin, denominator = self._constants(scores)
         if self.objective is None:
@@ -105,12 +106,12 @@ class Contrast(NamedTuple):
                 Rollouts(scores, rewards.detach(), counts, _segments(layout, scores.device), layout.size),
                 ContrastSettings(self.tau, margin, self.reward_threshold, self.reduction, denominator),
             )
-        return self._contrasted(GroupLoss(loss, weights, roles), layout, scores, counts, places)
+        return self._contrasted(GroupLoss(loss, weights, roles), layout, scores, counts, local_indices)
 
     def evaluate_tokens(
         self, logprobs: Tensor, tokens: TokenLayout, rewards: Tensor, groups: int | Tensor, counts: Tensor | None
     ) -> tuple[Contrasted, Tensor]:
-        """Of log-probabilities [B, T], and the scores [S].  counts: as of `evaluate`, where tokens are left out."""
+        """The loss of log-probabilities [B, T], and the scores [S].  counts: needed where tokens are left out."""
         fused = self.objective is None and self.parallel.data is None and self.parallel.context is None
         if not fused:
             scores, own_counts = rollout_scores(logprobs, tokens, self.parallel, self.implementation)
@@ -135,13 +136,18 @@ class Contrast(NamedTuple):
         return _constant(self.margin, like), None if self.num_groups is None else _constant(self.num_groups, like)
 
     def _contrasted(
-        self, result: GroupLoss, layout: GroupLayout, scores: Tensor, counts: Tensor | None, places: Tensor | None
+        self,
+        result: GroupLoss,
+        layout: GroupLayout,
+        scores: Tensor,
+        counts: Tensor | None,
+        local_indices: Tensor | None,
     ) -> Contrasted:
         loss, weights, roles = result
         if self.reduction == "none":
             loss = layout.first_rollouts(loss)
         if not self.return_metrics:
-            return Contrasted(loss, weights, None, places)
+            return Contrasted(loss, weights, None, local_indices)
         slots = beside(_segments(layout, scores.device).slots, scores)
         margin, denominator = self._constants(scores)
         if self.reduction != "mean":
@@ -150,21 +156,27 @@ class Contrast(NamedTuple):
             loss, beside(margin, scores, scores.dtype), scores.detach(), weights, roles == Role.POSITIVE,
             roles == Role.NEGATIVE, roles == Role.UNSCORABLE, slots, denominator, counts,
         )  # fmt: skip
-        return Contrasted(loss, weights, metrics, places)
+        return Contrasted(loss, weights, metrics, local_indices)
 
     def _gathered(
         self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None
     ) -> tuple[Tensor, Tensor, int | Tensor, Tensor | None, Tensor]:
-        """The arguments of all ranks, and the places of this one's rollouts."""
+        """The arguments of all ranks, and the indices of this rank's rollouts among them."""
         check.groups(groups, scores.shape[0] if isinstance(groups, Tensor) else 0)  # an int divides those of all ranks
         ids = groups.detach().long() if isinstance(groups, Tensor) else None
-        # Compared before they travel, in their own type: the ranks' may differ, and their rounding with it.
+        # Rewards are compared before they travel, in their own dtype: dtypes, and so rounding, may differ by rank.
         sign = torch.where(rewards > float(self.reward_threshold), torch.inf, -torch.inf)
         rewards = torch.where(rewards.isnan(), torch.nan, sign)
-        all_scores, rewards, all_counts, all_ids, places = gather_rollouts(
+        all_scores, rewards, all_counts, all_ids, local_indices = gather_rollouts(
             scores, rewards, counts, ids, name_of(self.parallel.data), self.parallel.data_factor
         )
-        return all_scores, rewards, groups if ids is None else all_ids, None if counts is None else all_counts, places
+        return (
+            all_scores,
+            rewards,
+            groups if ids is None else all_ids,
+            None if counts is None else all_counts,
+            local_indices,
+        )
 
 
 def _segments(layout: GroupLayout, device: torch.device) -> Segments:
@@ -187,8 +199,10 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
 
 
 class _Selected(NamedTuple):
-    """The tokens to compute, and as `Source.logprobs` takes them; counts [S] of all, where some are left out or metrics
-    ask for them; how many rollouts are left out.
+    """tokens: those to compute.  keep: the same as `Source.logprobs` takes it.
+
+    counts: [S] response tokens of all rollouts, where some are left out or the metrics need them.  left_out: 0-d, the
+    number of rollouts left out.
     """
 
     tokens: TokenLayout
@@ -200,11 +214,11 @@ class _Selected(NamedTuple):
 def _selected(
     source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
 ) -> _Selected:
-    """Those that can have a gradient, where that is known without waiting and leaving out the others saves work."""
+    """The tokens that can have a gradient; all of them where that is not known without waiting, or saves no work."""
     if not source.skips_tokens:
         return _Selected(tokens)
     on_cpu = tokens.labels.device.type == "cpu"
-    # Left out, a rollout has no tokens: the metrics, and other objectives, want to know how many it had.
+    # A rollout that is left out has no tokens any more; metrics and other objectives need the number that it had.
     asked = contrast.return_metrics or contrast.objective is not None
     counts = response_counts(tokens, contrast.parallel) if on_cpu or asked else None
     whole = contrast.parallel.data is None

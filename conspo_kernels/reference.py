@@ -150,13 +150,13 @@ def prompt_groups(
     # Compared by torch: a reward of fp32(0.1) is not above a threshold of 0.1, as it would be for Python.
     is_positive = (rewards > reward_threshold).tolist()
     is_nan = torch.isnan(rewards).tolist()
-    found: dict[int, Group] = {}
+    by_id: dict[int, Group] = {}
     for rollout, group_id in enumerate(ids):
-        group = found.setdefault(group_id, Group([], [], []))
+        group = by_id.setdefault(group_id, Group([], [], []))
         group.members.append(rollout)
         if not is_nan[rollout] and token_counts[rollout] > 0:
             (group.positives if is_positive[rollout] else group.negatives).append(rollout)
-    return list(found.values())
+    return list(by_id.values())
 
 
 def group_losses(scores: Sequence[Tensor], groups: Sequence[Group], tau: float, margin: float) -> dict[int, Tensor]:
@@ -170,16 +170,16 @@ def group_losses(scores: Sequence[Tensor], groups: Sequence[Group], tau: float, 
     return losses
 
 
-def stacked(values: Sequence[Tensor], nothing: Tensor) -> Tensor:
-    """0-d tensors as one vector. `nothing`, a tensor of no elements, keeps even an empty one on the graph."""
-    return torch.cat([nothing.flatten(), *(value[None] for value in values)])
+def stacked(values: Sequence[Tensor], empty: Tensor) -> Tensor:
+    """0-d tensors as one vector. `empty`, a tensor without elements, keeps a result without entries on the graph."""
+    return torch.cat([empty.flatten(), *(value[None] for value in values)])
 
 
 def list_metrics(
     loss: float, margin: float, tau: float, scores_s: Tensor, weights_s: Tensor,
     groups: Sequence[Group], token_counts: Sequence[int],
 ) -> dict[str, float]:  # fmt: skip
-    """The `conspo/...` numbers of one batch; means over nothing are NaN."""
+    """The `conspo/...` numbers of one batch; the mean of no values is NaN."""
     valid = [group for group in groups if group.valid]
     positives = [scores_s[rollout].item() for group in valid for rollout in group.positives]
     negatives = [scores_s[rollout].item() for group in valid for rollout in group.negatives]
@@ -255,8 +255,8 @@ def reference_loss(
 
     # Vocabulary: one log-probability and one entropy per response token.
     logits_nv = logits.to(torch.float64).reshape(labels.numel(), logits.shape[-1])
-    nothing = logits_nv[:0]
-    zero = nothing.sum()  # with a gradient of zeros, even where logits are NaN
+    empty = logits_nv[:0]
+    zero = empty.sum()  # with a gradient of zeros, even where logits are NaN
     rows = logits_nv.unbind()
     rollouts = response_tokens(labels, response_mask, cu_seqlens, shift, ignore_index)
     logprobs, entropy = [zero] * len(rows), [zero] * len(rows)
@@ -275,25 +275,25 @@ def reference_loss(
     denominator = 1.0
     if reduction == "mean":
         denominator = float(max(len(losses), 1) if num_groups is None else num_groups)
-    loss = stacked(list(losses.values()), nothing).sum() / denominator
+    loss = stacked(list(losses.values()), empty).sum() / denominator
     logged = loss.item()
     if reduction == "none":
         logged /= max(len(losses), 1)
-        places = [group.members[0] for group in parts] if isinstance(groups, int) else range(len(scores))
-        loss = stacked([losses.get(place, zero) for place in places], nothing)
+        entries = [group.members[0] for group in parts] if isinstance(groups, int) else range(len(scores))
+        loss = stacked([losses.get(rollout, zero) for rollout in entries], empty)
 
     # The same once more, from the scores on, to differentiate by them.
     with torch.enable_grad():
-        leaf_s = stacked(scores, nothing).detach().requires_grad_()
+        leaf_s = stacked(scores, empty).detach().requires_grad_()
         leaf_losses = group_losses(leaf_s.unbind(), parts, tau, margin)
         leaf_loss = stacked(list(leaf_losses.values()), leaf_s[:0]).sum() / denominator
     (weights_s,) = torch.autograd.grad(leaf_loss, leaf_s)
 
     return ReferenceOutput(
         loss=loss,
-        scores=stacked(scores, nothing),
-        logprobs=stacked(logprobs, nothing).reshape(labels.shape),
-        entropy=stacked(entropy, nothing).reshape(labels.shape),
+        scores=stacked(scores, empty),
+        logprobs=stacked(logprobs, empty).reshape(labels.shape),
+        entropy=stacked(entropy, empty).reshape(labels.shape),
         weights=weights_s,
         metrics=list_metrics(logged, margin, tau, leaf_s.detach(), weights_s, parts, token_counts),
     )

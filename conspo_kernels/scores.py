@@ -13,9 +13,9 @@ from .ops.sequence_score import sequence_score
 def rollout_scores(
     logprobs: Tensor, tokens: TokenLayout, parallel: Parallel, implementation: str
 ) -> tuple[Tensor, Tensor]:
-    """Scores [S] of log-probabilities [B, T], and counts of response tokens."""
+    """Scores [S] of log-probabilities [B, T], and counts [S] of response tokens: of whole rollouts, over all ranks."""
     split = parallel.context is not None
-    summed = logprobs.double() if split else logprobs  # a rank's part of a mean is not rounded before the whole is
+    summed = logprobs.double() if split else logprobs  # a rank's part of a mean is not rounded before it is added
     scores, counts = sequence_score(summed, tokens.labels, tokens.offsets, implementation)
     if not split:
         return scores, counts

@@ -1,7 +1,7 @@
-"""Where log-probabilities come from: logits, or hidden states and the head that would make logits of them.
+"""Where log-probabilities come from: logits, or hidden states and the weight of the head.
 
-Both sources offer the same: log-probabilities with a graph (without one where grad mode is off), and the gradient for
-known coefficients. Every public function builds a source and hands it on.
+Both sources offer the same: log-probabilities, with a graph where grad mode is on, and the gradient for known
+coefficients. Every public function of logits or hidden states builds a source and passes it on.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .values import LogitTransform
 
 
 class LogitSettings(NamedTuple):
-    """What is done with logits, by whom, and what of them is on other ranks."""
+    """The transform of the logits, what is split over ranks, and the implementation that computes."""
 
     transform: LogitTransform
     parallel: Parallel
@@ -45,8 +45,8 @@ class LogitSettings(NamedTuple):
 class KnownGradient(NamedTuple):
     """logprobs [B, T], and the gradients of sum(coefficients * logprobs).
 
-    inputs: what is differentiated by, logits or hidden states, weight and bias.  gradients: by each, None if not
-    needed.  weight_grad: that by weight is to be added to it.
+    inputs: (logits or hidden states, weight, bias).  gradients: with respect to each, None if not needed.
+    weight_grad: a buffer to which the gradient of weight is added, or None.
     """
 
     logprobs: Tensor
@@ -56,38 +56,38 @@ class KnownGradient(NamedTuple):
 
 
 class Source(Protocol):
-    """What the public functions need of a source. Tokens are [B, T]."""
+    """What the public functions ask of a source. Tokens are [B, T]."""
 
     @property
     def settings(self) -> LogitSettings: ...
 
     @property
     def skips_tokens(self) -> bool:
-        """Whether a token that is left out costs nothing."""
+        """Whether leaving tokens out saves work."""
 
     @property
     def synchronize(self) -> bool:
-        """Whether to wait for the device, to see which tokens are wanted."""
+        """Whether to wait for the device once, to learn which tokens take part."""
 
     @property
     def predictions(self) -> Predictions: ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of log-probabilities."""
+        """The dtype of log-probabilities."""
 
     def logprobs(
         self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies (empty unless asked for), [B, T], with a graph where grad mode is on.
 
-        keep: [B, T] bool on the CPU, tokens that are wanted, where that is known there.
+        keep: [B, T] bool on the CPU, the tokens that are wanted; None where the CPU does not know them.
         """
 
     def known_gradient(
         self, tokens: TokenLayout, coefficients: Tensor, keep: Tensor | None = None
     ) -> KnownGradient | None:
-        """For known coefficients [B, T]. None: there is no gradient to compute in advance; take `logprobs`."""
+        """The gradient for known coefficients [B, T]; None if it cannot be computed in advance: use `logprobs` then."""
 
 
 def _shard(parallel: Parallel) -> VocabShard | None:
@@ -95,7 +95,7 @@ def _shard(parallel: Parallel) -> VocabShard | None:
 
 
 def _shard_arguments(shard: VocabShard | None) -> tuple[int, str]:
-    """Where this rank's part of the vocabulary begins, and the name of the group, "" for none."""
+    """The first entry of this rank's part of the vocabulary, and the name of the process group, "" for none."""
     return (0, "") if shard is None else (shard.start, name_of(shard.group))
 
 
@@ -104,7 +104,7 @@ def _accumulated(dtype: torch.dtype) -> torch.dtype:
 
 
 class LogitsSource(NamedTuple):
-    """Logits [B, T, V] (packed ones are one row).  given: as the user passed them, a DTensor perhaps.
+    """logits: [B, T, V], of packed tokens [1, N, V].  given: as the user passed them, perhaps a DTensor.
 
     inplace: the gradient is written over the logits.
     """
@@ -119,7 +119,7 @@ class LogitsSource(NamedTuple):
 
     @classmethod
     def from_arguments(cls, logits: Tensor, settings: LogitSettings, **inplace: bool) -> LogitsSource:
-        """inplace: the argument by its name."""
+        """inplace: the public argument, by its own name: `inplace=...`, `inplace_backward=...` or neither."""
         check.logits(logits)
         check.flags(**inplace)
         ((name, wanted),) = inplace.items() if inplace else (("inplace", False),)
@@ -129,7 +129,8 @@ class LogitsSource(NamedTuple):
         if hasattr(logits, "placements"):
             if shard is not None:
                 raise ValueError(
-                    "parallel.vocab is for local logits: a DTensor says where its part of the vocabulary begins"
+                    "parallel.vocab must be None for logits that are a DTensor, which says where its part of the "
+                    "vocabulary begins, got a ProcessGroup"
                 )
             local, shard = shard_of(logits, -1)
         rows = local if local.dim() == 3 else local[None]
@@ -163,7 +164,7 @@ class LogitsSource(NamedTuple):
     ) -> KnownGradient | None:
         del keep
         if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.shard is not None:
-            return None  # of logits on several ranks a gradient needs the statistics of all of them first
+            return None  # with a split vocabulary the gradient needs the statistics of all ranks first
         z = self.logits.detach()
         arguments = (tokens.labels, coefficients, self.settings.transform.to_numbers(), self.settings.implementation)
         if self.inplace:
@@ -174,9 +175,9 @@ class LogitsSource(NamedTuple):
 
 
 class HiddenSource(NamedTuple):
-    """Hidden states [N, H] and the head's weight [V, H] and bias, in the dtype that they are multiplied in.
+    """Hidden states [N, H] and the head's weight [V, H] and bias [V], in the dtype of the GEMMs.
 
-    shape: of the tokens as the user passed them.  workspace: bytes.
+    shape: of the tokens as the user passed them.  workspace: bytes for tiles of logits.
     """
 
     hidden: Tensor
@@ -234,12 +235,12 @@ class HiddenSource(NamedTuple):
 
     @property
     def needs(self) -> list[bool]:
-        """Whether hidden, weight and bias want a gradient."""
+        """Whether hidden, weight and bias need a gradient."""
         wanted = torch.is_grad_enabled()
         return [wanted and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)]
 
     def mode(self, with_entropy: bool) -> str:
-        """The mode of `linear/modes.py` with the fewest GEMMs; in "frozen" a rank would need the others' sums."""
+        """The mode of `linear/modes.py` with the fewest GEMMs. "frozen" needs the whole vocabulary on one rank."""
         needs = self.needs
         if not any(needs):
             return "none"
@@ -250,10 +251,10 @@ class HiddenSource(NamedTuple):
         size = self.hidden.shape[0] * self.weight.shape[0] * self.logits_dtype.itemsize
         return "store" if size <= self.workspace else "recompute"
 
-    def _places(self, tokens: TokenLayout, keep: Tensor | None) -> Tensor | None:
-        """[n] the tokens to compute: those with a label, or what is known without waiting. None: all, or the CPU's."""
+    def _token_indices(self, tokens: TokenLayout, keep: Tensor | None) -> Tensor | None:
+        """[n] int64 indices of the tokens to compute. None: all of them, or the op looks at labels on the CPU."""
         if self.hidden.device.type == "cpu":
-            return None  # labels can be looked at
+            return None  # the op can look at the labels
         if self.synchronize:
             active = tokens.active.cpu()
             keep = active if keep is None else active & keep
@@ -263,10 +264,10 @@ class HiddenSource(NamedTuple):
         self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
     ) -> tuple[Tensor, Tensor]:
         logprobs, entropy, *_ = linear_logprob(
-            self.hidden, self.weight, self.bias, tokens.labels.flatten(), self._places(tokens, keep), self.weight_grad,
-            self.logits_dtype, self.settings.transform.to_numbers(), with_entropy, self.mode(with_entropy),
-            self.workspace, self.settings.implementation, *_shard_arguments(_shard(self.settings.parallel)),
-            self.batch_invariant,
+            self.hidden, self.weight, self.bias, tokens.labels.flatten(), self._token_indices(tokens, keep),
+            self.weight_grad, self.logits_dtype, self.settings.transform.to_numbers(), with_entropy,
+            self.mode(with_entropy), self.workspace, self.settings.implementation,
+            *_shard_arguments(_shard(self.settings.parallel)), self.batch_invariant,
         )  # fmt: skip
         return logprobs.view(tokens.labels.shape), entropy
 
@@ -278,9 +279,9 @@ class HiddenSource(NamedTuple):
         inputs = (self.hidden, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.detach()
         logprobs, *gradients = linear_logprob_known(
-            self.hidden.detach(), self.weight.detach(), bias, tokens.labels.flatten(), self._places(tokens, keep),
-            coefficients.flatten(), self.needs, self.weight_grad is not None, self.logits_dtype,
-            self.settings.transform.to_numbers(), self.workspace, self.settings.implementation,
+            self.hidden.detach(), self.weight.detach(), bias, tokens.labels.flatten(),
+            self._token_indices(tokens, keep), coefficients.flatten(), self.needs, self.weight_grad is not None,
+            self.logits_dtype, self.settings.transform.to_numbers(), self.workspace, self.settings.implementation,
         )  # fmt: skip
         hidden_grad, weight_grad, bias_grad = (
             gradient if needed else None for gradient, needed in zip(gradients, self.needs, strict=True)

@@ -159,8 +159,8 @@ def conspo_weights(
     )
     result = contrast.evaluate(checked_scores(scores).detach(), rewards, groups)
     weights = result.weights
-    if result.places is not None:
-        weights = weights[result.places] * contrast.parallel.data_factor
+    if result.local_indices is not None:
+        weights = weights[result.local_indices] * contrast.parallel.data_factor
     return ConSPOWeights(weights, result.loss, result.metrics or {})
 
 

@@ -1,4 +1,4 @@
-"""Sums of scores or log-probabilities with known weights: what the losses of phase 2 have in common."""
+"""Sums of scores or log-probabilities with known weights: what `weighted_score_loss` and its relatives share."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from .ops.weighted_sum import weighted_sum
 from .scores import response_counts, rollout_scores
 from .sources import KnownGradient, Source
 
-# Nats per token. The same parameters score the same tokens alike but for rounding: in bf16 a model's logits move by a
-# hundredth when its batch does, and the mean over the tokens of a rollout by less.
+# Nats per token. The same parameters give the same scores up to rounding. In bf16 a model's logits move by a hundredth
+# when its batch changes; the mean over the tokens of a rollout moves by less.
 DRIFT_TOLERANCE = 0.01
 
 
 def weighted_scores(
     source: Source, tokens: TokenLayout, weights: Tensor, phase_one: Tensor | None, return_metrics: bool
 ) -> Tensor | ConSPOOutput:
-    """sum_i weights[i] * s_i over rollouts [S], with its gradient.  phase_one: [S] scores that weights are from."""
+    """sum_i weights[i] * s_i over rollouts [S], with its gradient.  phase_one: [S] scores of the weights."""
     check.flags(return_metrics=return_metrics)
     parallel, implementation = source.settings.parallel, source.settings.implementation
     check.weights(weights, tokens.num_rollouts, tokens.labels.device, phase_one)
@@ -65,7 +65,7 @@ def weighted_scores(
 def _coefficients(
     tokens: TokenLayout, weights: Tensor, parallel: Parallel, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights [S] as coefficients [B, T]; counts [S] of whole rollouts; labels, where not 0."""
+    """Weights [S] as coefficients [B, T]; counts [S] of whole rollouts; labels [B, T], `IGNORED` where that is 0."""
     if parallel.context is None:
         return token_coefficients(weights, tokens.labels, tokens.offsets, implementation)
     counts, scaled = response_counts(tokens, parallel), weights * parallel.context_factor
@@ -74,7 +74,7 @@ def _coefficients(
 
 
 def _drift(scores: Tensor, phase_one: Tensor, used: Tensor) -> Tensor:
-    """The largest change among rollouts with a weight; warns where the number is at hand: a GPU would be waited for."""
+    """0-d, the largest change among rollouts with a weight. Warns on a CPU only: on a GPU a warning would wait."""
     changes = torch.where(used, (scores - phase_one).abs(), 0.0)
     drift = changes.max() if changes.numel() else changes.sum()
     if drift.device.type == "cpu" and not torch.compiler.is_compiling() and not drift <= DRIFT_TOLERANCE:

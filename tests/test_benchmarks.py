@@ -97,7 +97,7 @@ def test_bytes_of_rows_that_are_read() -> None:
     assert OPS["forward"].bytes(shape) == 30 * 20
     assert OPS["in-place backward"].bytes(shape) == (30 + 64) * 20
     assert OPS["loss + backward"].bytes(shape) == (30 + 15 + 64) * 20
-    inputs = Inputs.of(shape, CPU)
+    inputs = Inputs.from_shape(shape, CPU)
     assert inputs.rewards.tolist() == [1, 1, 0, 0, 1, 1, 1, 1]
     assert (inputs.labels >= 0).sum() == 30
 
@@ -158,9 +158,11 @@ def test_absent_packages_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     for_gpu, group_losses = list(peers.peers(gpu, True)), list(peers.group_losses(gpu))
     monkeypatch.setattr(logits_path, "peers", lambda device, inplace, softcap: for_gpu)
     monkeypatch.setattr(logits_path, "group_losses", lambda device: group_losses)
-    inputs = Inputs.of(SHAPE, CPU)
+    inputs = Inputs.from_shape(SHAPE, CPU)
     choice = Choice(CPU, skip=("torch.compile",), repeats=1)
-    rows = {r["provider"]: r for r in measure_op(OPS["loss + backward"], SHAPE, inputs, Exact.of(inputs), choice)}
+    rows = {
+        r["provider"]: r for r in measure_op(OPS["loss + backward"], SHAPE, inputs, Exact.from_inputs(inputs), choice)
+    }
     assert {name for name, r in rows.items() if r["status"] == "not installed"} == {
         "TRL kernel", "flash-attn cross-entropy", "FLA cross-entropy", "Liger cross-entropy", "quack cross_entropy",
         "Liger GRPO, sequence", "Liger GRPO, token",
@@ -173,7 +175,7 @@ def test_absent_packages_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_another_loss_is_gated_by_its_own_equation() -> None:
     """GRPO on policy, written out: the gate takes it, and not if its gradient is off."""
-    inputs = Inputs.of(Shape(8, 4, 50, torch.float32, 4, skewed=True), CPU)
+    inputs = Inputs.from_shape(Shape(8, 4, 50, torch.float32, 4, skewed=True), CPU)
     advantages = peers.advantages_of(inputs.rewards, 4)
 
     def objective(logprobs: Tensor) -> Tensor:
@@ -185,7 +187,7 @@ def test_another_loss_is_gated_by_its_own_equation() -> None:
             return objective(logprobs if factor == 1 else logprobs * factor)
 
         candidate = Candidate(compute, torch.float32, objective)
-        return logits_path.errors(OPS["loss + backward"], candidate, inputs, Exact.of(inputs)).ok
+        return logits_path.errors(OPS["loss + backward"], candidate, inputs, Exact.from_inputs(inputs)).ok
 
     assert ok(1.0)
     assert not ok(1.01)
@@ -218,8 +220,8 @@ class WrongGradient(torch.autograd.Function):
 @pytest.mark.parametrize("op", [op for op in OPS.values() if not op.loss], ids=lambda op: op.name)
 def test_the_gate(op: logits_path.Op, softcap: float | None) -> None:
     """What is right passes, a wrong value or gradient does not."""
-    inputs = Inputs.of(replace(SHAPE, softcap=softcap), CPU)
-    exact = Exact.of(inputs)
+    inputs = Inputs.from_shape(replace(SHAPE, softcap=softcap), CPU)
+    exact = Exact.from_inputs(inputs)
     eager_fp32 = partial(baselines.eager_entropy_fp32 if op.entropy else baselines.eager_fp32, softcap=softcap)
 
     def wrong_value(logits: Tensor, labels: Tensor) -> Tensor:
@@ -243,8 +245,8 @@ def test_the_gate(op: logits_path.Op, softcap: float | None) -> None:
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("op", [op for op in fused_linear.OPS.values() if op.mode != "loss"], ids=lambda op: op.name)
 def test_the_gate_of_the_fused_linear_path(op: fused_linear.Op, softcap: float | None) -> None:
-    inputs = fused_linear.Inputs.of(LinearShape(4, 3, 16, 50, torch.float32, softcap=softcap), CPU)
-    exact = fused_linear.Exact.of(inputs)
+    inputs = fused_linear.Inputs.from_shape(LinearShape(4, 3, 16, 50, torch.float32, softcap=softcap), CPU)
+    exact = fused_linear.Exact.from_inputs(inputs)
     right = fused_linear.eager(inputs)
 
     def ok(compute: fused_linear.Compute) -> bool:
@@ -273,9 +275,9 @@ def test_eager_objective() -> None:
 
 
 def test_timing() -> None:
-    assert Timing.of([Sample(3.0), Sample(1.0), Sample(2.0)]) == Timing(2.0, 1.5, 2.5, 3)
-    assert Timing.of([Sample(3.0)]) == Timing(3.0, 3.0, 3.0, 1)
-    timing = Timing.of([Sample(1.0, 2e-6, False, 1.5e9), Sample(1.0, 4e-6, True, 1.7e9)])
+    assert Timing.from_samples([Sample(3.0), Sample(1.0), Sample(2.0)]) == Timing(2.0, 1.5, 2.5, 3)
+    assert Timing.from_samples([Sample(3.0)]) == Timing(3.0, 3.0, 3.0, 1)
+    timing = Timing.from_samples([Sample(1.0, 2e-6, False, 1.5e9), Sample(1.0, 4e-6, True, 1.7e9)])
     assert timing.fields() | {"seconds": 0} == {"seconds": 0, "host_seconds": 3e-6, "outlasted": 1, "sm_mhz": 1600}
 
 

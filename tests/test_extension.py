@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
 from conspo_kernels.backends import registry
-from conspo_kernels.backends.eager import group_infonce, scale, sequence_score
+from conspo_kernels.backends.eager import group_infonce, label_alignment, scale, sequence_score
 from conspo_kernels.contrast import Contrast
 from conspo_kernels.objective import ContrastSettings, GroupLoss, GroupLosses, Rollouts, Segments
 from conspo_kernels.reference import reference_loss
@@ -32,9 +32,9 @@ class ToyTokenLogprob:
         return u, torch.log_softmax(u * transform.scale, -1)
 
     @classmethod
-    def forward(cls, rows: LogitRows, with_entropy: bool) -> Statistics:
+    def forward(cls, rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
         CALLS.append("forward")
-        logits, labels, transform = rows
+        logits, labels, transform, _start = rows
         acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
         u, log_p = cls._log_p(logits, transform)
         inside = (labels >= 0) & (labels < logits.shape[-1])
@@ -47,13 +47,14 @@ class ToyTokenLogprob:
             torch.logsumexp((u - row_max[..., None]) * transform.scale, -1),
         ]
         logprobs, entropy, row_max, log_sum = (torch.where(labels == IGNORED, 0, x).to(acc) for x in values)
-        return Statistics(logprobs, entropy if with_entropy else None, row_max, log_sum)
+        statistics = Statistics(logprobs, entropy if with_entropy else None, row_max, log_sum)
+        return statistics if out is None else statistics.copied_to(out)
 
     @classmethod
     def backward(cls, grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
         CALLS.append("backward")
         assert upstream.entropy is None, "the toy knows no entropy"
-        logits, labels, transform = rows
+        logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
         u, _ = cls._log_p(logits, transform)
         row_max, log_sum = statistics.row_max.double()[..., None], statistics.log_sum.double()[..., None]
         c = torch.where(labels == IGNORED, 0, upstream.logprobs).double()[..., None]
@@ -65,10 +66,12 @@ class ToyTokenLogprob:
         grad_logits.copy_(torch.where(c == 0, 0, g))
 
     @classmethod
-    def forward_backward(cls, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor) -> Tensor:
+    def forward_backward(
+        cls, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
         statistics = cls.forward(rows, with_entropy=False)
         cls.backward(grad_logits, rows, statistics, Upstream(coefficients))
-        return statistics.logprobs
+        return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
 
 
 class ToyGroupInfoNCE:
@@ -85,6 +88,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     package.obstacle = lambda device: None  # type: ignore[attr-defined]
     package.token_logprob, package.group_infonce = ToyTokenLogprob, ToyGroupInfoNCE  # type: ignore[attr-defined]
     package.sequence_score, package.scale = sequence_score, scale  # type: ignore[attr-defined]
+    package.label_alignment = label_alignment  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "toy_backend", package)
     monkeypatch.setitem(registry.BACKENDS, "toy", "toy_backend")
     CALLS.clear()

@@ -54,9 +54,11 @@ def size(real: int, tiny: int) -> int:
 )  # fmt: skip
 def test_model_sizes(op: object, vocab_size: int, dtype: torch.dtype) -> None:
     """Against fp64, at the sizes that are timed."""
-    inputs = Inputs.of(Shape(8, size(64, 1), size(vocab_size, 1000 + vocab_size % 2), dtype, group_size=4), DEVICE)
+    inputs = Inputs.from_shape(
+        Shape(8, size(64, 1), size(vocab_size, 1000 + vocab_size % 2), dtype, group_size=4), DEVICE
+    )
     ours = candidates(op, inputs, "triton")[OURS]  # type: ignore[arg-type]
-    found = errors(op, ours, inputs, Exact.of(inputs))  # type: ignore[arg-type]
+    found = errors(op, ours, inputs, Exact.from_inputs(inputs))  # type: ignore[arg-type]
     assert found.ok, found
 
 
@@ -256,7 +258,7 @@ def test_cuda_graph() -> None:
 @pytest.mark.parametrize("op", TIMED, ids=lambda op: op.name)
 def test_memory(op: object) -> None:
     """Beyond the gradient, where it is new: a few numbers per token and chunk of its row."""
-    inputs = Inputs.of(Shape(4, size(256, 4), size(QWEN, 5000), torch.bfloat16, group_size=4), DEVICE)
+    inputs = Inputs.from_shape(Shape(4, size(256, 4), size(QWEN, 5000), torch.bfloat16, group_size=4), DEVICE)
     ours = candidates(op, inputs, "triton")[OURS]  # type: ignore[arg-type]
     timed = call(op, ours, inputs)  # type: ignore[arg-type]
     timed.run(timed.prepare())

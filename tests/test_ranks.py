@@ -316,7 +316,7 @@ def distributed_tensor(rank: int, size: int) -> tuple[Tensor, Tensor]:
     ):
         ours, exact = (torch.autograd.grad(function(x * 1), x)[0] for x in (leaf, plain))  # type: ignore[arg-type]
         assert close(ours.full_tensor(), exact)  # type: ignore[attr-defined]
-        with pytest.raises(ValueError, match="overwrites logits, which here is a leaf"):
+        with pytest.raises(ValueError, match="overwrites logits: they must not be a leaf"):
             function(leaf)
     with pytest.raises(ValueError, match="leaves ranks without any"):
         ck.conspo_loss(

@@ -82,8 +82,8 @@ def autograd_agrees(case: Case, implementation: str, device: torch.device) -> bo
     inputs = build(case, TINY, torch.float64, device)
 
     def outputs(leaf: Tensor) -> tuple[Tensor, ...]:
-        found = call(case, inputs, leaf, implementation)
-        return tuple(found[name] for name in case.graded)
+        outputs = call(case, inputs, leaf, implementation)
+        return tuple(outputs[name] for name in case.graded)
 
     # fast_mode: along random directions, as a forward per entry of the Jacobian takes minutes under the interpreter.
     return torch.autograd.gradcheck(outputs, (inputs.leaf,), fast_mode=True)

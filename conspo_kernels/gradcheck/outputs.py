@@ -38,8 +38,8 @@ def call(case: Case, inputs: Inputs, leaf: Tensor, implementation: str) -> dict[
         assert isinstance(loss, Tensor)
         return {"loss": loss}
     if case.op == "conspo_weights":
-        found = conspo_weights(leaf, rewards, groups, **options)
-        return {"loss": found.loss, "weights": found.weights}
+        result = conspo_weights(leaf, rewards, groups, **options)
+        return {"loss": result.loss, "weights": result.weights}
     if case.op == "sequence_scores":
         return {"scores": sequence_scores(leaf, labels, **options)}
     arguments: list[Any]
@@ -95,10 +95,10 @@ def eager(case: Case, inputs: Inputs, leaf: Tensor) -> dict[str, Tensor]:
         y = torch.where(y == -torch.inf, y, softcap * torch.tanh(y / softcap))
     full = torch.log_softmax(y / options.get("temperature", 1.0), dim=-1)
     rows, labels = torch.tensor([token for tokens in rollouts for token in tokens], device=leaf.device).unbind(1)
-    nothing = full.new_zeros(len(full))
-    logprobs = nothing.index_put((rows,), full[rows, labels])
+    zeros = full.new_zeros(len(full))
+    logprobs = zeros.index_put((rows,), full[rows, labels])
     possible = full[rows][:, 1 if case.masked else 0 :]
-    entropy = nothing.index_put((rows,), -(possible.exp() * possible).sum(-1))
+    entropy = zeros.index_put((rows,), -(possible.exp() * possible).sum(-1))
     scores = _scores(logprobs.float(), rollouts)
     shape = inputs.labels.shape
     outputs = {"logprobs": logprobs.view(shape), "entropy": entropy.view(shape), "scores": scores}

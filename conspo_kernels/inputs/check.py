@@ -1,7 +1,7 @@
 """The errors that a user's argument can cause: what was expected, and what came.
 
-TypeError: not a tensor, not a number. ValueError: a tensor or number of the wrong kind. Only metadata is read here;
-what needs the values of a tensor is checked inside of ops.
+TypeError: not a tensor, not a number. ValueError: a tensor or number of the wrong kind. This module reads metadata
+only; what needs the values of a tensor is checked inside of ops.
 """
 
 from __future__ import annotations
@@ -30,18 +30,25 @@ def _tensor(name: str, value: Any) -> None:
 
 
 def _reverse_mode(name: str, value: Tensor) -> None:
-    """Registered ops have a backward and nothing else: a forward-mode derivative of theirs would be zero in silence."""
+    """Registered ops have a backward only: without this check a forward-mode derivative would be zero in silence."""
     if torch.compiler.is_compiling():
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
-        raise NotImplementedError(f"{name} is inside a torch.func transform, of which there is none here: use autograd")
+        raise NotImplementedError(f"{name} must not be inside a torch.func transform, got one: use autograd")
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
-        raise NotImplementedError(f"{name} carries a tangent, but there is no forward-mode derivative here")
+        raise NotImplementedError(f"{name} must not carry a tangent, got one: there is no forward-mode derivative")
 
 
 def _dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], words: str) -> None:
     if value.dtype not in allowed:
         raise ValueError(f"{name} must be {words}, got {value.dtype}")
+
+
+def _differentiable(name: str, value: Any, words: str) -> None:
+    """A floating-point tensor that reverse mode may differentiate by."""
+    _tensor(name, value)
+    _reverse_mode(name, value)
+    _dtype(name, value, LOGIT_DTYPES, words)
 
 
 def _shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> None:
@@ -89,9 +96,7 @@ def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
 
 
 def logits(value: Any) -> None:
-    _tensor("logits", value)
-    _reverse_mode("logits", value)
-    _dtype("logits", value, LOGIT_DTYPES, "fp16, bf16, fp32 or fp64")
+    _differentiable("logits", value, "fp16, bf16, fp32 or fp64")
     if value.dim() not in (2, 3):
         raise ValueError(f"logits must be [B, T, V], or packed [N, V] or [1, N, V], got {list(value.shape)}")
     if value.shape[-1] == 0:
@@ -157,7 +162,7 @@ def logits_dtype(value: Any, hidden: Tensor) -> None:
 
 
 def tokens(labels: Any, response_mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
-    """One label per row of `like`, the tensor called `tokens_name`, whose tokens have the expected shape."""
+    """labels: one per row of `like`, the argument called `tokens_name`, whose leading dimensions are `expected`."""
     _tensor("labels", labels)
     _dtype("labels", labels, INTEGER_DTYPES, INTEGERS)
     _shape("labels", labels, expected, f"one per row of {tokens_name}")
@@ -185,23 +190,19 @@ def cu_seqlens(value: Any, shape: tuple[int, ...], needed_for: str | None) -> No
 
 
 def logprobs(value: Any) -> None:
-    _tensor("logprobs", value)
-    _reverse_mode("logprobs", value)
-    _dtype("logprobs", value, LOGIT_DTYPES, "floating point")
+    _differentiable("logprobs", value, "floating point")
     if value.dim() not in (1, 2):
         raise ValueError(f"logprobs must be [B, T], or packed [N] or [1, N], got {list(value.shape)}")
 
 
 def scores(value: Any) -> None:
-    _tensor("scores", value)
-    _reverse_mode("scores", value)
-    _dtype("scores", value, LOGIT_DTYPES, "floating point")
+    _differentiable("scores", value, "floating point")
     if value.dim() != 1:
         raise ValueError(f"scores must be [S], got {list(value.shape)}")
 
 
 def weights(value: Any, num_rollouts: int, device: torch.device, phase_one: Any) -> None:
-    """One per rollout; and the scores of phase 1, or None."""
+    """Weights, one per rollout.  phase_one: the scores of phase 1, or None."""
     for name, x in (("weights", value), *(() if phase_one is None else (("scores", phase_one),))):
         _tensor(name, x)
         _dtype(name, x, LOGIT_DTYPES, "floating point")
@@ -212,7 +213,7 @@ def weights(value: Any, num_rollouts: int, device: torch.device, phase_one: Any)
 
 
 def coefficients(value: Any, shape: tuple[int, ...], labels: Tensor) -> None:
-    """One per token."""
+    """Coefficients, one per token."""
     _tensor("coefficients", value)
     _dtype("coefficients", value, LOGIT_DTYPES, "floating point")
     _shape("coefficients", value, shape, "that of labels")
@@ -296,7 +297,7 @@ def _scalar(name: str, value: Any) -> None:
 
 
 def devices(device: torch.device, **values: Any) -> None:
-    """Tensors that come along: where the computation is, or on the CPU, from where they are brought without waiting."""
+    """Small tensors lie on the device of the computation, or on the CPU: from there they are copied without waiting."""
     for name, value in values.items():
         if isinstance(value, Tensor) and value.device.type != "cpu" and value.device != device:
             places = "the CPU" if device.type == "cpu" else f"the CPU or {device}, where the computation is"
@@ -309,14 +310,16 @@ def flags(**values: Any) -> None:
 
 
 def overwritten(name: str, value: Tensor) -> None:
-    """The gradient may be written over these logits: they are not a leaf or its view, and no two rows share storage."""
+    """Logits that a gradient may overwrite: neither a leaf nor its view, and no two rows share storage."""
     if not (value.requires_grad and torch.is_grad_enabled()):
         return
     if value.is_leaf:
-        raise ValueError(f"{name} overwrites logits, which here is a leaf that the caller owns")
+        raise ValueError(f"{name} overwrites logits: they must not be a leaf, which the caller owns, got a leaf")
     if not torch.compiler.is_compiling():
         if value._base is not None and value._base.is_leaf:
-            raise ValueError(f"{name} overwrites logits, which here is a view of a leaf that the caller owns")
+            raise ValueError(
+                f"{name} overwrites logits: they must not be a view of a leaf, which the caller owns, got one"
+            )
         # What hooks pack and unpack, activation checkpointing's too, autograd does not check for modifications.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             raise ValueError(f"{name} must be called outside of saved-tensor hooks and checkpoint(), got inside")

@@ -1,4 +1,4 @@
-"""Groups of one size or of any, as segments of a sorted order; and which rollouts can have a gradient."""
+"""Groups of one size or of any sizes, as segments of a sorted order; and which rollouts can have a gradient."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ class GroupLayout(NamedTuple):
         return torch.where(first, losses[slots], 0.0)
 
     def in_group_with(self, members: Tensor) -> Tensor:
-        """[S] bool: rollouts in whose group one of `members` [S] bool is."""
+        """[S] bool: whether the group of a rollout has one of `members` [S] bool."""
         if self.slots is None:
             some = members.view(-1, self.size).any(1, keepdim=True)
             return some.expand(-1, self.size).reshape(members.shape)
-        found = torch.zeros_like(members, dtype=torch.int32).index_add_(0, self.slots, members.int())
-        return found[self.slots] > 0
+        members_per_group = torch.zeros_like(members, dtype=torch.int32).index_add_(0, self.slots, members.int())
+        return members_per_group[self.slots] > 0
 
 
 def live_rollouts(
@@ -62,8 +62,8 @@ def live_rollouts(
 ) -> Tensor | None:
     """[S] bool on the CPU: rollouts that can have a gradient; None where rewards or ids are not on the CPU.
 
-    counts: [S] response tokens, if known; they are looked at where they are on the CPU.  whole: no group goes on on
-    another rank.
+    counts: [S] response tokens, if known; they are looked at where they are on the CPU.  whole: every
+    group lies on this rank.
     """
     check.rewards(rewards, num_rollouts)
     if not whole:  # a group may be valid by what another rank has

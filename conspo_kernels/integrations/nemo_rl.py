@@ -56,9 +56,9 @@ class ConSPOAdvantageEstimator:
         )
         self.step = 0
         for name, (default, needed) in DEFAULT_AND_NEEDED.items():
-            found = _field(loss_config, name, default)
-            if found != needed:
-                raise ValueError(f"ConSPO needs loss_fn.{name}={needed}, got {found}")
+            value = _field(loss_config, name, default)
+            if value != needed:
+                raise ValueError(f"ConSPO needs loss_fn.{name}={needed}, got {value}")
 
     def compute_advantage(
         self,

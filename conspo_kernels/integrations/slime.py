@@ -69,8 +69,10 @@ def policy_loss(
     """slime's custom loss: the sum over rollouts of the mean over tokens of -advantage * logp, and the entropy term.
 
     Args:
+        args: slime's arguments.
         batch: a micro-batch with `advantages`, `log_probs` (those of the step's beginning) and its tokens.
         logits: [1, T, V], this rank's part of the vocabulary; slime's own function takes log-probabilities from them.
+        sum_of_sample_mean: slime's reduction: [tokens] to the sum over rollouts of the mean over their tokens.
 
     Returns:
         The loss, and what slime logs.
@@ -93,11 +95,11 @@ def policy_loss(
 def _logprobs_and_entropy(args: Any, batch: MutableMapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:
     from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
 
-    _, found = get_log_probs_and_entropy(
+    _, results = get_log_probs_and_entropy(
         logits, args=args, unconcat_tokens=batch["unconcat_tokens"], total_lengths=batch["total_lengths"],
         response_lengths=batch["response_lengths"], with_entropy=True,
     )  # fmt: skip
-    return torch.cat(found["log_probs"]), torch.cat(found["entropy"])
+    return torch.cat(results["log_probs"]), torch.cat(results["entropy"])
 
 
 def _check(args: Any, rollout_data: MutableMapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ SCALARS = {
 
 @dataclass(frozen=True)
 class Settings:
+    """How kernels are executed.  order: of CTAs.  races: look for them.  Others: as of `compiled`."""
+
     target: str
     perturbation: Perturbation | None
     order: np.random.Generator
@@ -53,8 +55,10 @@ def executing(settings: Settings) -> Iterator[None]:
 
 
 def _stop_at_ptx(*arguments: Any) -> tuple[str, str] | None:
-    """Triton's hook into its stages: PTX stands in for machine code, which nobody runs here; without arguments, a key
-    for its cache, which must not mix the two."""
+    """Triton's hook into its stages of compilation: PTX stands in for machine code, which is not run.
+
+    Without arguments it returns a key for Triton's cache, which must not mix PTX and machine code.
+    """
     if not arguments:
         return "executed as PTX", "executed as PTX"
     stages = arguments[1]
@@ -72,24 +76,38 @@ class _Utilities:
         return kernel, Program(kernel.decode()), 0, 0, 1024
 
 
-class _Driver:
-    def __init__(self, target: str) -> None:
-        self.target = TARGETS[target]
-        self.utils = _Utilities()
-        self.launcher_cls = _Launcher
+class CompilingDriver:
+    """As much of a Triton driver as compiling needs, on a machine without the target.
+
+    purpose: of what is compiled. It is part of the key of Triton's per-device cache, which must not mix two purposes.
+    """
+
+    def __init__(self, target: GPUTarget, purpose: str) -> None:
+        self.target = target
+        self.purpose = purpose
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> str:
-        return f"executed {self.target.arch}"  # the key of Triton's per-device cache
+        return f"{self.purpose} {self.target.arch}"
 
     def get_current_stream(self, device: object) -> int:
+        del device
         return 0
 
 
+class _Driver(CompilingDriver):
+    """And as much as launching needs."""
+
+    def __init__(self, target: str) -> None:
+        super().__init__(TARGETS[target], "executed")
+        self.utils = _Utilities()
+        self.launcher_cls = _Launcher
+
+
 class _Launcher:
-    """One compiled kernel's."""
+    """Launches one compiled kernel."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.kinds = list(source.signature.values())
@@ -121,7 +139,7 @@ class _Launcher:
 
 def _add_region(regions: dict[int, Region], name: str, tensor: Tensor) -> None:
     if tensor.device.type != "cpu":
-        raise Fault(f"{name} must be a CPU tensor to be executed here, is on {tensor.device}")
+        raise Fault(f"{name} must be a CPU tensor to be executed, got one on {tensor.device}")
     start = tensor.untyped_storage().data_ptr()
     if start in regions:
         regions[start].name += f" = {name}"

@@ -61,10 +61,10 @@ _LOCATION = re.compile(r"\.loc\s[^/]*//\s*(\S+)")
 
 def parse(text: str) -> Function:
     """The one kernel of a module. Raises ValueError where the text is not understood."""
-    found = _ENTRY.findall(text)
-    if len(found) != 1:
-        raise ValueError(f"expected one kernel in the PTX, found {len(found)}")
-    name, parameters, directives, body = found[0]
+    entries = _ENTRY.findall(text)
+    if len(entries) != 1:
+        raise ValueError(f"expected one kernel in the PTX, got {len(entries)}")
+    name, parameters, directives, body = entries[0]
     types = {}
     for parameter in filter(None, map(str.strip, parameters.split(","))):
         match = _PARAMETER.match(parameter)
