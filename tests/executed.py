@@ -18,17 +18,27 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.compiled import CASES, call_group_infonce, call_sequence_score, call_token_logprob
-from conspo_kernels.backends.triton import group_infonce, rows, scale, sequence_score, softmax, token_logprob
+from conspo_kernels.backends.triton import (
+    group_infonce,
+    row_kernels,
+    rows,
+    scale,
+    sequence_score,
+    softmax,
+    token_logprob,
+)
 from conspo_kernels.objective import GroupLoss
 from conspo_kernels.ptx import Fault, compiled, driver
 from conspo_kernels.ptx.execute import Program
 from conspo_kernels.reference import group_losses, prompt_groups
 from conspo_kernels.values import LogitRows, LogitTransform, Upstream
 
-KERNELS = (
-    token_logprob._statistics_kernel, token_logprob._combine_kernel, token_logprob._backward_kernel,
-    sequence_score._forward_kernel, sequence_score._backward_kernel, group_infonce._kernel, scale._kernel,
-)  # fmt: skip
+FUNCTIONS = [
+    function
+    for module in (softmax, rows, row_kernels, sequence_score, group_infonce, scale)
+    for function in vars(module).values()
+    if isinstance(function, JITFunction)
+]
 
 
 def worst(actual: Tensor, exact: Tensor) -> float:
@@ -38,7 +48,7 @@ def worst(actual: Tensor, exact: Tensor) -> float:
 
 def token_errors(result: tuple[Any, ...]) -> dict[str, float]:
     """Errors of a call of `call_token_logprob`; that of the gradient relative to the largest of its row."""
-    (logits, labels, transform), statistics, grad = result
+    (logits, labels, transform, _start), statistics, grad = result
     leaf = logits.double().requires_grad_()
     y = leaf if transform.softcap is None else transform.softcap * torch.tanh(leaf / transform.softcap)
     full = y.log_softmax(-1)
@@ -123,16 +133,15 @@ def forget(*functions: JITFunction) -> None:
 @contextlib.contextmanager
 def planted(function: JITFunction, old: str, new: str) -> Iterator[None]:
     """Another source of a function, and of the kernels that call it."""
-    callers = [softmax.grad_tile, token_logprob._backward_tile, *KERNELS]
     source = function.src
     assert source.count(old) == 1, (old, source)
     try:
         function._unsafe_update_src(source.replace(old, new))
-        forget(*callers)
+        forget(*FUNCTIONS)
         yield
     finally:
         function._unsafe_update_src(source)
-        forget(*callers)
+        forget(*FUNCTIONS)
 
 
 def fault_of(call: Callable[[], object], target: str = "sm_90") -> str:
@@ -169,12 +178,12 @@ def without_barriers(call: Callable[[], object], kernel: str) -> list[str]:
             return decode(self, name, binary, *rest)
 
         driver._Utilities.load_binary = load  # type: ignore[method-assign]
-        forget(*KERNELS)
+        forget(*FUNCTIONS)
         try:
             faults.append(fault_of(call))
         finally:
             driver._Utilities.load_binary = decode  # type: ignore[method-assign]
-            forget(*KERNELS)
+            forget(*FUNCTIONS)
     return faults
 
 
@@ -188,10 +197,11 @@ def faults() -> dict[str, Any]:
     found: dict[str, Any] = {"none": fault_of(forward)}
     with planted(rows.edges, "row + vocab_size)\n", "row + vocab_size + 1)\n"):
         found["mask"] = fault_of(forward)
-    hint = "tl.load(tl.max_contiguous(tl.multiple_of(logits_ptr + start + lanes, (16, 16)), (1, VECTOR)))"
+    load = "tl.load({}, eviction_policy=KEEP)"
+    hint = load.format("tl.max_contiguous(tl.multiple_of(logits_ptr + start + lanes, (16, 16)), (1, VECTOR))")
     with (
         planted(rows.interior, "return first * VECTOR,", "return row,"),
-        planted(token_logprob._statistics_kernel, "tl.load(logits_ptr + start + lanes)", hint),
+        planted(row_kernels._chunk_statistics, load.format("logits_ptr + start + lanes"), hint),
     ):
         found["hint"] = fault_of(forward)
     found["barriers, statistics"] = without_barriers(forward, "_statistics_kernel")
