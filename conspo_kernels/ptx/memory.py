@@ -136,10 +136,10 @@ class Memory:
         parts: list[tuple[Region, Array | None]] = []
         inside = np.zeros(address.shape, bool)
         for region in self.regions:
-            here = (address >= region.start) & (address + size <= region.end)
-            if here.any():
-                parts.append((region, np.flatnonzero(here)))
-                inside |= here
+            in_region = (address >= region.start) & (address + size <= region.end)
+            if in_region.any():
+                parts.append((region, np.flatnonzero(in_region)))
+                inside |= in_region
         if not inside.all():
             self.complain(f"{what}: outside of the memory that was passed", address, ~inside, threads)
         return parts
