@@ -97,7 +97,7 @@ def test_labels_outside_the_vocabulary(implementation: str, device: torch.device
     for bad in (7, -1, -101, 2**40):
         labels = torch.tensor([[1, bad, -100]], device=device)
         if device.type == "cpu":
-            with pytest.raises(ValueError, match=r"labels must lie in \[0, 7\).*found .* at token \(0, 1\)"):
+            with pytest.raises(ValueError, match=r"labels must lie in \[0, 7\).*got .* at token \(0, 1\)"):
                 token_logprobs(logits, labels, implementation=implementation)
         else:
             logprobs = token_logprobs(logits, labels, implementation=implementation)

@@ -184,5 +184,5 @@ def _raise_bad_label(given: Tensor, aligned: Tensor, shift: bool, ignore_index: 
     where = "in the vocabulary of all ranks" if vocab_size == ON_ALL_RANKS else f"in [0, {vocab_size})"
     raise ValueError(
         f"labels must lie {where} or equal ignore_index ({ignore_index}); "
-        f"found {given[b, t + shift].item()} at token {(b, t)}"
+        f"got {given[b, t + shift].item()} at token {(b, t)}"
     )

@@ -49,7 +49,7 @@ def statistics_over_ranks(
             )
         raise ValueError(
             "labels must lie in the vocabulary of all ranks or equal ignore_index; "
-            f"found {labels[position].item()} at token {position}"
+            f"got {labels[position].item()} at token {position}"
         )
     return Statistics(*whole)
 
