@@ -165,6 +165,7 @@ hub-kernel:  ## build/hub: the kernel for the Hugging Face Hub, pure Python and 
 gpu: $(VENV)/.installed-dev $(VENV)/.installed-bench  ## on a GPU: tests, gradient check and benchmarks, in runs/gpu
 	$(BIN)/python -m benchmarks.run --suite gpu --out runs/gpu $(if $(WHEELS),--wheels '$(WHEELS)')
 
+# torch first, as a user would: an sdist is built against the torch that is there.
 # The tests lie beside no sources there, so it is what was installed that they import. Those of setup.py need a checkout.
 RELEASE := build/release
 OF_A_CHECKOUT := test_what_is_built or test_an_installation_without_the_kernels
@@ -173,8 +174,9 @@ release-check: wheel  ## dist/: wheel and sdist, each installed into an empty en
 	cp -r tests benchmarks examples pyproject.toml setup.py csrc $(RELEASE)/tests-only
 	set -e; for file in dist/*.whl dist/*.tar.gz; do \
 	  rm -rf $(RELEASE)/env; $(PYTHON) -m venv $(RELEASE)/env; \
-	  $(RELEASE)/env/bin/python -m pip install --only-binary :all: --no-binary conspo-kernels -c constraints.txt \
-	    'torch$(TORCH:%===%)' $(if $(TRITON),'triton==$(TRITON)') "$$file" pytest pytest-xdist hypothesis; \
+	  install="$(RELEASE)/env/bin/python -m pip install --only-binary :all: --no-binary conspo-kernels -c constraints.txt"; \
+	  $$install 'torch$(TORCH:%===%)' $(if $(TRITON),'triton==$(TRITON)'); \
+	  $$install "$$file" pytest pytest-xdist hypothesis; \
 	  (cd $(RELEASE)/tests-only && ../env/bin/python -m conspo_kernels info && \
 	    ../env/bin/python -m pytest -q -p no:cacheprovider -n $(WORKERS) @tests/quick.txt \
 	      -k 'not triton and not ($(OF_A_CHECKOUT))'); \

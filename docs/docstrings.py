@@ -1,7 +1,8 @@
-"""Docstrings as the site shows them: `Cost:` and `Source:` are paragraphs, not boxes with their first line as a title.
+"""Docstrings as the site shows them: `Returns:`, `Cost:` and `Source:` are paragraphs.
 
-Griffe takes `Word: text` with indented lines below it for an admonition. Their lines are joined here, on the way into
-the site; the sources keep the form that reads well in an editor.
+Griffe takes `Cost: text` with indented lines below it for a box with its first line as the title, and the words before
+a colon in `Returns:` for a type. Lines are joined here, on the way into the site; the sources keep the form that reads
+well in an editor.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 import griffe
 
 WORDS = r"Cost\b[^:\n]*|Source|Returns, Raises|Args, Returns, Raises|Cost, Returns, Raises, Source"
-PARAGRAPH = re.compile(rf"^({WORDS}): *\S")
+PARAGRAPH = re.compile(rf"^(({WORDS}): *\S|Returns:$)")
 ARGS = re.compile(r"^Args:\n((?:    .*\n?)+)", re.MULTILINE)
 ENTRY = re.compile(r"^    \S.*\n?(?:     .*\n?)*", re.MULTILINE)
 POINTER = re.compile(r"\w+(?:, \w+)+: as\s|(?:Others|All|As)\b")  # to the arguments of another function

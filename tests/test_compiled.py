@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def python(*arguments: str) -> str:
     """In a process of its own: Triton's interpreter, which the other tests want, is chosen once per process."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
     )

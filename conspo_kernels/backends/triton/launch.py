@@ -43,10 +43,10 @@ L2_BYTES, MULTIPROCESSORS = 50 * 2**20, 132  # of an H100, where no GPU says its
 # keep bandwidth * latency / multiprocessors bytes in flight, about 600 ns on a GPU; every row has a margin of two.
 # Nothing here is measured yet: where a GPU says otherwise, change its row.
 TABLE: dict[str, dict[str, Launch]] = {
-    # 2 TB/s over 108: 11 KB. Forward 48 registers, 40 warps, 80 KB; backward 64 registers, 32 warps, 64 KB; with 1024
+    # 2 TB/s over 108: 11 KB. Forward 56 registers, 36 warps, 72 KB; backward 64 registers, 32 warps, 64 KB; with 1024
     # lanes 72 and 128 registers, 28 and 16 warps: no more in flight, and fewer warps to hide the arithmetic.
     "sm_80": {"forward": Launch(512, 4), "backward": Launch(512, 4), "heavy": Launch(256, 4)},
-    # 3.3 TB/s over 132: 15 KB. Forward 48 registers, 40 warps, 80 KB; backward 64 registers, 32 warps, 64 KB; with
+    # 3.3 TB/s over 132: 15 KB. Forward 56 registers, 36 warps, 72 KB; backward 64 registers, 32 warps, 64 KB; with
     # 1024 lanes backward has 127 registers and 16 warps.
     "sm_90": {"forward": Launch(512, 4), "backward": Launch(512, 4), "heavy": Launch(256, 4)},
     # 8 TB/s over 148: 32 KB, of the 64 KB and more that the same tiles keep there.
