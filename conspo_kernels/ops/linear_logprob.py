@@ -45,11 +45,15 @@ def run_of(
     )
 
 
-@torch.compiler.assume_constant_result
 def default_workspace(device: torch.device) -> int:
     """Bytes for tiles of logits: by the size of a device's memory, not by what is free of it, as sums depend on it."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return workspace_of(total)
+
+
+# What `torch.compiler.assume_constant_result` does. That function imports dynamo, and with it Triton, which has to be
+# imported later: `gradcheck` first decides whether Triton interprets.
+default_workspace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
