@@ -1,4 +1,4 @@
-"""The fused-linear path as things to time: each mode beside bare GEMMs, eager PyTorch and its rivals."""
+"""What is timed of the fused-linear path: each mode beside bare GEMMs, eager PyTorch and its rivals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ops of the logits path as things to time: what they have to move, who computes them, and whether it is right."""
+"""What is timed of the logits path: ops, the bytes that they have to move, providers, and the correctness gate."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def flush_buffer(size: int) -> torch.Tensor:
 
 
 def flush_cache() -> None:
-    """Fill the L2 with what nobody wants, by reading: lines that a write left there would be written back later, on
+    """Fill the L2 with unrelated data, by reading: lines that a write left there would be written back later, on
     the time of what is measured."""
     flush_buffer(FLUSH_BYTES).max()
 

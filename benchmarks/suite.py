@@ -123,7 +123,7 @@ def interpreted(out: Path) -> bool:
 
 
 def rivals(measured: Sequence[dict[str, Any]]) -> str:
-    """Who was timed beside us, or why nobody but PyTorch was."""
+    """The rivals that were timed, or why only PyTorch was."""
     others = [row for row in measured if not row["provider"].startswith((OURS, "limit"))]
     timed = dict.fromkeys(row["provider"] for row in others if row["status"] == "timed")
     absent = dict.fromkeys(row["note"] for row in others if row["status"] == "not installed")
@@ -178,7 +178,7 @@ def run(suite: str, out: Path, wheels: Path | None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     environment["TRITON_INTERPRET"] = "1" if suite == "gpu-tiny" else "0"
-    environment.pop("CONSPO_BUILD", None)  # nothing here needs the CPU's extension
+    environment.pop("CONSPO_BUILD", None)  # the suite does not use the CPU's extension
     runner: Callable[..., Outcome] = run_part
     if suite == "gpu-tiny":
         if "triton" not in sys.modules:

@@ -191,7 +191,7 @@ class Memory:
         self, region: Region, address: Array, those: Array | None, size: int, changed: Array | None, threads: Accessing,
         text: str,
     ) -> None:  # fmt: skip
-        """Only references are kept: nothing of this is looked at unless somebody stores to the region."""
+        """Keeps references only: `races` reads them if some access stores to the region."""
         if those is not None:
             lanes: Array | None = threads.active()[those]
         else:
