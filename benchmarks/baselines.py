@@ -116,7 +116,7 @@ def masked(token_logprobs: TokenLogprobs) -> Callable[[Tensor, Tensor, Tensor | 
     """Zero where the mask is; entropies, stacked on log-probabilities, too."""
 
     def logprobs(logits: Tensor, labels: Tensor, mask: Tensor | None) -> Tensor:
-        found = token_logprobs(logits, labels)
-        return found if mask is None else found.masked_fill(~mask, 0.0)
+        logprobs = token_logprobs(logits, labels)
+        return logprobs if mask is None else logprobs.masked_fill(~mask, 0.0)
 
     return logprobs

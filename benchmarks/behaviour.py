@@ -111,12 +111,12 @@ def synchronisation(steps: Steps) -> Row:
     torch.cuda.set_sync_debug_mode("error")
     try:
         steps.loss(*batch, margin).backward()
-        found = ""
+        message = ""
     except RuntimeError as error:
-        found = str(error).splitlines()[0]
+        message = str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    return {"what": "synchronisation", "found": found}
+    return {"what": "synchronisation", "found": message}
 
 
 def main() -> None:

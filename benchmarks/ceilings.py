@@ -47,9 +47,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     write(arguments.out / "environment.json", environment(arguments.device))
-    found = ceilings(arguments.device, arguments.tiny)
-    write(arguments.out / "ceilings.json", found)
-    for row in found.values():
+    measured = ceilings(arguments.device, arguments.tiny)
+    write(arguments.out / "ceilings.json", measured)
+    for row in measured.values():
         print(f"{row['what']}: {row['rate'] / 1e9:,.1f} G{row['unit']}")
 
 

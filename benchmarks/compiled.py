@@ -180,14 +180,14 @@ def _nvidia(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
         sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
 
     def widths(instruction: str) -> dict[int, int]:
-        found: dict[int, int] = {}
+        counts: dict[int, int] = {}
         for match in re.finditer(rf"\b{instruction}\.E(\S*)", sass):
             flags = match.group(1).split(".")
             width = next((int(f) for f in flags if f in ("64", "128")), None)
             if width is None:
                 width = 8 if {"U8", "S8"} & set(flags) else 16 if {"U16", "S16"} & set(flags) else 32
-            found[width] = found.get(width, 0) + 1
-        return found
+            counts[width] = counts.get(width, 0) + 1
+        return counts
 
     fields = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     return fields["REG"], fields["STACK"] + fields["LOCAL"], widths("LDG"), widths("STG")
@@ -202,11 +202,11 @@ def _amd(kernel: Any) -> tuple[int, int, dict[int, int], dict[int, int]]:
     sizes = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "ushort": 16, "short": 16, "ubyte": 8}
 
     def widths(kind: str) -> dict[int, int]:
-        found: dict[int, int] = {}
+        counts: dict[int, int] = {}
         for match in re.finditer(rf"\b(?:global|buffer)_{kind}_(?:d16_)?(?:hi_)?([a-z]+\d?)", text):
             width = sizes.get(match.group(1), 8)
-            found[width] = found.get(width, 0) + 1
-        return found
+            counts[width] = counts.get(width, 0) + 1
+        return counts
 
     def field(name: str) -> int:
         match = re.search(rf"\.{name}:\s+(\d+)", text)

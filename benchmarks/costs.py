@@ -18,7 +18,7 @@ from .counted import GPUS
 from .tables import markdown
 
 TOKENS, VOCAB, HIDDEN, ITEMSIZE = 8192, 151_936, (2048, 4096, 7168), 2
-SMALL = 512 * 2**20  # the workspace of a GPU with up to 16 GiB, and of every version before
+SMALL = 512 * 2**20  # the default workspace of a GPU with up to 16 GiB
 
 
 class Device(NamedTuple):
@@ -86,9 +86,10 @@ printed by `python -m benchmarks.costs`, from the model by which the library cho
 
 N = {tokens:,} tokens, V = {vocab:,}, bf16, every token with a label. "GEMMs" are products of 2 * N * H * V operations.
 What is moved beside them, in 10^9 bytes on an H100: "logits", by the kernels, over tiles of logits and their gradients;
-"sums", of dW and dH in fp32, where they go through memory once more for every further tile; "rows", of hidden states
-that are copied together or scaled. What GEMMs read and write themselves is in their rate. The last columns are the
-time of the GEMMs, plus that of the moved bytes, one after the other, and the second over the first.
+"sums", of the gradients of weight and hidden in fp32, where they go through memory once more for every further tile;
+"rows", of hidden states that are copied together or scaled. What GEMMs read and write themselves is in their rate. The
+last columns are the time of the GEMMs, plus that of the moved bytes, one after the other, and the second over the
+first.
 
 {devices}
 
@@ -106,7 +107,8 @@ A 32nd of the GPU's memory, at least 512 MiB: {workspaces}.
 
 ## With 512 MiB
 
-"known" sums dW over tiles of rows: that is why the default grew. Modes that do not fit are left out.
+"known" sums the gradient of weight over tiles of rows: that is why the default is larger. Modes that do not fit are
+left out.
 
 {small}
 """

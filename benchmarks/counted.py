@@ -119,11 +119,11 @@ def counted(targets: tuple[str, ...] = ("sm_90", "sm_100")) -> tuple[list[Count]
     counts: list[Count] = []
     notes: list[str] = []
     for target in targets:
-        for found in (*ours(target), *peers(target)):
-            if isinstance(found, Count):
-                counts.append(found)
-            elif found not in notes:
-                notes.append(found)
+        for count_or_note in (*ours(target), *peers(target)):
+            if isinstance(count_or_note, Count):
+                counts.append(count_or_note)
+            elif count_or_note not in notes:
+                notes.append(count_or_note)
     return counts, notes
 
 

@@ -1,4 +1,4 @@
-"""The fused-linear path as things to time: each mode beside bare GEMMs, eager PyTorch and its rivals."""
+"""What is timed of the fused-linear path: each mode beside bare GEMMs, eager PyTorch and its rivals."""
 
 from __future__ import annotations
 
@@ -140,13 +140,13 @@ def linear_cross_entropy(inputs: Inputs) -> Compute:
 
 
 def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candidate]:
-    found = {OURS: Candidate(ours(op, inputs, implementation))}
+    providers = {OURS: Candidate(ours(op, inputs, implementation))}
     if op.mode == "loss":
-        return {**found, OURS_HALF: Candidate(ours(op, inputs.half_valid(), implementation))}
-    found["eager"] = Candidate(eager(inputs))
+        return {**providers, OURS_HALF: Candidate(ours(op, inputs.half_valid(), implementation))}
+    providers["eager"] = Candidate(eager(inputs))
     softcap = inputs.shape.softcap
     if op.mode == "known" and softcap is None and hasattr(F, "linear_cross_entropy"):  # torch >= 2.13
-        found["F.linear_cross_entropy"] = Candidate(linear_cross_entropy(inputs))
+        providers["F.linear_cross_entropy"] = Candidate(linear_cross_entropy(inputs))
     labels = inputs.labels.flatten()
     sizes = (inputs.shape.rollouts, inputs.shape.length)
     for peer in linear_peers(inputs.hidden.device, COEFFICIENT, sizes, softcap):
@@ -155,8 +155,8 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
         if op.mode == "store" or (peer.summed and op.mode != "known"):
             continue  # what it does under "recompute"; its coefficients are known beforehand, ours there are not
         compute = lambda hidden, weight, peer=peer: peer.compute(hidden.flatten(0, 1), weight, labels)  # noqa: E731
-        found[peer.name] = Candidate(compute, peer.same_value, peer.package)
-    return found
+        providers[peer.name] = Candidate(compute, peer.same_value, peer.package)
+    return providers
 
 
 def call(op: Op, compute: Compute, inputs: Inputs) -> Call:
@@ -244,5 +244,5 @@ def errors(op: Op, candidate: Candidate, inputs: Inputs, exact: Exact) -> Errors
 
     value = relative(out, logprobs) if candidate.same_value else 0.0
     expected = (exact.hidden, exact.weight)
-    found = [relative(g.flatten(0, -2)[:GATE_ROWS], e) for g, e in zip(grads, expected, strict=False)]
-    return Errors(value, max(found, default=0.0), 4 * torch.finfo(inputs.shape.dtype).eps + 1e-5)
+    differences = [relative(g.flatten(0, -2)[:GATE_ROWS], e) for g, e in zip(grads, expected, strict=False)]
+    return Errors(value, max(differences, default=0.0), 4 * torch.finfo(inputs.shape.dtype).eps + 1e-5)

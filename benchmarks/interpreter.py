@@ -1,4 +1,4 @@
-"""Triton's interpreter, a little less slow: it stands in for a GPU in the tests and in the tiny suite."""
+"""Makes Triton's interpreter faster: it replaces a GPU in the tests and in the tiny suite."""
 
 from __future__ import annotations
 

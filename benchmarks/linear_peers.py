@@ -66,8 +66,8 @@ def _liger_scaled(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     """CuTe on sm_90, elsewhere chunks in PyTorch: Liger's own choice."""
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction
 
-    found = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels)
-    return -(found[0] if isinstance(found, tuple) else found)
+    output = LigerFusedLinearScaledCrossEntropyFunction.apply(hidden, weight, labels)
+    return -(output[0] if isinstance(output, tuple) else output)
 
 
 def _liger_chunked(coefficient: float, shape: tuple[int, int]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
@@ -79,8 +79,8 @@ def _liger_chunked(coefficient: float, shape: tuple[int, int]) -> Callable[[Tens
         loss = LigerFusedLinearGRPOLoss(beta=0.0, use_ref_model=False, loss_type="bnpo")
         advantages = torch.full((shape[0],), -coefficient * labels.numel(), device=hidden.device)
         mask = torch.ones(shape, device=hidden.device)
-        found, _metrics = loss(hidden.view(*shape, -1), weight, labels.view(shape), mask, advantages)
-        return found
+        output, _metrics = loss(hidden.view(*shape, -1), weight, labels.view(shape), mask, advantages)
+        return output
 
     return summed
 
@@ -100,10 +100,10 @@ def _liger_cross_entropy(coefficient: float, softcap: float | None) -> Callable[
     def summed(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
         from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
 
-        found = LigerFusedLinearCrossEntropyFunction.apply(
+        output = LigerFusedLinearCrossEntropyFunction.apply(
             hidden, weight, labels, None, None, -100, 0.0, 0.0, "sum", softcap
         )
-        return -coefficient * found[0]
+        return -coefficient * output[0]
 
     return summed
 

@@ -1,4 +1,4 @@
-"""The ops of the logits path as things to time: what they have to move, who computes them, and whether it is right."""
+"""What is timed of the logits path: ops, the bytes that they have to move, providers, and the correctness gate."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
             return torch.stack(token_logprobs(logits, labels, return_entropy=True, **options))  # type: ignore[call-overload]
         return token_logprobs(logits, labels, **options)  # type: ignore[call-overload]
 
-    found = {OURS: Candidate(ours, torch.float32)}
+    providers = {OURS: Candidate(ours, torch.float32)}
     readable = labels.clamp(min=0)
     for rival in (*rivals(logits.dtype, softcap), *peers(logits.device, op.inplace, softcap)):
         logprobs = rival.with_entropy if op.entropy else rival.token_logprobs
@@ -148,13 +148,13 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
         arguments = (labels if rival.ignores else readable, mask)
         arguments += (rewards, group_size, TAU, MARGIN) if op.loss else ()
         compute = lambda logits, function=function, arguments=arguments: function(logits, *arguments)  # noqa: E731
-        found[rival.name] = Candidate(compute, rival.rounds_to or logits.dtype, package=rival.package)
+        providers[rival.name] = Candidate(compute, rival.rounds_to or logits.dtype, package=rival.package)
     advantages = advantages_of(rewards, group_size)
     for peer in group_losses(logits.device) if op.loss and softcap is None else ():
         compute = lambda logits, peer=peer: peer.loss(logits, readable, advantages, mask)  # noqa: E731
         objective = lambda logprobs, peer=peer: peer.of_logprobs(logprobs, advantages, mask)  # noqa: E731
-        found[peer.name] = Candidate(compute, torch.float32, objective, peer.package)
-    return found
+        providers[peer.name] = Candidate(compute, torch.float32, objective, peer.package)
+    return providers
 
 
 def _known(inputs: Inputs, implementation: str) -> dict[str, Candidate]:
@@ -251,8 +251,8 @@ def errors(op: Op, candidate: Candidate, inputs: Inputs, exact: Exact) -> Errors
     F.cross_entropy in fp32, for one, is off by 2e-5 at 150,000 logits.
     """
     timed = call(op, candidate, inputs)
-    found = timed.run(timed.prepare())
-    value, grad = found if op.backward else (found, None)  # type: ignore[misc]
+    output = timed.run(timed.prepare())
+    value, grad = output if op.backward else (output, None)  # type: ignore[misc]
     expected, coefficients = exact.loss(candidate.objective) if op.loss else (exact.logprobs, inputs.grad)
     if op.entropy:
         expected = torch.stack([expected, exact.entropies])

@@ -105,7 +105,7 @@ def disassembled(cubin: bytes) -> str:
 
 def instructions(sass: str) -> list[Instruction]:
     """Of the kernel itself: functions that it calls, a 64-bit division for one, stand behind it under other names."""
-    found: list[Instruction] = []
+    code: list[Instruction] = []
     label = ""
     for line in sass.splitlines():
         if match := re.match(r"(\.L_x_\d+|\$\S+):", line):
@@ -113,9 +113,9 @@ def instructions(sass: str) -> list[Instruction]:
                 break
             label = match.group(1)
         elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(([A-Z]\w*)\S*.*?)\s*;", line):
-            found.append(Instruction(label, match.group(2), match.group(1)))
+            code.append(Instruction(label, match.group(2), match.group(1)))
             label = ""
-    return found
+    return code
 
 
 def loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:

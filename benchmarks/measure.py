@@ -65,8 +65,8 @@ class Timing:
         low, _, high = statistics.quantiles(seconds, n=4, method="inclusive") if len(seconds) > 1 else seconds * 3
 
         def median(values: Iterable[float | None]) -> float | None:
-            found = [value for value in values if value is not None]
-            return statistics.median(found) if found else None
+            known = [value for value in values if value is not None]
+            return statistics.median(known) if known else None
 
         return Timing(
             statistics.median(seconds), low, high, len(seconds), median(sample.host for sample in samples),
@@ -75,12 +75,12 @@ class Timing:
 
     def fields(self) -> dict[str, Any]:
         """Of a row."""
-        found: dict[str, Any] = {
+        row: dict[str, Any] = {
             "seconds": {"median": self.median, "low": self.low, "high": self.high, "repeats": self.repeats}
         }
         if self.host is not None and self.clock is not None:
-            found |= {"host_seconds": self.host, "outlasted": self.outlasted, "sm_mhz": round(self.clock / 1e6)}
-        return found
+            row |= {"host_seconds": self.host, "outlasted": self.outlasted, "sm_mhz": round(self.clock / 1e6)}
+        return row
 
 
 def interleaved(
@@ -104,7 +104,7 @@ def interleaved(
                 spins[name] = min(max(2 * sample.host, SPIN), LONGEST_SPIN)
             if i >= warmups:
                 samples[name].append(sample)
-    return {name: Timing.from_samples(found) for name, found in samples.items()}
+    return {name: Timing.from_samples(taken) for name, taken in samples.items()}
 
 
 def _once_cpu(call: Call) -> Sample:
@@ -139,7 +139,7 @@ def flush_buffer(size: int) -> torch.Tensor:
 
 
 def flush_cache() -> None:
-    """Fill the L2 with what nobody wants, by reading: lines that a write left there would be written back later, on
+    """Fill the L2 with unrelated data, by reading: lines that a write left there would be written back later, on
     the time of what is measured."""
     flush_buffer(FLUSH_BYTES).max()
 
@@ -194,7 +194,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     except ImportError:
         triton_version = None
     root = Path(__file__).resolve().parent
-    found: dict[str, Any] = {
+    described: dict[str, Any] = {
         "commit": output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"),
         "sources": digest(root.parent / "conspo_kernels"),
         "python": platform.python_version(),
@@ -211,8 +211,13 @@ def environment(device: torch.device) -> dict[str, Any]:
         gpu = torch.cuda.get_device_properties(device)
         query = "driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.draw,power.limit,temperature.gpu"
         smi = output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader")
-        found |= {"gpu": gpu.name, "gpu_memory_gib": gpu.total_memory / 2**30, "cuda": torch.version.cuda, "smi": smi}
-    return found
+        described |= {
+            "gpu": gpu.name,
+            "gpu_memory_gib": gpu.total_memory / 2**30,
+            "cuda": torch.version.cuda,
+            "smi": smi,
+        }
+    return described
 
 
 def output(*command: str) -> str | None:
@@ -226,10 +231,10 @@ def output(*command: str) -> str | None:
 
 def digest(folder: Path) -> str:
     """Of a folder's Python files: what a figure was measured on, where there is no git."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):
-        found.update(str(path.relative_to(folder)).encode() + path.read_bytes())
-    return found.hexdigest()[:12]
+        hashed.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+    return hashed.hexdigest()[:12]
 
 
 def _cpu_name() -> str:

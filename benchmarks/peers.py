@@ -66,10 +66,10 @@ def peers(device: torch.device, inplace: bool, softcap: float | None = None) -> 
         """Its gradient is computed in forward, always over the logits."""
         from liger_kernel.ops.cross_entropy import LigerCrossEntropyFunction
 
-        found = LigerCrossEntropyFunction.apply(
+        output = LigerCrossEntropyFunction.apply(
             logits.flatten(0, 1), labels.flatten(), None, IGNORE, 0.0, 0.0, "none", softcap
         )
-        return -found[0].view(labels.shape)
+        return -output[0].view(labels.shape)
 
     def quack(logits: Tensor, labels: Tensor) -> Tensor:
         from quack.cross_entropy import cross_entropy
@@ -98,11 +98,11 @@ def group_losses(device: torch.device) -> Iterator[GroupLoss]:
             from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
             mask = None if mask is None else mask[:, :-1].int().contiguous()
-            found, _metrics = triton_grpo_loss(
+            output, _metrics = triton_grpo_loss(
                 logits, None, None, labels[:, :-1].contiguous(), advantages, mask, temperature=1.0, beta=0.0,
                 inplace=True, loss_type="grpo", importance_sampling_level=level, reduce=True,
             )  # fmt: skip
-            return found
+            return output
 
         return loss
 

@@ -36,9 +36,9 @@ def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
     files = [file for path in paths for file in (sorted(path.glob("*.json")) if path.is_dir() else [path])]
     reports = []
     for file in files:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(found, dict) and any("op" in row and "provider" in row for row in found.get("rows", [])):
-            reports.append({**found, "path": str(file)})
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict) and any("op" in row and "provider" in row for row in content.get("rows", [])):
+            reports.append({**content, "path": str(file)})
     return reports
 
 

@@ -53,7 +53,7 @@ def gated(row: Row, package: str | None, gate: Callable[[], Row]) -> bool:
         missing = (error.name or str(error)).partition(".")[0]
         needs = "" if missing == package else f" ({package} needs {missing})"
         row |= {"ok": False, "status": "not installed", "note": f"not installed: {package or missing}{needs}"}
-    except Exception as error:  # a rival that breaks is a result, and ends nobody's run
+    except Exception as error:  # a rival that breaks is a result, and does not end the run
         what = (str(error).strip().splitlines() or [""])[0][:200]
         where = traceback.extract_tb(error.__traceback__)[-1]
         note = f"failed: {type(error).__name__}: {what} ({where.filename.rpartition('/')[2]}:{where.lineno})"

@@ -1,4 +1,4 @@
-"""A GPU that is not there: code for one runs on the CPU, so that a machine without a GPU knows that it runs.
+"""A simulated GPU: code for a GPU runs on the CPU, so that a machine without a GPU can test that it runs.
 
 Within `simulated()` tensors that were made for "cuda" lie in the CPU's memory and say that they are on a GPU. What a
 GPU would refuse is refused (operands on two devices), what would make the host wait is an error where the sync debug
@@ -329,7 +329,7 @@ def simulated() -> Iterator[Memory]:
     with contextlib.ExitStack() as stack:
         for name, value in _replacements(ops).items():
             stack.enter_context(mock.patch.object(torch.cuda, name, value))
-        # Eager mode's own way: the modes here are no one who wants to see an op.
+        # Eager mode's own way: the modes of this module do not have to see an op.
         stack.enter_context(mock.patch.object(registration, "_dispatch_modes", return_value=0))
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", launched))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))

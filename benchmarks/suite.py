@@ -67,7 +67,7 @@ def parts(suite: str, out: Path, wheels: Path | None) -> list[Part]:
     only = ["--provider", OURS, "eager", f"{OURS}, half of the groups valid"] if tiny else ["--skip", *SLOW]
     slow = ["forward", "loss + backward", "linear, known weights"]
     compiled = [*run, "--name", "compiled", "--target", "L1", "F2", "--provider", OURS, *SLOW, "--op", *slow]
-    found = [
+    all_parts = [
         Part("ceilings", ["-m", "benchmarks.ceilings", *at, *to, *(["--tiny"] * tiny)], 15),
         Part("decisive gradients", decisive, 25),
         Part("tests of a GPU", [*tests, "--stop-after", "30", "tests/test_gpu.py"], 45, needs="pytest"),
@@ -79,7 +79,7 @@ def parts(suite: str, out: Path, wheels: Path | None) -> list[Part]:
         Part("compiled", compiled, 25),
         Part("report", ["-m", "benchmarks.report", str(out), *to, "--no-plots"], 5),
     ]
-    return [part for part in found if not (tiny and part.name in LONG)]
+    return [part for part in all_parts if not (tiny and part.name in LONG)]
 
 
 Outcome = dict[str, Any]
@@ -123,7 +123,7 @@ def interpreted(out: Path) -> bool:
 
 
 def rivals(measured: Sequence[dict[str, Any]]) -> str:
-    """Who was timed beside us, or why nobody but PyTorch was."""
+    """The rivals that were timed, or why only PyTorch was."""
     others = [row for row in measured if not row["provider"].startswith((OURS, "limit"))]
     timed = dict.fromkeys(row["provider"] for row in others if row["status"] == "timed")
     absent = dict.fromkeys(row["note"] for row in others if row["status"] == "not installed")
@@ -138,10 +138,10 @@ def rivals(measured: Sequence[dict[str, Any]]) -> str:
 def summary(out: Path, outcomes: Sequence[Outcome]) -> str:
     """What ran, and the targets; also written as targets.json and summary.md."""
     measured = [row for name in ("logits", "linear", "compiled") for row in read(out / f"{name}.json")]
-    found = verdicts(Rows(measured, read(out / "behaviour.json")))
-    write(out / "targets.json", [{**verdict._asdict(), "verdict": verdict.word} for verdict in found])
+    judged = verdicts(Rows(measured, read(out / "behaviour.json")))
+    write(out / "targets.json", [{**verdict._asdict(), "verdict": verdict.word} for verdict in judged])
     lines = [(o["part"], o["status"], f"{o['seconds']:.0f}", o["note"]) for o in outcomes]
-    count = {word: sum(v.word == word for v in found) for word in ("met", "missed", "not measured")}
+    count = {word: sum(v.word == word for v in judged) for word in ("met", "missed", "not measured")}
     ceilings = json.loads((out / "ceilings.json").read_text()) if (out / "ceilings.json").exists() else {}
     limits = "; ".join(f"{row['what']} {row['rate'] / 1e9:,.1f} G{row['unit']}" for row in ceilings.values())
     exposed = sum(row.get("outlasted", 0) > 0 for row in measured)
@@ -153,7 +153,7 @@ def summary(out: Path, outcomes: Sequence[Outcome]) -> str:
             f"Ceilings: {limits or 'not measured'}",
             rivals(measured),
             f"Queueing outlasted the spin in {exposed} of {len(measured)} rows: their time may be the host's.",
-            table(found),
+            table(judged),
             ", ".join(f"{number} {word}" for word, number in count.items()),
         ]
     )
@@ -178,7 +178,7 @@ def run(suite: str, out: Path, wheels: Path | None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     environment["TRITON_INTERPRET"] = "1" if suite == "gpu-tiny" else "0"
-    environment.pop("CONSPO_BUILD", None)  # nothing here needs the CPU's extension
+    environment.pop("CONSPO_BUILD", None)  # the suite does not use the CPU's extension
     runner: Callable[..., Outcome] = run_part
     if suite == "gpu-tiny":
         if "triton" not in sys.modules:

@@ -31,7 +31,7 @@ GLIBC = (28, 27, 24, 17)  # of manylinux, newest first
 
 
 def versions() -> dict[str, str]:
-    """Of the rivals that are here."""
+    """Versions of the rivals that are installed."""
     installed = {str(it.metadata["Name"]).lower().replace("_", "-"): it.version for it in metadata.distributions()}
     return {name: installed[name] for name in DISTRIBUTIONS if name in installed}
 

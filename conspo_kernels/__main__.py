@@ -1,6 +1,8 @@
-"""python -m conspo_kernels info: what is here, and what would run.  gradcheck: whether it is right.
+"""The command line: python -m conspo_kernels info, and python -m conspo_kernels gradcheck.
 
-Exit codes: 0, or 1 where a gradient check fails, or 2 for wrong usage.
+info prints versions, devices and the implementation of each op.  gradcheck compares values and gradients with fp64.
+
+Exit codes: 0; 1 where a gradient check fails; 2 for wrong usage.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .gradcheck.command import OPS
 
 
 def interpreting() -> bool:
-    """Whether Triton's kernels would run on the CPU."""
+    """Whether Triton's kernels run on the CPU, under its interpreter."""
     return unavailable("triton", torch.device("cpu")) is None
 
 
@@ -126,6 +128,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except BrokenPipeError:  # the reader, `head` perhaps, has seen enough; nothing is left to be flushed at exit
+    except BrokenPipeError:  # the reader has closed the pipe, as `head` does; the null device takes the flush at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and scores of rollouts: the parts that the losses are made of; and any loss of them.
+"""Log-probabilities of tokens and scores of rollouts, of which the losses are made; and gradients of any other loss.
 
 The gradient of a loss of log-probabilities is one coefficient per token, and `weighted_logprob_loss` has that gradient:
 
@@ -74,12 +74,12 @@ def token_logprobs(
         logit_scale: factor > 0 before the softcap.
         softcap: bound of the capped logits, > 0, or None.
         ignore_index: the label that means "no token"; it wins over an entry of the vocabulary.
-        parallel: a `Parallel`; here its `vocab` and `vocab_start` matter: the logits are this rank's part of the
-            vocabulary. Logits that are a DTensor, sharded along the vocabulary, say so themselves.
+        parallel: a `Parallel`, of which `vocab` and `vocab_start` are used: the logits are this rank's part of the
+            vocabulary. Logits that are a DTensor, sharded along the vocabulary, need none.
         inplace_backward: backward writes the gradient over the storage of `logits`, and so of every alias of them: no
-            [.., V] buffer is allocated. Logits must not be a leaf. Another backward that needs their values, a second
-            one through this loss too, raises autograd's "modified by an inplace operation"; reading them afterwards
-            gives the gradient.
+            [.., V] buffer is allocated. Logits must not be a leaf. After that, reading them gives the gradient, and any
+            backward that needs their values raises autograd's "modified by an inplace operation". A second backward
+            through this loss is one of these.
         return_entropy: also return the entropy of each row's distribution, in nats, differentiable too.
         implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
 
@@ -154,18 +154,19 @@ def linear_token_logprobs(
         weight: [V, H], the lm_head's; dtype and device of hidden.
         bias: [V] or None.
         workspace_mib: memory for tiles of logits, MiB; None: 512, or on a GPU a 32nd of its memory where that is more.
-            What is summed over tiles goes through memory once more for each, so that a larger one saves time. With the
-            same workspace the same inputs give the same bits.
+            Sums over tiles go through memory once more for each tile, so a larger workspace saves time. With the same
+            workspace the same inputs give the same bits.
         weight_grad: [V, H] fp32 (fp64 for fp64 weights): backward adds the gradient of weight to it, unrounded, and
-            weight itself gets none (the `main_grad` of some trainers). The logits are then computed again in backward.
-        logits_dtype: of the tiles of logits: None, as hidden, or torch.float32: fp32 logits from 16-bit operands, which
-            are not rounded in between. Their gradient is rounded to the dtype of hidden, as otherwise.
+            weight itself gets none (the `main_grad` of some trainers). Backward then computes the logits again.
+        logits_dtype: dtype of the tiles of logits. None: that of hidden. torch.float32: fp32 logits from 16-bit
+            operands, not rounded in between; their gradient is still rounded to the dtype of hidden.
         batch_invariant: a token's log-probability is the same, bit for bit, whichever batch it is computed in, as far
             as the GEMM library lets it. Every GEMM has one shape, up to 256 rows, the last one padded, and our kernels
             sum each row alike. That a library sums every row of one shape alike, wherever it stands, is tested on CPUs;
             cuBLAS does not promise it (a kernel may split the sums of some tiles and not of others): test it for your
-            shape. The logits are computed again in backward.
-        synchronize: wait for the GPU once, to see which tokens have a label: the others then cost nothing, as on a CPU.
+            shape. Backward computes the logits again.
+        synchronize: wait for the GPU once, to learn which tokens have a label. The others then cost nothing, as on a
+            CPU.
         parallel: as `token_logprobs`; `vocab` splits the rows of weight and bias. hidden is the same on all of its
             ranks, and so is its gradient, which is summed over them.
         Others: as `token_logprobs`.
@@ -219,9 +220,9 @@ def sequence_scores(
         labels: integers, shaped like logprobs, and `response_mask`, of the same shape, `shift` and `ignore_index`: as
             given to `token_logprobs`; they say which tokens count.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed rollouts; required for [N].
-        parallel: a `Parallel`; here its `context` matters, the ranks over which the tokens of each rollout are spread:
-            all have the same S rollouts, each its own tokens of them (none, perhaps). Scores are of whole rollouts, the
-            same on every rank; gradients of parameters are to be added up over these ranks, see `grad_reduction`.
+        parallel: a `Parallel`, of which `context` is used: the ranks over which the tokens of each rollout are spread.
+            All have the same S rollouts, each its own tokens of them, perhaps none. Scores are of whole rollouts, the
+            same on every rank. Gradients of parameters are to be summed over these ranks, see `grad_reduction`.
         implementation: "auto", "triton", "native" or "torch".
 
     Returns:
@@ -265,16 +266,17 @@ def weighted_logprob_loss(
     Args:
         coefficients: shaped like labels, floating point, aligned with what `token_logprobs` returns: dloss/dlogp of any
             loss of the log-probabilities. Constants. Those of ignored tokens are not looked at. May lie on the CPU.
-        inplace: the gradient overwrites the logits, in this call: no [.., V] buffer is allocated. As `inplace_backward`
-            of `token_logprobs`, whose every misuse raises here too.
+        inplace: the gradient overwrites the logits, in this call: no [.., V] buffer is allocated. Every
+            misuse of `inplace_backward` of `token_logprobs` is a misuse of it too, and raises.
         parallel: a `Parallel`: `vocab` splits the vocabulary. With `context` the value is the sum over its ranks, and
             gradients are multiplied as `grad_reduction` says.
         Others: as `token_logprobs`.
 
     Returns:
-        0-d, fp32 (fp64 for fp64 logits). The value is that of the sum, not of the loss the coefficients come from; the
-        gradient is that of both. It is there already: backward multiplies it by the scalar that comes in, which costs
-        nothing where that is 1; a second one raises. In fp16 a loss scale belongs into the coefficients.
+        0-d, fp32 (fp64 for fp64 logits). The value is that of the sum, not of the loss that the coefficients come from;
+        the gradient is that of both. This call has computed the gradient: backward multiplies it by the scalar that
+        comes in, which costs nothing where that is 1. A second backward raises. In fp16 multiply the coefficients by
+        the loss scale, not the result.
 
     Raises:
         TypeError, ValueError: as `token_logprobs`.
@@ -316,8 +318,8 @@ def linear_weighted_logprob_loss(
 
     Args:
         hidden, weight, bias, workspace_mib, logits_dtype, synchronize: as `linear_token_logprobs`.
-        weight_grad: as there. The gradient of weight waits for backward in fp32, a second [V, H] beside the buffer;
-            there it is multiplied by the scalar that comes in, and added.
+        weight_grad: as `linear_token_logprobs`. This call computes the gradient of weight in fp32, a second [V, H]
+            beside the buffer; backward multiplies it by the scalar that comes in, and adds it.
         Others: as `weighted_logprob_loss`.
 
     Returns, Raises: as `weighted_logprob_loss`.

@@ -1,4 +1,4 @@
-"""The curriculum of the margin: the positives must first win at all, then win by more and more."""
+"""The curriculum of the margin: positives must first score above negatives at all, then by more and more."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class CosineMargin:
 
 
 def _number(name: str, value: Any) -> float:
-    """A number of Python's or NumPy's as a float; an integer beyond the range of a float is infinite."""
+    """A number of Python or NumPy as a float; an integer beyond the range of a float is infinite."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
     try:

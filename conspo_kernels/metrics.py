@@ -1,4 +1,4 @@
-"""What a training loop logs, from scores, weights and who took part; computed only when asked for."""
+"""What a training loop logs, from scores, weights and roles; computed only when asked for."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def conspo_metrics(
     denominator: Tensor | None,
     counts: Tensor | None,
 ) -> dict[str, Tensor]:
-    """The `conspo/...` metrics, 0-d tensors on the device of the scores; NaN where nothing is there to average.
+    """The `conspo/...` metrics, 0-d tensors on the device of the scores; NaN where there is no value to average.
 
     Args:
         loss: 0-d, or the groups' losses: their mean over the valid ones is logged.

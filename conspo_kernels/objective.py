@@ -57,12 +57,12 @@ class GroupLosses(NamedTuple):
     valid: Tensor
 
 
-# (scores [S], positive [S] bool, negative [S] bool, segments): what an objective on scores is.
+# An objective on scores: (scores [S], positive [S] bool, negative [S] bool, segments) to losses and weights.
 ScoreObjective = Callable[[Tensor, Tensor, Tensor, Segments], GroupLosses]
 
 
 class Role:
-    """The part that a rollout has in its group, as an int8; idle: the group is not valid."""
+    """The role of a rollout in its group, an int8.  IDLE_...: the group is not valid."""
 
     UNSCORABLE = 0
     POSITIVE = 1
@@ -83,6 +83,9 @@ def group_infonce(
         segments: the groups.
         tau: temperature of the contrast, > 0.
         margin: 0-d, in units of the scores.
+
+    Returns:
+        `GroupLosses` of the K slots.
     """
     slots = segments.slots
     num_positive = segments.sum(positive.to(scores.dtype))
@@ -140,7 +143,7 @@ class GroupLoss(NamedTuple):
 def evaluate(objective: ScoreObjective, rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
     """An objective on scores [S], with rewards [S] in place of positive and negative, and reduced over the groups.
 
-    The objective has its own tau and margin: those of the settings are not looked at.
+    The settings' tau and margin are not used: the objective has its own.
     """
     scores, rewards, counts, segments, group_size = rollouts
     if segments is None:

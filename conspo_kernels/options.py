@@ -14,7 +14,7 @@ from .inputs.parallel import Parallel
 
 
 class TokenOptions(TypedDict, total=False):
-    """Which tokens count, what is done with their logits, by whom."""
+    """Which tokens count, the transform of their logits, and the implementation."""
 
     cu_seqlens: Tensor | None
     response_mask: Tensor | None
@@ -28,7 +28,7 @@ class TokenOptions(TypedDict, total=False):
 
 
 class HeadOptions(TypedDict, total=False):
-    """What every linear function takes."""
+    """Options of every linear function."""
 
     bias: Tensor | None
     workspace_mib: float | None
@@ -38,7 +38,7 @@ class HeadOptions(TypedDict, total=False):
 
 
 class GraphHeadOptions(HeadOptions, total=False):
-    """And those whose gradient is computed in backward."""
+    """Options of linear functions whose backward computes the gradient."""
 
     batch_invariant: bool
 

@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 NAMESPACE = "conspo"  # of the ops; a second copy of the package in one process needs another
 
-# What eager mode is called with: no subclass of a tensor, and no symbolic number.
+# Types of arguments that eager mode may take straight: no subclass of a tensor, and no symbolic number.
 PLAIN = frozenset(
     (Tensor, nn.Parameter, bool, int, float, str, list, type(None), torch.dtype, torch.device, torch.Size)
 )
@@ -32,7 +32,7 @@ _NO_GUARD = contextlib.nullcontext()
 
 
 def device_guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Kernels are launched on the current device: make that of x the current one."""
+    """Makes the device of x the current one: kernels are launched on the current device."""
     return torch.cuda.device_of(x) if x.is_cuda else _NO_GUARD
 
 
@@ -89,7 +89,7 @@ def _requires_grad(args: tuple[Any, ...]) -> bool:
 
 
 def _eager(args: tuple[Any, ...]) -> bool:
-    """Whether these are plain tensors, and nobody wants to see an op."""
+    """Whether arguments are plain, and no compiler, mode or transform is active that has to see the op."""
     if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
         return False
     return PLAIN.issuperset(map(type, args))

@@ -139,13 +139,13 @@ def conspo_weights(
     """The gradient of the loss by the scores of all rollouts of a step: between the two phases.
 
     Args:
-        All: as `conspo_loss_from_scores`, of the whole step; with reduction "none" each weight is of its own group's
-            loss. With `parallel.data` each rank gives its own rollouts of the step, in as many micro-batches as it
-            likes.
+        All: as `conspo_loss_from_scores`, for all rollouts of the step. With reduction "none" each weight is the
+            derivative of its own group's loss. With `parallel.data` each rank passes its own rollouts of the step.
 
     Returns:
-        Weights [S] of this rank's rollouts, which sum to zero over a whole group (of all ranks) and are zero for what
-        takes no part, with `parallel.grad_reduction` "mean" times the number of ranks; the loss; metrics.
+        A `ConSPOWeights`. The weights [S] are of this rank's rollouts. They sum to zero over a whole group, on all
+        ranks, and are zero for rollouts that take no part. With `parallel.data` and `grad_reduction` "mean" they are
+        multiplied by the number of ranks.
 
     Raises:
         TypeError, ValueError: as `conspo_loss_from_scores`.
@@ -208,18 +208,20 @@ def weighted_score_loss(
 
     Args:
         weights: [S] floating point, of these rollouts, from `conspo_weights`. May lie on the CPU.
-        inplace: the gradient overwrites the logits, in this call: no [.., V] buffer is allocated. As `inplace_backward`
-            of `conspo_loss`, whose every misuse raises here too.
-        scores: [S] of these rollouts from phase 1. They should be what they are now: the metric `conspo/score_drift` is
-            the largest difference among rollouts with a weight, and above 0.01 nats per token (dropout left on, another
-            temperature, stale parameters) warns on a CPU; on a GPU only the metric tells, as a warning would wait.
-        return_metrics: return a `ConSPOOutput`; the metrics are `conspo/response_tokens` and `conspo/score_drift`.
+        inplace: the gradient overwrites the logits, in this call: no [.., V] buffer is allocated. Every
+            misuse of `inplace_backward` of `conspo_loss` is a misuse of it too, and raises.
+        scores: [S] floating point, of these rollouts, from phase 1; or None. The scores of this pass should equal them:
+            the metric `conspo/score_drift` is the largest difference among rollouts with a weight. Above 0.01 nats per
+            token (dropout left on, another temperature, stale parameters) a CPU warns. On a GPU a warning would wait,
+            so only the metric shows it. May lie on the CPU.
+        return_metrics: return a `ConSPOOutput`; the metrics are `conspo/response_tokens` and, where `scores` are given,
+            `conspo/score_drift`.
         Others: as `conspo_loss`.
 
     Returns:
-        0-d, fp32 (fp64 for fp64 logits). The gradient is there already: backward multiplies it by the scalar that comes
-        in, which costs nothing where that is 1; a second one raises. It is rounded before that: in fp16 a loss scale
-        belongs into `weights`.
+        0-d, fp32 (fp64 for fp64 logits). This call has computed the gradient: backward multiplies it by the scalar that
+        comes in, which costs nothing where that is 1. A second backward raises. The gradient is rounded before that: in
+        fp16 multiply `weights` by the loss scale, not the loss.
 
     Raises:
         TypeError, ValueError: as `conspo_loss`.
@@ -294,8 +296,8 @@ def linear_weighted_score_loss(
 
     Args:
         hidden, weight, bias, workspace_mib, logits_dtype, synchronize: as `linear_token_logprobs`.
-        weight_grad: as there. The gradient of weight waits for backward in fp32, a second [V, H] beside the buffer;
-            there it is multiplied by the scalar that comes in, and added.
+        weight_grad: as `linear_token_logprobs`. This call computes the gradient of weight in fp32, a second [V, H]
+            beside the buffer; backward multiplies it by the scalar that comes in, and adds it.
         Others: as `weighted_score_loss`.
 
     Returns, Raises: as `weighted_score_loss`.

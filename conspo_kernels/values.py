@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 # Behind `inputs` a label is an entry of the vocabulary or IGNORED: no response token, no result, no gradient. Any other
-# number is a label that is not among the logits at hand (it lies in another tile, or on another rank, or nowhere): the
-# statistics of its row are computed, its log-probability is NaN, and its row's gradient lacks the label's own term.
+# number is a label outside of the logits that a kernel sees: in another tile, on another rank, or nowhere. Then the
+# statistics of the row are computed, its log-probability is NaN, and its gradient lacks the label's own term.
 IGNORED = -1
 ELSEWHERE = -2
 
@@ -90,7 +90,7 @@ class LogitRows(NamedTuple):
 
 
 class Upstream(NamedTuple):
-    """What comes in from above in backward, contiguous: gradients of log-probabilities and entropies [B, T]."""
+    """The gradients that come into backward, [B, T], contiguous: of log-probabilities and of entropies."""
 
     logprobs: Tensor
     entropy: Tensor | None = None
@@ -99,7 +99,7 @@ class Upstream(NamedTuple):
 class Statistics(NamedTuple):
     """Of rows of logits: log-probability of the label, entropy or None, max u, log of the sum of exp(y - max y).
 
-    The last two are apart: their sum would lose the digits of log-probabilities at |z| = 1e4.
+    The last two are kept apart: their sum would lose the digits of log-probabilities at |z| = 1e4.
     """
 
     logprobs: Tensor

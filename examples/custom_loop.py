@@ -72,11 +72,11 @@ def accumulate(
     with torch.no_grad():
         scores = torch.cat([model(*part) for part in parts])
     parallel = Parallel(data=dist.group.WORLD) if dist.is_initialized() else None
-    found = conspo_weights(scores, rewards, prompt_ids, margin=margin, parallel=parallel, return_metrics=True)
-    for i, (part, weights) in enumerate(zip(parts, found.weights.split(size), strict=True)):
+    result = conspo_weights(scores, rewards, prompt_ids, margin=margin, parallel=parallel, return_metrics=True)
+    for i, (part, weights) in enumerate(zip(parts, result.weights.split(size), strict=True)):
         synchronised(model, last=i == len(parts) - 1)
         model(*part, weights).backward()
-    return found.loss, found.metrics
+    return result.loss, result.metrics
 
 
 def wrapped(model: nn.Module, parallel: str) -> nn.Module:

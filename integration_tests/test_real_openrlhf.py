@@ -69,7 +69,7 @@ def test_gradient_of_optimizer_steps(estimator, accumulated):
         )  # fmt: skip
         (loss / accumulated).backward()
     steps = len(data) // accumulated
-    assert relative(batch.found() / steps, batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated() / steps, batch.gradient()) < TOLERANCE
 
 
 def test_signature_is_openrlhfs():

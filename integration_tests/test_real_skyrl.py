@@ -69,7 +69,7 @@ def test_gradient_of_a_step(ranks, rollouts, mini_batches):
                 config=trainer.cfg.trainer.algorithm, loss_mask=data["loss_mask"][rows], rollout_logprobs=None,
             )  # fmt: skip
             (loss * ranks).backward()  # worker.py: grad_sum_correction_factor
-    assert relative(batch.found() / ranks / mini_batches, batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated() / ranks / mini_batches, batch.gradient()) < TOLERANCE
     assert "loss/avg_final_rewards" in trainer.all_metrics
 
 

@@ -100,7 +100,7 @@ def verl_gradient(batch: Batch, data: DataProto, config: ActorConfig, ranks: int
             loss, metrics = ppo_loss(config, output_of_model(batch, part), micro_batch)
             loss.backward()
             assert metrics["actor/conspo_logprob_drift"].values == [0.0]
-    return batch.found() / ranks
+    return batch.accumulated() / ranks
 
 
 @pytest.fixture(autouse=True)
@@ -117,8 +117,8 @@ def test_gradient_of_a_step(ranks, per_micro_batch, loss_agg_mode):
     expected = batch.gradient()
     with register(tau=TAU, margin=MARGIN):
         data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig(adv_estimator="conspo"))
-        found = verl_gradient(batch, data, actor_config(loss_agg_mode=loss_agg_mode), ranks, per_micro_batch)
-    assert relative(found, expected) < TOLERANCE
+        result = verl_gradient(batch, data, actor_config(loss_agg_mode=loss_agg_mode), ranks, per_micro_batch)
+    assert relative(result, expected) < TOLERANCE
 
 
 def test_mini_batches_average_to_the_step():
@@ -181,7 +181,7 @@ def test_margin_follows_the_step_and_metrics_are_handed_on():
         assert float(seen[1][1]["conspo/margin"]) == pytest.approx(0.4)
         assert float(seen[1][1]["conspo/loss"]) == pytest.approx(float(batch.loss(margin=0.4).detach()), rel=1e-6)
         SkipManager.set_step(-1)
-        with pytest.raises(ValueError, match="the margin is a schedule"):
+        with pytest.raises(ValueError, match="margin is a schedule"):
             ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
 
 
@@ -214,8 +214,8 @@ def test_other_estimators_are_untouched():
     batch = Batch()
     expected = ray_trainer.compute_advantage(batch.proto(), "rloo", config=AlgoConfig()).batch["advantages"]
     with register():
-        found = ray_trainer.compute_advantage(batch.proto(), "rloo", config=AlgoConfig()).batch["advantages"]
-    assert torch.equal(found, expected)
+        result = ray_trainer.compute_advantage(batch.proto(), "rloo", config=AlgoConfig()).batch["advantages"]
+    assert torch.equal(result, expected)
 
 
 def test_batch_without_old_log_probs_raises():
@@ -250,8 +250,8 @@ def test_loss_head_in_verls_forward():
     model, ids = tiny_model(), torch.randint(97, (1, 12), generator=torch.Generator().manual_seed(0))
     expected = outputs_and_gradients(forward_with_torch_backend, model, ids)
     with fused_loss_head():
-        found = outputs_and_gradients(forward_with_triton_backend, model, ids)
-    for x, reference in zip(found, expected, strict=True):
+        result = outputs_and_gradients(forward_with_triton_backend, model, ids)
+    for x, reference in zip(result, expected, strict=True):
         assert relative(x, reference) < 2e-5
 
 

@@ -113,11 +113,11 @@ def recorded() -> Iterator[list[str]]:
 
 def cases(target: str) -> dict[str, Any]:
     """Every case of `benchmarks.compiled`: the kernels that it executes, and their errors."""
-    found = {}
+    result = {}
     for seed, (case, call) in enumerate(CASES.items()):
         with compiled(target, seed=seed), recorded() as names:
-            found[case] = {"errors": errors_of(case, call()), "kernels": names}
-    return found
+            result[case] = {"errors": errors_of(case, call()), "kernels": names}
+    return result
 
 
 # Faults, planted one by one: where, and what stands there instead.
@@ -194,23 +194,23 @@ def faults() -> dict[str, Any]:
     def forward() -> object:
         return token_logprob.forward(given, False)
 
-    found: dict[str, Any] = {"none": fault_of(forward)}
+    result: dict[str, Any] = {"none": fault_of(forward)}
     with planted(rows.edges, "row + vocab_size)\n", "row + vocab_size + 1)\n"):
-        found["mask"] = fault_of(forward)
+        result["mask"] = fault_of(forward)
     load = "tl.load({}, eviction_policy=KEEP)"
     hint = load.format("tl.max_contiguous(tl.multiple_of(logits_ptr + start + lanes, (16, 16)), (1, VECTOR))")
     with (
         planted(rows.interior, "return first * VECTOR,", "return row,"),
         planted(row_kernels._chunk_statistics, load.format("logits_ptr + start + lanes"), hint),
     ):
-        found["hint"] = fault_of(forward)
-    found["barriers, statistics"] = without_barriers(forward, "_statistics_kernel")
-    found["barriers, scores"] = without_barriers(lambda: call_sequence_score(False, 300), "_forward_kernel")
+        result["hint"] = fault_of(forward)
+    result["barriers, statistics"] = without_barriers(forward, "_statistics_kernel")
+    result["barriers, scores"] = without_barriers(lambda: call_sequence_score(False, 300), "_forward_kernel")
     with planted(softmax.grad_tile, "scale * inner * 4", "scale * inner * 3.9"), compiled("sm_90"):
-        found["constant"] = token_errors(call_token_logprob(torch.randn(1, 2, 4097), softcap=30.0))["gradient"]
+        result["constant"] = token_errors(call_token_logprob(torch.randn(1, 2, 4097), softcap=30.0))["gradient"]
     with compiled("sm_90"):
-        found["no constant"] = token_errors(call_token_logprob(torch.randn(1, 2, 4097), softcap=30.0))["gradient"]
-    return found
+        result["no constant"] = token_errors(call_token_logprob(torch.randn(1, 2, 4097), softcap=30.0))["gradient"]
+    return result
 
 
 class RandomStatistics:
@@ -251,12 +251,12 @@ def combines(target: str) -> dict[str, list[str]]:
 
 def reductions(target: str) -> list[str]:
     """The faults of other kernels that reduce over lanes: groups larger than a tile, rollouts longer than a block."""
-    found = []
+    result = []
     for ragged in (False, True):
         rewards = torch.rand(20 * 33).round()
-        found.append(fault_of(lambda: call_group_infonce(ragged, 20, 33, 0.1, rewards), target))  # noqa: B023  called here
-        found.append(fault_of(lambda: call_sequence_score(ragged, 5001), target))  # noqa: B023
-    return found
+        result.append(fault_of(lambda: call_group_infonce(ragged, 20, 33, 0.1, rewards), target))  # noqa: B023  called here
+        result.append(fault_of(lambda: call_sequence_score(ragged, 5001), target))  # noqa: B023
+    return result
 
 
 FAR_LABELS = (2**32, 2**32 + 3, 2**40 + 3, -(2**40))
@@ -265,17 +265,17 @@ FAR_LABELS = (2**32, 2**32 + 3, 2**40 + 3, -(2**40))
 def far_labels(device: str = "cpu") -> dict[str, Any]:
     """Labels beyond 32 bits, which the public functions refuse on a CPU: log-probabilities that are not NaN, and the
     largest error of the gradient, which has no label's term; of a row less than a tile, more, and more than a chunk."""
-    found = {}
+    result = {}
     for vocab_size in (1000, 5003, 40_000):
         logits = torch.randn(1, len(FAR_LABELS), vocab_size, dtype=torch.bfloat16, device=device)
         given = LogitRows(logits, torch.tensor([FAR_LABELS], device=device), LogitTransform())
         statistics = token_logprob.forward(given, False)
         grad = torch.empty_like(logits)
         token_logprob.backward(grad, given, statistics, Upstream(torch.ones(1, len(FAR_LABELS), device=device)))
-        found[str(vocab_size)] = [
+        result[str(vocab_size)] = [
             int((~statistics.logprobs.isnan()).sum()), worst(grad, -logits.double().softmax(-1)), grad.max().item(),
         ]  # fmt: skip
-    return found
+    return result
 
 
 def far_labels_executed(target: str) -> dict[str, Any]:
@@ -297,7 +297,7 @@ HOSTILE = (
 def hostile(target: str) -> list[dict[str, Any]]:
     """Odd sizes, rows that begin off 16 bytes with foreign numbers around them, ignored tokens, masked entries, and no
     tokens at all; approximate instructions are perturbed. Errors are absolute, gradients those of a sum."""
-    found = []
+    result = []
     for seed, (dtype, vocab_size, early, gap, softcap, with_entropy, inplace) in enumerate(HOSTILE):
         stride = vocab_size + gap
         buffer = torch.full((early + 6 * stride + early,), torch.nan, dtype=getattr(torch, dtype))
@@ -328,8 +328,8 @@ def hostile(target: str) -> list[dict[str, Any]]:
         errors = {"logprobs": worst(statistics.logprobs, logprobs), "gradient": worst(grad, exact)}
         if statistics.entropy is not None:
             errors["entropy"] = worst(statistics.entropy, entropy)
-        found.append({"dtype": dtype, "vocab_size": vocab_size, "errors": errors, "untouched": untouched})
-    return found
+        result.append({"dtype": dtype, "vocab_size": vocab_size, "errors": errors, "untouched": untouched})
+    return result
 
 
 def main() -> None:

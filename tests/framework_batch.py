@@ -46,11 +46,11 @@ class FrameworkBatch:
         )  # fmt: skip
 
     def gradient(self, **options: float) -> Tensor:
-        """Of the whole batch's loss, in one call."""
+        """The gradient of the whole batch's loss, in one call."""
         return torch.autograd.grad(self.loss(**options), self.logits)[0]
 
-    def found(self) -> Tensor:
-        """What backward left on the logits, which starts anew."""
+    def accumulated(self) -> Tensor:
+        """The gradient that backward calls have added up on the logits; their sum starts anew."""
         gradient, self.logits.grad = self.logits.grad, None
         assert gradient is not None
         return gradient

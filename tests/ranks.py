@@ -47,15 +47,15 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     ]
     for process in processes:
         process.start()
-    found: dict[int, Any] = {}
+    result: dict[int, Any] = {}
     try:
         for _ in range(size):
             rank, value, error = results.get(timeout=LIMIT)
             assert error is None, f"rank {rank}:\n{error}"
-            found[rank] = torch.load(io.BytesIO(value), weights_only=False)
+            result[rank] = torch.load(io.BytesIO(value), weights_only=False)
         for process in processes:
             process.join(LIMIT)
     finally:
         for process in processes:
             process.kill()
-    return [found[rank] for rank in range(size)]
+    return [result[rank] for rank in range(size)]

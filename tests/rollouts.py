@@ -45,10 +45,10 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def assert_gradients_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def assert_gradients_equal(result: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Relative to the largest gradient's norm: one parameter's may be rounding alone (a bias before a norm)."""
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     largest = max(x.norm() for x in expected.values())
     assert largest > 0
     for name, value in expected.items():
-        assert (found[name] - value).norm() <= 1e-5 * largest, name
+        assert (result[name] - value).norm() <= 1e-5 * largest, name

@@ -43,12 +43,12 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_quick_suite(quick: Path) -> None:
-    found = json.loads(quick.read_text())
-    ops = {row["op"] for row in found["rows"]}
+    result = json.loads(quick.read_text())
+    ops = {row["op"] for row in result["rows"]}
     host = {f"host time, {name}" for name in (host_time.EAGER, *host_time.LIMITS)}
     assert ops == {*OPS, *fused_linear.OPS, "scores + backward", *host}
-    assert found["environment"]["torch"] == torch.__version__
-    for row in found["rows"]:
+    assert result["environment"]["torch"] == torch.__version__
+    for row in result["rows"]:
         if row["op"] == "forward + backward" and row["provider"] == OURS and row["plain"]:
             assert row["bytes"] == 3 * row["tokens"] * row["vocab_size"] * (4 if row["dtype"] == "float32" else 2)
             assert row["bytes_per_second"] == pytest.approx(row["bytes"] / row["seconds"]["median"])
@@ -57,9 +57,9 @@ def test_quick_suite(quick: Path) -> None:
 def test_report(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A table for each op and shape; a plot for each op, and over N and V where they vary."""
     pytest.importorskip("matplotlib")
-    found = json.loads(quick.read_text())
-    found["rows"] = rows = [row for row in found["rows"] if row["op"] in ("forward", "linear, store")]
-    (tmp_path / "some.json").write_text(json.dumps(found))
+    result = json.loads(quick.read_text())
+    result["rows"] = rows = [row for row in result["rows"] if row["op"] in ("forward", "linear, store")]
+    (tmp_path / "some.json").write_text(json.dumps(result))
     monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "some.json"), "--out", str(tmp_path)])
     report.main()
     text = (tmp_path / "report.md").read_text()
@@ -82,11 +82,11 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(run, "measure_op", rows)
     with pytest.raises(KeyboardInterrupt):
         run.main(["--suite", "quick", "--out", str(tmp_path), "--op", "forward", "in-place backward"])
-    found = json.loads((tmp_path / "quick.json").read_text())["rows"]
-    assert [(row["op"], row["ok"]) for row in found] == [
+    result = json.loads((tmp_path / "quick.json").read_text())["rows"]
+    assert [(row["op"], row["ok"]) for row in result] == [
         ("forward", True), ("forward", False), ("in-place backward", True),
     ]  # fmt: skip
-    assert found[1]["note"] == "failed: RuntimeError: no kernel"
+    assert result[1]["note"] == "failed: RuntimeError: no kernel"
 
 
 def test_bytes_of_rows_that_are_read() -> None:
@@ -123,11 +123,11 @@ def test_verdicts() -> None:
     trl = {"op": "forward", "target": "L1 L2", "provider": "TRL kernel", "note": "not installed: trl"}
     scores = {"op": "scores + backward", "target": "L5", "provider": OURS}
     scores |= {"seconds": {"median": 41e-6}, "wall_seconds": {"median": 90e-6}}
-    found = {(v.target, v.what): v for v in verdicts(Rows([row, trl, scores], []))}
-    assert found["L1", "forward, of the copy bandwidth"].word == "met"
-    assert found["L1", "TRL's kernel, time over ours"][3:] == ("not installed: trl", None)
-    assert found["L5", "scores + InfoNCE, forward and backward on the device"].word == "missed"
-    assert sum(v.met is None for v in found.values()) == len(found) - 2
+    result = {(v.target, v.what): v for v in verdicts(Rows([row, trl, scores], []))}
+    assert result["L1", "forward, of the copy bandwidth"].word == "met"
+    assert result["L1", "TRL's kernel, time over ours"][3:] == ("not installed: trl", None)
+    assert result["L5", "scores + InfoNCE, forward and backward on the device"].word == "missed"
+    assert sum(v.met is None for v in result.values()) == len(result) - 2
 
 
 def test_rivals_that_are_absent_or_break() -> None:

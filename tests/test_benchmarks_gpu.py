@@ -32,10 +32,10 @@ def test_the_gpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert suite.run("gpu-tiny", tmp_path, None) == 0, (tmp_path / "summary.md").read_text()
     outcomes = json.loads((tmp_path / "parts.json").read_text())
     assert {outcome["part"] for outcome in outcomes} >= {"decisive gradients", "logits", "linear", "behaviour"}
-    found = json.loads((tmp_path / "targets.json").read_text())
+    result = json.loads((tmp_path / "targets.json").read_text())
     names = ["L1", "L2", "L3", "L4", "L5", "F1", "F2", "F3", "F4", "M1", "C1"]
-    assert list(dict.fromkeys(v["target"] for v in found)) == names
-    unmeasured = {v["what"] for v in found if v["met"] is None}  # other packages, and what compiles
+    assert list(dict.fromkeys(v["target"] for v in result)) == names
+    unmeasured = {v["what"] for v in result if v["met"] is None}  # other packages, and what compiles
     assert all(any(word in what for word in ("TRL", "Liger", "recompilations")) for what in unmeasured)
     checks = [row["what"] for row in json.loads((tmp_path / "behaviour.json").read_text())["rows"]]
     assert checks == ["synchronisation", "memory", "memory", "recompilations"]  # the dearest last
@@ -101,11 +101,11 @@ def test_what_the_host_hides_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
     calls = {"quick": queued_in(1e-5), "slow": queued_in(5e-3), "too slow": queued_in(2 * measure.LONGEST_SPIN)}
     with simulated():
-        found = interleaved(calls, GPU, repeats=2, warmups=1)
+        result = interleaved(calls, GPU, repeats=2, warmups=1)
         cold = interleaved({"slow": calls["slow"]}, GPU, repeats=1, warmups=0)
-    assert {name: timing.outlasted for name, timing in found.items()} == {"quick": 0, "slow": 0, "too slow": 2}
+    assert {name: timing.outlasted for name, timing in result.items()} == {"quick": 0, "slow": 0, "too slow": 2}
     assert cold["slow"].outlasted == 1
-    fields = found["slow"].fields()
+    fields = result["slow"].fields()
     assert fields["host_seconds"] == pytest.approx(5e-3)
     assert fields["sm_mhz"] == pytest.approx(simulated_gpu.CLOCK / 1e6, rel=0.01)
 
@@ -135,11 +135,11 @@ def test_the_flush_leaves_no_dirty_lines(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_without_git_and_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with simulated():
-        found = measure.environment(GPU)
-    assert found["commit"] is None
-    assert found["smi"] is None
-    assert found["gpu"] == "simulated"
-    assert len(found["sources"]) == 12  # what was measured, even so
+        result = measure.environment(GPU)
+    assert result["commit"] is None
+    assert result["smi"] is None
+    assert result["gpu"] == "simulated"
+    assert len(result["sources"]) == 12  # what was measured, even so
 
 
 BARE = """

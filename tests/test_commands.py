@@ -111,15 +111,15 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixtur
 
 def test_gradcheck_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["gradcheck", *FEW, "--json"]) == 0
-    found = report(capsys)
-    assert found.keys() == {
+    result = report(capsys)
+    assert result.keys() == {
         "ok", "checks", "failed", "device", "triton_interpreted", "compiled", "not_run", "seconds", "rows",
     }  # fmt: skip
-    assert (found["ok"], found["checks"], found["failed"]) == (True, len(found["rows"]), 0)
-    assert found["triton_interpreted"] == (not HAS_CUDA)
+    assert (result["ok"], result["checks"], result["failed"]) == (True, len(result["rows"]), 0)
+    assert result["triton_interpreted"] == (not HAS_CUDA)
     runs = {"torch", "triton"} if native.OBSTACLE or HAS_CUDA else {"torch", "triton", "native"}
-    assert {row["implementation"] for row in found["rows"]} == runs
-    for row in found["rows"]:
+    assert {row["implementation"] for row in result["rows"]} == runs
+    for row in result["rows"]:
         assert row["ok"] is True
         assert row["value_error"] <= row["value_tolerance"]
         assert row["gradient_error"] <= row["gradient_tolerance"]
@@ -148,9 +148,9 @@ def test_every_function_in_every_dtype(implementation: str, capsys: pytest.Captu
     """Triton in one dtype only: the interpreter takes its time, and the tests of the public functions run the rest."""
     dtypes = ["fp64", "fp32", "bf16", "fp16"] if implementation != "triton" or HAS_CUDA else ["bf16"]
     assert main(["gradcheck", "--implementation", implementation, "--json", "--dtype", *dtypes]) == 0
-    found = report(capsys)
-    assert {row["op"] for row in found["rows"]} == set(gradcheck_cases.GRADED)
-    assert found["checks"] == len(gradcheck_cases.CASES) * len(dtypes)
+    result = report(capsys)
+    assert {row["op"] for row in result["rows"]} == set(gradcheck_cases.GRADED)
+    assert result["checks"] == len(gradcheck_cases.CASES) * len(dtypes)
 
 
 @pytest.mark.parametrize("shape", ["wide", "model", "long"])
@@ -219,9 +219,9 @@ def test_a_missing_temperature_is_found(
     plant(monkeypatch, implementation, "token_logprob", "backward", without_temperature)
     command = ["gradcheck", "--op", "token_logprobs", "--dtype", dtype, "--json", "--implementation"]
     assert main([*command, implementation]) == 1
-    found = report(capsys)
-    assert found["ok"] is False
-    wrong = {row["case"] for row in found["rows"] if not row["ok"]}
+    result = report(capsys)
+    assert result["ok"] is False
+    wrong = {row["case"] for row in result["rows"] if not row["ok"]}
     assert wrong == {
         case.name
         for case in gradcheck_cases.CASES

@@ -269,11 +269,11 @@ def test_lora_on_the_head_is_not_ignored(implementation: str, device: torch.devi
     base = torch.randn(11, 5, dtype=torch.float64, device=device)
     a = torch.randn(2, 5, dtype=torch.float64, device=device, requires_grad=True)
     b = torch.randn(11, 2, dtype=torch.float64, device=device, requires_grad=True)
-    found = linear_token_logprobs(hidden, base + b @ a, labels, implementation=implementation)
+    result = linear_token_logprobs(hidden, base + b @ a, labels, implementation=implementation)
     logits = hidden @ (base + b @ a).T
     expected = logits.log_softmax(-1)[torch.arange(6), labels]
-    assert max_error(found.detach(), expected.detach()) <= 1e-12  # type: ignore[union-attr]
-    for ours, exact in zip(*(torch.autograd.grad(x.sum(), (a, b)) for x in (found, expected)), strict=True):  # type: ignore[union-attr]
+    assert max_error(result.detach(), expected.detach()) <= 1e-12  # type: ignore[union-attr]
+    for ours, exact in zip(*(torch.autograd.grad(x.sum(), (a, b)) for x in (result, expected)), strict=True):  # type: ignore[union-attr]
         assert max_error(ours, exact) <= 1e-12
 
 

@@ -49,8 +49,8 @@ def test_what_arithmetic_allows() -> None:
 
     Counts are those of a compiler: these hold for Triton 3.6 to 3.9.
     """
-    found = json.loads(python("-m", "benchmarks.counted", "--json"))
-    ours = [count for count in found["counts"] if count["package"] == "conspo_kernels"]
+    result = json.loads(python("-m", "benchmarks.counted", "--json"))
+    ours = [count for count in result["counts"] if count["package"] == "conspo_kernels"]
     h100 = {count["what"]: count["ratio"]["H100"] for count in ours if count["target"] == "sm_90"}
     b200 = {count["what"]: count["ratio"]["B200"] for count in ours if count["target"] == "sm_100"}
     assert len(h100) == len(b200) == 18

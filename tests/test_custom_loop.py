@@ -25,8 +25,8 @@ RUNS = [(parallel, micro_batch) for parallel in ("ddp", "fsdp2") for micro_batch
 @functools.cache
 def on_ranks() -> dict[tuple[str, int], list[tuple[Tensor, dict[str, Tensor]]]]:
     """What each run gives on each of two ranks; the processes are started once for all of them."""
-    found = ranks.run(2, several)
-    return {run: [of_rank[i] for of_rank in found] for i, run in enumerate(RUNS)}
+    result = ranks.run(2, several)
+    return {run: [of_rank[i] for of_rank in result] for i, run in enumerate(RUNS)}
 
 
 def several(rank: int, size: int) -> list[tuple[Tensor, dict[str, Tensor]]]:
@@ -63,11 +63,11 @@ def test_gradients_of_ranks_are_those_of_one_process(parallel: str) -> None:
     torch.use_deterministic_algorithms(False)
     loss, grads = gradients(0, 1, "", NUM_ROLLOUTS)
     for micro_batch in (2, 7):
-        for value, found in on_ranks()[parallel, micro_batch]:
+        for value, result in on_ranks()[parallel, micro_batch]:
             assert (value - loss).abs() <= 1e-12
-            assert found.keys() == grads.keys()
+            assert result.keys() == grads.keys()
             for name, exact in grads.items():
-                assert (found[name] - exact).abs().max() <= 1e-12 * max(1.0, exact.abs().max().item()), name
+                assert (result[name] - exact).abs().max() <= 1e-12 * max(1.0, exact.abs().max().item()), name
 
 
 @pytest.mark.parametrize("command", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])

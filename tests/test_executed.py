@@ -26,9 +26,9 @@ def run(*arguments: str) -> Any:
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kernel_in_every_case(target: str) -> None:
-    found = run("cases", target)
-    assert found.keys() == CASES.keys()
-    for case, row in found.items():
+    result = run("cases", target)
+    assert result.keys() == CASES.keys()
+    for case, row in result.items():
         dtype, errors = case[:4], dict(row["errors"])
         if ", V " in case:
             assert row["kernels"] == ["_statistics_kernel", "_combine_kernel", "_backward_kernel"], case
@@ -42,15 +42,15 @@ def test_every_kernel_in_every_case(target: str) -> None:
 
 
 def test_planted_faults() -> None:
-    found = run("faults")
-    assert found["none"] == ""
-    assert "global load: outside of the memory that was passed" in found["mask"]
-    assert "20004 bytes from the start of logits_ptr, which has 20004" in found["mask"]
-    assert "global load: address not a multiple of 16" in found["hint"]
-    assert found["constant"] > 100 * GRADIENT["fp32"] > 100 * found["no constant"] / 10
+    result = run("faults")
+    assert result["none"] == ""
+    assert "global load: outside of the memory that was passed" in result["mask"]
+    assert "20004 bytes from the start of logits_ptr, which has 20004" in result["mask"]
+    assert "global load: address not a multiple of 16" in result["hint"]
+    assert result["constant"] > 100 * GRADIENT["fp32"] > 100 * result["no constant"] / 10
     for kernel in ("statistics", "scores"):
-        assert len(found[f"barriers, {kernel}"]) == 5
-        for fault in found[f"barriers, {kernel}"]:  # without any one of them
+        assert len(result[f"barriers, {kernel}"]) == 5
+        for fault in result[f"barriers, {kernel}"]:  # without any one of them
             assert "shared memory race" in fault
             assert "no barrier between them" in fault
 
@@ -69,14 +69,14 @@ def test_hostile_inputs(target: str) -> None:
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_lanes_that_hold_a_row_agree_on_its_last_bit(target: str) -> None:
     """5, 10 and 19 chunks, without and with entropy. Fused, products are unrounded on one side of each shuffle only."""
-    found = run("combines", target)
-    assert found["launched"] == [""] * 6
-    assert all("threads write different bits to one address at once" in fault for fault in found["fused"]), found
+    result = run("combines", target)
+    assert result["launched"] == [""] * 6
+    assert all("threads write different bits to one address at once" in fault for fault in result["fused"]), result
     assert run("reductions", target) == [""] * 4
 
 
-def check_far_labels(found: dict[str, list[float]]) -> None:
-    for vocab_size, (numbers, error, largest) in found.items():
+def check_far_labels(result: dict[str, list[float]]) -> None:
+    for vocab_size, (numbers, error, largest) in result.items():
         assert numbers == 0, vocab_size  # all are NaN
         assert error <= 2.0**-9, vocab_size  # of probabilities, in bf16
         assert largest <= 0, vocab_size  # no entry has the label's own term

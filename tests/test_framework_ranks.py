@@ -27,7 +27,7 @@ def slime_gradient(rank: int, size: int) -> torch.Tensor:
     data = slime_data(batch, rows)
     slime.compute_advantages(slime_args(), data)
     slime_step(batch, rows, data, 2)
-    return batch.found()
+    return batch.accumulated()
 
 
 def head_of_a_part(rank: int, size: int) -> tuple[torch.Tensor, ...]:
@@ -57,10 +57,10 @@ def test_verls_head_over_tensor_parallel_ranks(results):
     hidden, weight, labels, (c, d) = head_inputs()
     logp, entropy = eager_head(hidden, weight, labels, 0.7)
     of_hidden, of_weight = torch.autograd.grad((logp * c + entropy * d).sum(), (hidden, weight))
-    found = [result["head"] for result in results]
+    parts = [result["head"] for result in results]
     near = {"rtol": 1e-10, "atol": 1e-12}
-    for found_logp, found_entropy, _, _ in found:
+    for found_logp, found_entropy, _, _ in parts:
         torch.testing.assert_close(found_logp, logp.detach(), **near)
         torch.testing.assert_close(found_entropy, entropy.detach(), **near)
-    torch.testing.assert_close(sum(part[2] for part in found), of_hidden, **near)
-    torch.testing.assert_close(torch.cat([part[3] for part in found]), of_weight, **near)
+    torch.testing.assert_close(sum(part[2] for part in parts), of_hidden, **near)
+    torch.testing.assert_close(torch.cat([part[3] for part in parts]), of_weight, **near)

@@ -1,6 +1,6 @@
 """ConSPO for slime, prime-rl, OpenRLHF, SkyRL and NeMo-RL: each framework's documented tensors and signatures.
 
-None of the packages is here. slime, prime-rl and NeMo-RL are on no package index; OpenRLHF and SkyRL bring 0.6 GB, and
+None of the packages is installed for these tests. slime, prime-rl and NeMo-RL are on no package index; OpenRLHF and SkyRL bring 0.6 GB, and
 `integration_tests` runs their own code. What the frameworks do between our functions (their reductions, who divides by
 what) is written out below from the sources that each module names. Each test ends with one statement: the gradient is
 the whole batch's.
@@ -67,7 +67,7 @@ def test_nemo_rl(ranks, rollouts):
     advantages = nemo_advantages(batch)
     for rows in micro_batches(ranks, rollouts):
         nemo_loss(batch, advantages, rows, 16.0).backward()
-    assert relative(batch.found(), batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated(), batch.gradient()) < TOLERANCE
 
 
 def test_nemo_rl_leaves_out_what_is_masked():
@@ -77,7 +77,7 @@ def test_nemo_rl_leaves_out_what_is_masked():
     advantages = nemo_advantages(batch, valid_mask=valid, mask=batch.full_mask * valid[:, None])
     nemo_loss(batch, advantages, torch.arange(1, 16), 15.0).backward()
     batch.rewards[0] = torch.nan
-    assert relative(batch.found(), batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated(), batch.gradient()) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_openrlhf(accumulated):
         )  # fmt: skip
         (loss / accumulated).backward()
         assert (float(clip_ratio), float(kl), rest) == (0.0, 0.0, [None, None])
-    assert relative(batch.found() / ranks, batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated() / ranks, batch.gradient()) < TOLERANCE
 
 
 def test_openrlhf_rollout_without_a_token():
@@ -170,7 +170,7 @@ def test_openrlhf_rollout_without_a_token():
         logprobs = batch.response_logprobs()[rows, : experience.action_mask.shape[1]]
         arguments = logprobs, experience.action_log_probs, experience.advantages, experience.action_mask
         openrlhf.ConSPOPolicyLoss()(*arguments, global_batch_size=15)[0].backward()
-    assert relative(batch.found(), batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated(), batch.gradient()) < TOLERANCE
 
 
 def test_openrlhf_settings_that_would_be_wrong_raise():
@@ -242,7 +242,7 @@ def test_skyrl(ranks, rollouts, mini_batches):
             )  # fmt: skip
             (loss * ranks).backward()
             assert metrics["conspo_logprob_drift"] == 0.0
-    assert relative(batch.found() / ranks / mini_batches, batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated() / ranks / mini_batches, batch.gradient()) < TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -339,21 +339,21 @@ def test_slime(per_micro_batch, monkeypatch):
     data = slime_data(batch, torch.arange(16))
     slime.compute_advantages(slime_args(), data)
     slime_step(batch, torch.arange(16), data, per_micro_batch)
-    assert relative(batch.found(), batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated(), batch.gradient()) < TOLERANCE
 
 
 def test_slime_margin_follows_the_rollout_batches():
     batch, args = FrameworkBatch(), slime_args(conspo_margin=0.8, conspo_margin_steps=10, start_rollout_id=4)
-    found = []
+    result = []
     for step in (4, 5):
         data = slime_data(batch, torch.arange(16))
         slime.compute_advantages(args, data)
-        found.append(torch.stack([x[0] for x in data["advantages"]]))
+        result.append(torch.stack([x[0] for x in data["advantages"]]))
         margin = CosineMargin(target=0.8, warmup_ratio=1.0, total_steps=10)(step)
         expected = slime_data(batch, torch.arange(16))
         slime.compute_advantages(slime_args(conspo_margin=margin), expected)
-        torch.testing.assert_close(found[-1], torch.stack([x[0] for x in expected["advantages"]]))
-    assert not torch.equal(*found)
+        torch.testing.assert_close(result[-1], torch.stack([x[0] for x in expected["advantages"]]))
+    assert not torch.equal(*result)
 
 
 @pytest.mark.parametrize(
@@ -432,13 +432,13 @@ def prime_rl_gradient(batch: FrameworkBatch, inference: Tensor) -> tuple[Tensor,
         )
         (outputs.loss / total).backward()
         drifts.append(float(outputs.metrics["conspo_score_drift"]))
-    return batch.found(), drifts
+    return batch.accumulated(), drifts
 
 
 def test_prime_rl_is_exact_where_the_engines_agree(prime_rl_modules):
     batch = FrameworkBatch()
-    found, drifts = prime_rl_gradient(batch, batch.response_logprobs().detach())
-    assert relative(found, batch.gradient()) < TOLERANCE
+    result, drifts = prime_rl_gradient(batch, batch.response_logprobs().detach())
+    assert relative(result, batch.gradient()) < TOLERANCE
     assert max(drifts) == 0.0
 
 
@@ -446,8 +446,8 @@ def test_prime_rl_has_the_weights_of_the_inference_engine_where_they_do_not(prim
     """Not ConSPO's gradient then: this says how far, and that the metric tells."""
     batch = FrameworkBatch()
     noise = 0.2 * torch.randn(16, batch.RESPONSE, generator=torch.Generator().manual_seed(3))
-    found, drifts = prime_rl_gradient(batch, batch.response_logprobs().detach() + noise)
-    assert 1e-3 < relative(found, batch.gradient()) < 0.2
+    result, drifts = prime_rl_gradient(batch, batch.response_logprobs().detach() + noise)
+    assert 1e-3 < relative(result, batch.gradient()) < 0.2
     assert 0.01 < max(drifts) < 0.5
 
 

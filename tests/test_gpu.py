@@ -58,8 +58,8 @@ def test_model_sizes(op: object, vocab_size: int, dtype: torch.dtype) -> None:
         Shape(8, size(64, 1), size(vocab_size, 1000 + vocab_size % 2), dtype, group_size=4), DEVICE
     )
     ours = candidates(op, inputs, "triton")[OURS]  # type: ignore[arg-type]
-    found = errors(op, ours, inputs, Exact.from_inputs(inputs))  # type: ignore[arg-type]
-    assert found.ok, found
+    result = errors(op, ours, inputs, Exact.from_inputs(inputs))  # type: ignore[arg-type]
+    assert result.ok, result
 
 
 def test_views_of_model_size() -> None:
@@ -213,9 +213,9 @@ def test_fused_linear_without_synchronisation(mode: str) -> None:
     batch = LinearBatch.make(mode)
     before = batch.step()
     with no_waiting():
-        found = batch.step()
-    assert all(x.isfinite().all() for x in found)
-    assert all(torch.equal(ours, other) for ours, other in zip(found, before, strict=True))
+        result = batch.step()
+    assert all(x.isfinite().all() for x in result)
+    assert all(torch.equal(ours, other) for ours, other in zip(result, before, strict=True))
 
 
 def test_another_stream() -> None:
@@ -224,9 +224,9 @@ def test_another_stream() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        found = batch.step()
+        result = batch.step()
     stream.synchronize()
-    assert all(torch.equal(ours, other) for ours, other in zip(found, expected, strict=True))
+    assert all(torch.equal(ours, other) for ours, other in zip(result, expected, strict=True))
 
 
 def test_cuda_graph() -> None:

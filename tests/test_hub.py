@@ -48,9 +48,9 @@ def test_the_build_is_loaded_by_the_kernels_package(tmp_path: Path) -> None:
         [sys.executable, "-c", CODE, tmp_path], env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stderr
-    found = json.loads(result.stdout.splitlines()[-1])
-    assert found["public"]
-    assert max(found["errors"].values()) < 1e-5, found["errors"]
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["public"]
+    assert max(report["errors"].values()) < 1e-5, report["errors"]
 
 
 def test_the_same_sources_give_the_same_build(tmp_path: Path) -> None:

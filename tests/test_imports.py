@@ -107,12 +107,12 @@ def covered(module: str, patterns: Set[str]) -> bool:
 
 def modules(package: Path) -> dict[str, Path]:
     """Modules by their names below the package; a folder's __init__ has the folder's name, the package's own ROOT."""
-    found = {}
+    paths = {}
     for path in sorted(package.rglob("*.py")):
         parts = path.relative_to(package).with_suffix("").parts
         parts = parts[:-1] if parts[-1] == "__init__" else parts
-        found[".".join(parts) or ROOT] = path
-    return found
+        paths[".".join(parts) or ROOT] = path
+    return paths
 
 
 def nodes(tree: ast.AST, in_function: bool = False) -> Iterator[tuple[ast.AST, bool]]:
@@ -146,7 +146,7 @@ def literal(argument: ast.expr) -> str:
 def imports(path: Path, module: str, known: set[str]) -> Iterator[Import]:
     """The imports in a file, by statement or by a call of import_module or __import__."""
 
-    def found(line: int, full: str, name: str | None, in_function: bool) -> Import:
+    def import_of(line: int, full: str, name: str | None, in_function: bool) -> Import:
         top, _, below = full.partition(".")
         if top != PACKAGE:
             return Import(line, top, name, False, in_function)
@@ -158,16 +158,16 @@ def imports(path: Path, module: str, known: set[str]) -> Iterator[Import]:
     for node, in_function in nodes(ast.parse(path.read_text(encoding="utf-8"), str(path))):
         match node:
             case ast.Import(names):
-                yield from (found(node.lineno, alias.name, None, in_function) for alias in names)
+                yield from (import_of(node.lineno, alias.name, None, in_function) for alias in names)
             case ast.ImportFrom(source, names, level):
                 full = absolute(module, is_package, level or 0, source or "")
                 for alias in names:
-                    yield found(node.lineno, full or "", alias.name, in_function)
+                    yield import_of(node.lineno, full or "", alias.name, in_function)
             case ast.Call(ast.Name("import_module" | "__import__") | ast.Attribute(attr="import_module"), [first, *_]):
                 text = literal(first)
                 level = len(text) - len(text.lstrip("."))
                 full = absolute(module, is_package, level, text.lstrip("."))
-                yield found(node.lineno, full or "", None, in_function)
+                yield import_of(node.lineno, full or "", None, in_function)
 
 
 def complaint(rule: Rule, it: Import) -> str | None:
@@ -190,12 +190,12 @@ def complaint(rule: Rule, it: Import) -> str | None:
 
 
 def import_violations(package: Path) -> list[str]:
-    found = modules(package)
-    known = set(found) | {area for area in RULES if "*" not in area} | PUBLIC | {EXTENSION}
-    rules = {module: next(rule for row, rule in RULES.items() if covers(row, module)) for module in found}
+    paths = modules(package)
+    known = set(paths) | {area for area in RULES if "*" not in area} | PUBLIC | {EXTENSION}
+    rules = {module: next(rule for row, rule in RULES.items() if covers(row, module)) for module in paths}
     return [
         f"{path.relative_to(package).as_posix()}:{it.line}: {module} {problem}"
-        for module, path in found.items()
+        for module, path in paths.items()
         for it in imports(path, module, known)
         if (problem := complaint(rules[module], it))
     ]
@@ -268,11 +268,11 @@ def ignore_index_violations(package: Path) -> list[str]:
 
 def cycles(package: Path) -> list[str]:
     """Modules of the package that import one another in a circle, by statements at their top."""
-    found = modules(package)
-    known = set(found) | {EXTENSION}
+    paths = modules(package)
+    known = set(paths) | {EXTENSION}
     edges = {
-        module: {it.target for it in imports(path, module, known) if it.ours and not it.in_function} & set(found)
-        for module, path in found.items()
+        module: {it.target for it in imports(path, module, known) if it.ours and not it.in_function} & set(paths)
+        for module, path in paths.items()
     }
     order = graphlib.TopologicalSorter({m: targets - {m, ROOT} for m, targets in edges.items() if m not in EDGES})
     try:

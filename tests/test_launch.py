@@ -29,12 +29,12 @@ def test_candidates(launch: Launch) -> None:
     for vocab_size, softcap in ((9001, None), (37, 5.0)):
         logits = torch.randn(1, 2, vocab_size, device=device, requires_grad=True)
         labels = torch.randint(vocab_size, (1, 2), device=device)
-        found = []
+        result = []
         for implementation in ("triton", "torch"):
             with forced(launch):
                 logprobs = token_logprobs(logits, labels, softcap=softcap, implementation=implementation)
-                found.append((logprobs, *torch.autograd.grad(logprobs.sum(), logits)))
-        for ours, theirs in zip(*found, strict=True):
+                result.append((logprobs, *torch.autograd.grad(logprobs.sum(), logits)))
+        for ours, theirs in zip(*result, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

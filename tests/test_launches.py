@@ -170,12 +170,12 @@ def test_the_gradient_of_weight_is_added_unrounded(monkeypatch: pytest.MonkeyPat
 
 def test_compiled_launchers() -> None:
     """Registers and spills of what `benchmarks.compiled` does not call; one binary for all slices, tiles and sizes."""
-    found = json.loads(python("tests/compiled_launchers.py", "sm_90"))
-    for case, kernel, num_warps, registers, spills in found["rows"]:
+    result = json.loads(python("tests/compiled_launchers.py", "sm_90"))
+    for case, kernel, num_warps, registers, spills in result["rows"]:
         assert registers * num_warps * 32 <= 65_536, (case, kernel, registers)
         assert spills == 0, (case, kernel)
         if kernel == "_known_kernel" and "fp32" not in case:
             assert registers > 32, case  # one row per multiprocessor, as `caches_rows` counts
-    assert found["binaries"] == {
+    assert result["binaries"] == {
         "labels": [1, 1, 12], "labels, masked": [1, 1, 12], "labels, packed": [1, 1, 12], "tile": [3, 3, 36]
     }  # fmt: skip

@@ -62,8 +62,8 @@ def test_known_coefficients(
     expected_grad = torch.empty_like(logits)
     expected = eager_kernels.forward_backward(expected_grad, rows, coefficients)
     grad = logits if "in place" in where else torch.empty(2, 3, vocab_size, device=DEVICE)
-    found = token_logprob.forward_backward(grad, rows, coefficients)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    result = token_logprob.forward_backward(grad, rows, coefficients)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(grad, expected_grad, rtol=1e-4, atol=1e-6)
 
 
@@ -136,8 +136,8 @@ def test_coefficients(offsets: list[int] | None) -> None:
     cut = None if offsets is None else torch.tensor(offsets, device=DEVICE)
     labels[:, : 0 if offsets is None else offsets[0]] = IGNORED  # as aligned labels are
     weights = torch.tensor([0.5, 0.0, -2.0], device=DEVICE)[: 3 if offsets is None else len(offsets) - 1]
-    found, expected = (x.coefficients(weights, labels, cut) for x in (sequence_score, eager_scores))
-    for ours, other in zip(found, expected, strict=True):
+    result, expected = (x.coefficients(weights, labels, cut) for x in (sequence_score, eager_scores))
+    for ours, other in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, other)
     factor = torch.tensor(torch.inf, device=DEVICE)
     graded = [x.backward(weights, expected[1], labels, cut, factor) for x in (sequence_score, eager_scores)]
@@ -268,10 +268,10 @@ def test_autocast_casts_the_head_once() -> None:
             ck.linear_weighted_score_loss(hidden, weight, labels, weights).backward()  # type: ignore[union-attr]
         assert torch.nn.functional.linear(hidden, weight).dtype == torch.bfloat16
     assert weight.grad is not None
-    found, weight.grad = weight.grad, None
+    result, weight.grad = weight.grad, None
     scores = ck.token_logprobs(hidden @ weight.T, labels).mean(1)  # type: ignore[union-attr]
     (2 * (scores * weights).sum()).backward()
-    torch.testing.assert_close(found, weight.grad, rtol=5e-2, atol=5e-3)
+    torch.testing.assert_close(result, weight.grad, rtol=5e-2, atol=5e-3)
 
 
 @pytest.mark.parametrize("mode", ["recompute", "store", "known", "frozen"])
@@ -294,8 +294,8 @@ def test_fp32_logits(mode: str) -> None:
         loss = (logprobs * coefficients).sum()
         if mode == "known":
             loss = ck.linear_weighted_logprob_loss(hidden, weight, labels, coefficients, **options)
-        found = torch.autograd.grad(loss, leaves)
-        errors[dtype] = [(ours.double() - true).norm() for ours, true in zip(found, expected, strict=True)]
+        result = torch.autograd.grad(loss, leaves)
+        errors[dtype] = [(ours.double() - true).norm() for ours, true in zip(result, expected, strict=True)]
     for wide, narrow in zip(errors[torch.float32], errors[None], strict=True):
         assert wide <= 1.02 * narrow
 
@@ -329,7 +329,7 @@ def test_the_page_of_costs() -> None:
 
     path = Path(__file__).resolve().parent.parent / "docs" / "costs.md"
     assert path.read_text(encoding="utf-8") == page()
-    found = cost(Problem(8192, 151_936, 4096, 2), "known", workspace_of(int(79.2 * 2**30)), "H100")
-    assert found.gemms == pytest.approx(6 * 8192 * 4096 * 151_936 / 798e12)
-    assert found.moved == pytest.approx(2 * 2 * 8192 * 151_936 / 3.0e12)  # one look from memory, one write
-    assert found.share <= 0.08
+    result = cost(Problem(8192, 151_936, 4096, 2), "known", workspace_of(int(79.2 * 2**30)), "H100")
+    assert result.gemms == pytest.approx(6 * 8192 * 4096 * 151_936 / 798e12)
+    assert result.moved == pytest.approx(2 * 2 * 8192 * 151_936 / 3.0e12)  # one look from memory, one write
+    assert result.share <= 0.08

@@ -140,12 +140,12 @@ def test_only_what_is_needed(
         assert x is not None
         x.requires_grad_(needed)
     options = {"return_entropy": entropy, "temperature": 0.8, "softcap": 2.0}
-    found = linear_token_logprobs(
+    result = linear_token_logprobs(
         head.hidden, head.weight, inputs.labels, bias=head.bias, workspace_mib=head.workspace_mib(MODES[mode]),
         implementation=implementation, **options,
     )  # fmt: skip
     expected = token_logprobs(head.logits, inputs.labels, implementation="torch", **options)
-    outputs = [(x if isinstance(x, tuple) else (x,)) for x in (found, expected)]
+    outputs = [(x if isinstance(x, tuple) else (x,)) for x in (result, expected)]
     for actual, exact in zip(*outputs, strict=True):
         assert max_error(actual, exact) <= 1e-12
     graded = [
@@ -211,14 +211,14 @@ def test_rollouts_without_gradient_cost_nothing(synchronize: bool, monkeypatch: 
     counted = gemms(monkeypatch, 2 * 24 * HIDDEN * 50)
     output = linear_conspo_loss(hidden, weight, labels, rewards, 2, return_metrics=True, synchronize=synchronize)
     assert isinstance(output, ConSPOOutput)
-    found = torch.autograd.grad(output.loss, (hidden, weight))
+    result = torch.autograd.grad(output.loss, (hidden, weight))
     assert sum(counted) == pytest.approx(3 / 3)
     assert output.metrics["conspo/uncomputed_rollouts"] == 4
     assert output.metrics["conspo/response_tokens"] == 24
     assert output.metrics["conspo/skipped_rollouts"] == 0
     assert output.scores.isnan().tolist() == [True] * 4 + [False] * 2
     expected = torch.autograd.grad(conspo_loss(hidden @ weight.T, labels, rewards, 2), (hidden, weight))  # type: ignore[arg-type]
-    for actual, exact in zip(found, expected, strict=True):
+    for actual, exact in zip(result, expected, strict=True):
         torch.testing.assert_close(actual, exact)
 
 
@@ -260,7 +260,7 @@ def test_as_accurate_as_eager(dtype: torch.dtype, mode: str) -> None:
     else:
         logprobs = linear_token_logprobs(hidden, weight, labels, workspace_mib=mib)
         loss = (logprobs * coefficients).sum()  # type: ignore[operator]
-    found = torch.autograd.grad(loss, leaves)
+    result = torch.autograd.grad(loss, leaves)
 
     def reference(*tensors: Tensor) -> tuple[Tensor, ...]:
         copies = [x.detach().requires_grad_() for x in tensors]
@@ -269,7 +269,7 @@ def test_as_accurate_as_eager(dtype: torch.dtype, mode: str) -> None:
 
     exact = reference(hidden.double(), weight.double())
     eager = reference(hidden, weight)
-    for ours, theirs, true in zip(found, eager, exact, strict=False):
+    for ours, theirs, true in zip(result, eager, exact, strict=False):
         assert (ours.double() - true).norm() <= 1.1 * (theirs.double() - true).norm()
 
 
@@ -362,8 +362,8 @@ def test_no_label_is_taken_for_an_ignored_one() -> None:
     labels = torch.tensor([-2, -1, 5, -100])
     aligned = aligned_labels(labels, None, None, False, -100, NOT_CHECKED, "torch")[0]
     tokens, head = Tokens(hidden, aligned, None), LinearHead(weight, None, hidden.dtype)
-    found = modes.forward_none(modes.Run(eager_token_logprob, tokens, head, LogitTransform(), 2**20), False)
-    assert found.logprobs.isnan().tolist() == [True, True, True, False]
+    result = modes.forward_none(modes.Run(eager_token_logprob, tokens, head, LogitTransform(), 2**20), False)
+    assert result.logprobs.isnan().tolist() == [True, True, True, False]
 
 
 def test_loss_scaling_of_fp16_goes_into_the_weights() -> None:
@@ -412,9 +412,9 @@ def test_batch_invariance(dtype: torch.dtype, implementation: str, device: torch
             part = linear_token_logprobs(hidden[chosen], weight, labels[chosen], **options)
             assert torch.equal(part, whole[chosen]), (mib, chosen)  # type: ignore[call-overload, index, arg-type]
     sparse = torch.where(torch.arange(300, device=device) % 2 == 0, labels, -100)
-    found = linear_token_logprobs(hidden, weight, sparse, batch_invariant=True, implementation=implementation)
+    result = linear_token_logprobs(hidden, weight, sparse, batch_invariant=True, implementation=implementation)
     whole = linear_token_logprobs(hidden, weight, labels, batch_invariant=True, implementation=implementation)
-    assert torch.equal(found[::2], whole[::2])  # type: ignore[call-overload, index, arg-type]
+    assert torch.equal(result[::2], whole[::2])  # type: ignore[call-overload, index, arg-type]
 
 
 @pytest.mark.parametrize("gathered", [False, True])
@@ -468,8 +468,8 @@ def test_two_phases(case: Case, packed: bool, linear: bool, implementation: str,
     else:
         scores = conspo_scores(head.logits, inputs.labels, **tokens)
     assert not scores.requires_grad
-    found = conspo_weights(scores, inputs.rewards, inputs.groups, implementation=implementation, **contrast)
-    assert max_error(found.loss, whole.detach()) <= 1e-12 * max(1.0, case.scale)  # type: ignore[union-attr]
+    result = conspo_weights(scores, inputs.rewards, inputs.groups, implementation=implementation, **contrast)
+    assert max_error(result.loss, whole.detach()) <= 1e-12 * max(1.0, case.scale)  # type: ignore[union-attr]
     total = [torch.zeros_like(x) for x in head.leaves]
     offsets = tokens.pop("cu_seqlens", None)
     mask = tokens.pop("response_mask", None)
@@ -478,7 +478,7 @@ def test_two_phases(case: Case, packed: bool, linear: bool, implementation: str,
         more = dict(tokens) if mask is None else {**tokens, "response_mask": mask[part]}
         if offsets is not None:
             more["cu_seqlens"] = torch.tensor([0, part.stop - part.start])
-        weights = found.weights[s : s + 1]
+        weights = result.weights[s : s + 1]
         if linear:
             loss = linear_weighted_score_loss(
                 head.hidden[part], head.weight, inputs.labels[part], weights, bias=head.bias, workspace_mib=1e-4, **more
@@ -529,10 +529,10 @@ def test_score_drift(linear: bool) -> None:
         moved = before + torch.tensor([0.0, 0.005, 5.0])  # the last has no weight
         assert loss(moved).metrics["conspo/score_drift"].item() == pytest.approx(0.005, rel=1e-3)
     with pytest.warns(RuntimeWarning, match=r"scores drifted by .* nats per token since phase 1 \(more than 0.01\)"):
-        found = loss(before, temperature=0.8)
-    assert found.metrics["conspo/response_tokens"] == 12
-    assert found.logprobs is not None
-    assert found.logprobs.shape == labels.shape
+        result = loss(before, temperature=0.8)
+    assert result.metrics["conspo/response_tokens"] == 12
+    assert result.logprobs is not None
+    assert result.logprobs.shape == labels.shape
     with pytest.warns(RuntimeWarning, match="scores drifted by nan"):
         loss(before * torch.nan)
 
@@ -547,12 +547,12 @@ def test_module_and_autocast() -> None:
     )
     assert repr(module) == "LinearConSPOLoss(tau=0.5, margin=0.1)"
     with torch.autocast("cpu", torch.bfloat16):
-        found = linear_conspo_loss(head.hidden, head.weight, *arguments, bias=head.bias)
+        result = linear_conspo_loss(head.hidden, head.weight, *arguments, bias=head.bias)
         expected = conspo_loss(head.logits, *arguments)
         assert head.logits.dtype == torch.bfloat16
-    assert isinstance(found, Tensor)
-    torch.testing.assert_close(found, expected)
-    for ours, other in zip(gradients(found, head.leaves), gradients(expected, head.leaves), strict=True):  # type: ignore[arg-type]
+    assert isinstance(result, Tensor)
+    torch.testing.assert_close(result, expected)
+    for ours, other in zip(gradients(result, head.leaves), gradients(expected, head.leaves), strict=True):  # type: ignore[arg-type]
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, other, rtol=2e-2, atol=1e-3)
 

@@ -79,11 +79,11 @@ def test_exp_of_what_is_no_number(instruction_set: str) -> None:
 
 def run(logits: Tensor, labels: Tensor, transform: LogitTransform, entropy: bool) -> list[Tensor]:
     rows = LogitRows(logits, labels, transform)
-    found = native.token_logprob.forward(rows, entropy)
-    grads = torch.rand(labels.shape, dtype=found[0].dtype, generator=torch.Generator().manual_seed(1))
+    result = native.token_logprob.forward(rows, entropy)
+    grads = torch.rand(labels.shape, dtype=result[0].dtype, generator=torch.Generator().manual_seed(1))
     grad = torch.empty_like(logits)
-    native.token_logprob.backward(grad, rows, found, Upstream(grads, grads * 0.3 if entropy else None))
-    return [x for x in (*found, grad) if x is not None]
+    native.token_logprob.backward(grad, rows, result, Upstream(grads, grads * 0.3 if entropy else None))
+    return [x for x in (*result, grad) if x is not None]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -98,15 +98,15 @@ def test_instruction_sets_agree(dtype: torch.dtype, vocab_size: int, instruction
     labels[0, 3] = IGNORED
     for transform in (PLAIN, LogitTransform(0.7, 1.5, 20.0), LogitTransform(1.0, 1.0, 1e4)):
         for entropy in (False, True):
-            *found, grad = run(logits, labels, transform, entropy)
+            *result, grad = run(logits, labels, transform, entropy)
             rows = LogitRows(logits, labels, transform)
             expected = eager_token_logprob.forward(rows, entropy)
             tolerance = 1e-13 if dtype == torch.float64 else 3e-6
-            for ours, other in zip(found, [x for x in expected if x is not None], strict=True):
+            for ours, other in zip(result, [x for x in expected if x is not None], strict=True):
                 ours[0, 2], other[0, 2] = ours[0, 2] * torch.nan, other[0, 2] * torch.nan  # whose maximum is nobody's
                 torch.testing.assert_close(ours, other, rtol=tolerance, atol=tolerance, equal_nan=True)
-            assert found[0][0, 2].isnan()
-            grads = torch.rand(labels.shape, dtype=found[0].dtype, generator=torch.Generator().manual_seed(1))
+            assert result[0][0, 2].isnan()
+            grads = torch.rand(labels.shape, dtype=result[0].dtype, generator=torch.Generator().manual_seed(1))
             other = torch.empty_like(grad)
             eager_token_logprob.backward(other, rows, expected, Upstream(grads, grads * 0.3 if entropy else None))
             rtol = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5 if dtype == torch.float32 else 1e-11)
@@ -181,8 +181,8 @@ def test_known_coefficients(dtype: torch.dtype, rows: int, inplace: bool, thread
     expected = torch.empty_like(logits)
     native.token_logprob.backward(expected, LogitRows(logits, labels, PLAIN), statistics, Upstream(coefficients))
     grad = logits if inplace else torch.empty_like(logits)
-    found = native.token_logprob.forward_backward(grad, LogitRows(logits, labels, PLAIN), coefficients)
-    assert torch.equal(found, statistics.logprobs)
+    result = native.token_logprob.forward_backward(grad, LogitRows(logits, labels, PLAIN), coefficients)
+    assert torch.equal(result, statistics.logprobs)
     assert torch.equal(grad, expected)
 
 

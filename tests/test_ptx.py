@@ -219,18 +219,18 @@ def numbers(dtype: type[np.floating], count: int) -> list[NDArray[np.floating]]:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_fma_is_rounded_once(dtype: type[np.floating]) -> None:
     a, b, c = numbers(dtype, 400)
-    found = (fma32 if dtype is np.float32 else fma64)(a, b, c)
-    for x, y, z, actual in zip(a, b, c, found, strict=True):
+    result = (fma32 if dtype is np.float32 else fma64)(a, b, c)
+    for x, y, z, actual in zip(a, b, c, result, strict=True):
         exact = Fraction(float(x)) * Fraction(float(y)) + Fraction(float(z))
         assert actual == nearest(exact, dtype), (x, y, z)
-    assert (found != a * b + c).any()  # which is rounded twice
+    assert (result != a * b + c).any()  # which is rounded twice
 
 
 def test_narrow_conversions_are_rounded_once() -> None:
     x = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-40, -(1 + 2.0**-8 + 2.0**-40), np.nan, 1e300])
     expected = torch.tensor([1.0, 1 + 2.0**-6, 1 + 2.0**-7, -1 - 2.0**-7, torch.nan, torch.inf], dtype=torch.bfloat16)
-    found = torch.from_numpy(f64_to_bf16(x).view(np.int16)).view(torch.bfloat16)
-    assert torch.equal(found.nan_to_num(), expected.nan_to_num())
+    result = torch.from_numpy(f64_to_bf16(x).view(np.int16)).view(torch.bfloat16)
+    assert torch.equal(result.nan_to_num(), expected.nan_to_num())
     y = torch.randn(1000)
     bits = torch.from_numpy(f32_to_bf16(y.numpy()).view(np.int16)).view(torch.bfloat16)
     assert torch.equal(bits, y.to(torch.bfloat16))
@@ -246,14 +246,14 @@ def test_approximate_functions(name: str) -> None:
     given = torch.cat([torch.rand(511) * 4 + 0.01, torch.tensor([1.5])]).repeat(2)
     exact = functions[name](given.double().numpy())
     body = f"ld.global.b32 %r3, [%rd3]; {name}.approx.f32 %r4, %r3; st.global.b32 [%rd4], %r4;"
-    found = run(body, given, threads=1024).view(torch.float32).numpy()
-    assert (found == exact.astype(np.float32)).all()
+    result = run(body, given, threads=1024).view(torch.float32).numpy()
+    assert (result == exact.astype(np.float32)).all()
     scale = np.where((given.numpy() > 0.5) & (given.numpy() < 2), 1, np.abs(exact)) if name == "lg2" else np.abs(exact)
     for perturb in (1, 2, "up", "down"):
-        found = run(body, given, threads=1024, perturb=perturb).view(torch.float32).numpy()
-        error = np.abs(found - exact) / scale
+        result = run(body, given, threads=1024, perturb=perturb).view(torch.float32).numpy()
+        error = np.abs(result - exact) / scale
         assert 0.7 * ERRORS[name] < error.max() <= ERRORS[name] * (1 + 1e-9), perturb
-        assert (found[:512] == found[512:]).all()
+        assert (result[:512] == result[512:]).all()
 
 
 def test_packed_comparisons_and_conversions() -> None:

@@ -32,7 +32,7 @@ def on_ranks(size: int) -> dict[str, list[Any]]:
     if size == 2:
         functions.append(killed)  # the last, as it leaves the group broken
     per_rank = ranks.run(size, several, [vocabulary] if size == 1 else functions)
-    return {name: [found[name] for found in per_rank] for name in per_rank[0]}
+    return {name: [results[name] for results in per_rank] for name in per_rank[0]}
 
 
 def several(rank: int, size: int, functions: list[Callable[[int, int], Any]]) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def places_of(rank: int, size: int) -> Tensor:
 
 
 def data_parallel(rank: int, size: int) -> dict[Any, Output]:
-    found = {}
+    results = {}
     for kind, layout, reduction, dtype in CASES:
         batch, places = Batch(dtype), places_of(rank, size)
         part = batch.part(places, layout)
@@ -101,15 +101,15 @@ def data_parallel(rank: int, size: int) -> dict[Any, Output]:
         )  # type: ignore[operator]  # fmt: skip
         grads = torch.autograd.grad(output.loss, leaves)
         dist.all_reduce(grads[1])  # what a trainer does
-        found[kind, layout, reduction, dtype] = (
+        results[kind, layout, reduction, dtype] = (
             output.loss.detach(), grads[1] / (size if reduction == "mean" else 1), *output.metrics.values()
         )  # fmt: skip
-    return found
+    return results
 
 
 def micro_batches(rank: int, size: int) -> dict[Any, Output]:
     """Two phases: each rank's rollouts one by one, the weights in between."""
-    found = {}
+    results = {}
     for kind, layout, reduction, dtype in CASES:
         batch, places = Batch(dtype), places_of(rank, size)
         total = torch.zeros_like(batch.weight)
@@ -130,8 +130,8 @@ def micro_batches(rank: int, size: int) -> dict[Any, Output]:
             function = ck.linear_weighted_score_loss if kind == "linear" else ck.weighted_score_loss
             total += torch.autograd.grad(function(*first, part.pop("labels"), w, **part), leaves)[1]
         dist.all_reduce(total)
-        found[kind, layout, reduction, dtype] = (weights.loss, total / (size if reduction == "mean" else 1))
-    return found  # type: ignore[return-value]
+        results[kind, layout, reduction, dtype] = (weights.loss, total / (size if reduction == "mean" else 1))
+    return results  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -141,8 +141,8 @@ def test_groups_over_ranks(function: str, size: int) -> None:
     for kind, layout, reduction, dtype in CASES:
         loss, _hidden, weight = alone(kind, dtype)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-        for found in of_all_ranks:
-            ours = found[kind, layout, reduction, dtype]
+        for results in of_all_ranks:
+            ours = results[kind, layout, reduction, dtype]
             assert (ours[0] - loss).abs() <= tolerance * loss.abs()
             assert (ours[1] - weight).abs().max() <= tolerance * weight.abs().max()
             assert all(
@@ -162,43 +162,43 @@ def vocabulary(rank: int, size: int) -> dict[str, Any]:
     start, stop = shards(size)[rank]
     shard = ck.Parallel(vocab=dist.group.WORLD, vocab_start=start)
     hidden, weight = batch.hidden.clone().requires_grad_(), batch.weight[start:stop].clone().requires_grad_()
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, options in {"plain": {}, "softcap": {"softcap": 2.0, "temperature": 0.7}}.items():
         logits = hidden @ weight.T
         logprobs, entropy = ck.token_logprobs(logits, batch.labels, return_entropy=True, parallel=shard, **options)
         (grad,) = torch.autograd.grad((logprobs + 0.3 * entropy).square().sum(), logits)
-        found[f"tokens, {name}"] = (logprobs.detach(), entropy.detach(), grad)
+        results[f"tokens, {name}"] = (logprobs.detach(), entropy.detach(), grad)
         for mib in (512, 2.0**-12):
             logprobs, entropy = ck.linear_token_logprobs(
                 hidden, weight, batch.labels, return_entropy=True, parallel=shard, workspace_mib=mib, **options
             )
             grads = torch.autograd.grad((logprobs + 0.3 * entropy).square().sum(), (hidden, weight))
-            found[f"linear, {name}, {mib}"] = (logprobs.detach(), entropy.detach(), *grads)
+            results[f"linear, {name}, {mib}"] = (logprobs.detach(), entropy.detach(), *grads)
     arguments = (batch.labels, batch.rewards, batch.ids)
     loss = ck.linear_conspo_loss(hidden, weight, *arguments, parallel=shard, **OPTIONS)
-    found["loss"] = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+    results["loss"] = (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
     logits = hidden @ weight.T
     loss = ck.conspo_loss(logits * 1, *arguments, parallel=shard, inplace_backward=True, **OPTIONS)
-    found["in place"] = (loss.detach(), torch.autograd.grad(loss, weight)[0])
+    results["in place"] = (loss.detach(), torch.autograd.grad(loss, weight)[0])
     scores = ck.conspo_scores((hidden @ weight.T).detach(), batch.labels, parallel=shard)
     weights = ck.conspo_weights(scores, batch.rewards, batch.ids, **OPTIONS).weights
     for name, loss in {
         "phase 2": ck.weighted_score_loss(hidden @ weight.T, batch.labels, weights, parallel=shard),
         "linear phase 2": ck.linear_weighted_score_loss(hidden, weight, batch.labels, weights, parallel=shard),
     }.items():
-        found[name] = (loss.detach(), torch.autograd.grad(loss, weight)[0])
+        results[name] = (loss.detach(), torch.autograd.grad(loss, weight)[0])
     frozen = ck.linear_conspo_loss(hidden, weight.detach(), *arguments, parallel=shard, **OPTIONS)
-    found["frozen"] = (frozen.detach(), torch.autograd.grad(frozen, hidden)[0])
+    results["frozen"] = (frozen.detach(), torch.autograd.grad(frozen, hidden)[0])
     try:
         ck.token_logprobs(logits.detach(), torch.full_like(batch.labels, VOCAB), parallel=shard)
     except ValueError as error:
-        found["error"] = str(error)
+        results["error"] = str(error)
     if size > 1:
         with pytest.raises(ValueError, match=f"must not overlap: {size} ranks have the label 0"):
             ck.token_logprobs(
                 logits.detach(), torch.zeros_like(batch.labels), parallel=dataclasses.replace(shard, vocab_start=0)
             )
-    return found
+    return results
 
 
 def close(actual: Tensor, exact: Tensor, tolerance: float = 1e-12) -> bool:
@@ -213,12 +213,12 @@ def test_a_vocabulary_over_ranks(size: int) -> None:
     loss, hidden, weight = alone("linear", torch.float64)
     for a, b in zip(whole["loss"], (loss, hidden, weight), strict=True):
         assert close(a, b)
-    for (start, stop), found in zip(shards(size), of_all_ranks, strict=True):
+    for (start, stop), results in zip(shards(size), of_all_ranks, strict=True):
         for name in whole:
             if name == "error":
-                assert "labels must lie in the vocabulary of all ranks" in found[name]
+                assert "labels must lie in the vocabulary of all ranks" in results[name]
                 continue
-            for actual, exact in zip(found[name], whole[name], strict=True):
+            for actual, exact in zip(results[name], whole[name], strict=True):
                 if exact.shape == (VOCAB, HIDDEN):
                     exact = exact[start:stop]
                 elif exact.shape[-1:] == (VOCAB,):
@@ -228,7 +228,7 @@ def test_a_vocabulary_over_ranks(size: int) -> None:
 
 def sequences(rank: int, size: int) -> dict[str, Any]:
     """Tokens of each rollout cut where they may; packed, a rank may have none of a rollout."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     cuts = {1: [0, LENGTH], 2: [0, 4, LENGTH], 4: [0, 1, 3, 4, LENGTH]}[size]
     columns = slice(cuts[rank], cuts[rank + 1])
     for kind, layout, reduction, dtype in CASES:
@@ -255,8 +255,8 @@ def sequences(rank: int, size: int) -> dict[str, Any]:
         for g in (grad, grad_two):
             dist.all_reduce(g)
             g /= size if reduction == "mean" else 1
-        found[kind, layout, reduction, dtype] = (loss.detach(), grad, grad_two)
-    return found
+        results[kind, layout, reduction, dtype] = (loss.detach(), grad, grad_two)
+    return results
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -265,8 +265,8 @@ def test_sequences_over_ranks(size: int) -> None:
     for kind, layout, reduction, dtype in CASES:
         loss, _hidden, weight = alone(kind, dtype)
         tolerance = 1e-12 if dtype == torch.float64 else 1e-6
-        for found in of_all_ranks:
-            value, grad, grad_two = found[kind, layout, reduction, dtype]
+        for results in of_all_ranks:
+            value, grad, grad_two = results[kind, layout, reduction, dtype]
             assert (value - loss).abs() <= tolerance * loss.abs()
             for g in (grad, grad_two):
                 assert (g - weight).abs().max() <= tolerance * weight.abs().max(), (kind, layout, reduction, dtype)
@@ -444,7 +444,7 @@ def compiled(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
         logits = hidden[:, columns] @ weight.T
         return ck.conspo_loss(logits, labels[:, columns], rewards, ids, parallel=ck.Parallel(context=world), **OPTIONS)
 
-    found = []
+    results = []
     for function in (over_groups, over_vocabulary, over_tokens):
         torch._dynamo.reset()
         traced = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -454,12 +454,12 @@ def compiled(rank: int, size: int) -> list[tuple[Tensor, Tensor, Tensor]]:
             arguments = (batch.labels[places], batch.rewards[places], batch.ids[places])
             for f in (function, traced):
                 loss = f(batch.hidden[places], weight, *arguments)
-                found.append((loss.detach(), *torch.autograd.grad(loss, weight)))
-    return found  # type: ignore[return-value]
+                results.append((loss.detach(), *torch.autograd.grad(loss, weight)))
+    return results  # type: ignore[return-value]
 
 
 def test_collectives_under_torch_compile() -> None:
-    for found in on_ranks(2)["compiled"]:
-        for eager, traced in zip(found[::2], found[1::2], strict=True):
+    for results in on_ranks(2)["compiled"]:
+        for eager, traced in zip(results[::2], results[1::2], strict=True):
             for a, b in zip(eager, traced, strict=True):
                 assert close(a, b)

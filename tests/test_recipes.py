@@ -56,7 +56,7 @@ def test_the_steps_gradient_is_that_of_one_batch(lora_rank: int) -> None:
     assert len(list(math_rl.micro_batches(rollouts, 17, policy.device))) > 2
     policy.model.train()
     math_rl.accumulate(policy, rollouts, 0.1, settings)
-    found = [p.grad.clone() for p in policy.trained]
+    result = [p.grad.clone() for p in policy.trained]
     policy.model.zero_grad()
     rows = [p + r for p, r in zip(rollouts.prompts, rollouts.responses, strict=True)]
     longest = max(map(len, rows))
@@ -70,7 +70,7 @@ def test_the_steps_gradient_is_that_of_one_batch(lora_rank: int) -> None:
     ).backward()
     largest = max(p.grad.norm() for p in policy.trained)
     assert largest > 0
-    for value, parameter in zip(found, policy.trained, strict=True):
+    for value, parameter in zip(result, policy.trained, strict=True):
         assert (value - parameter.grad).norm() <= 1e-5 * largest
 
 
@@ -86,12 +86,12 @@ def test_merged_weights_are_those_of_a_merged_model() -> None:
     policy = build_policy("tiny", 4, "float32", "sdpa", False, "cpu")
     perturb(policy.model)
     before = {name: value.clone() for name, value in policy.model.state_dict().items()}
-    found = {name: value.clone() for name, value in merged_weights(policy.model)}
+    result = {name: value.clone() for name, value in merged_weights(policy.model)}
     assert all(before[name].equal(value) for name, value in policy.model.state_dict().items())
     expected = policy.model.merge_and_unload().state_dict()
-    assert found.keys() == expected.keys()
+    assert result.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(result[name], value, rtol=0, atol=1e-6)
 
 
 def test_a_sampled_tokens_frequency_is_its_probability() -> None:

@@ -13,7 +13,7 @@ from conspo_kernels.reference import token_entropy, token_logprob
 
 
 def test_within_1e_5_at_50(implementation: str, device: torch.device) -> None:
-    """|logits| <= 50 and the largest vocabulary of PEERS' shapes."""
+    """|logits| <= 50 and the largest vocabulary of `benchmarks/shapes.py`."""
     for dtype in (torch.float32, torch.bfloat16):
         logits = (torch.rand(1, 1, 262_144) * 100 - 50).to(device, dtype)
         labels = torch.randint(0, 262_144, (1, 1), device=device)
@@ -97,7 +97,7 @@ def test_labels_outside_the_vocabulary(implementation: str, device: torch.device
     for bad in (7, -1, -101, 2**40):
         labels = torch.tensor([[1, bad, -100]], device=device)
         if device.type == "cpu":
-            with pytest.raises(ValueError, match=r"labels must lie in \[0, 7\).*found .* at token \(0, 1\)"):
+            with pytest.raises(ValueError, match=r"labels must lie in \[0, 7\).*got .* at token \(0, 1\)"):
                 token_logprobs(logits, labels, implementation=implementation)
         else:
             logprobs = token_logprobs(logits, labels, implementation=implementation)

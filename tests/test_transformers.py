@@ -102,8 +102,8 @@ def test_two_phases_give_the_gradient_of_the_whole_batch() -> None:
     model.zero_grad()
     for part, some in zip(parts, weights.split(2), strict=True):
         linear_weighted_score_loss(**head_inputs(model, part), weights=some, temperature=0.8).backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters()}
-    assert_gradients_equal(found, gradients(model, own_loss(model, batch)))
+    result = {name: p.grad.clone() for name, p in model.named_parameters()}
+    assert_gradients_equal(result, gradients(model, own_loss(model, batch)))
 
 
 def test_logits_are_never_whole() -> None:
@@ -178,10 +178,10 @@ def test_lora(name: str) -> None:
     loss = conspo_loss_of(model, batch, REWARDS, 2, **OPTIONS)
     expected = own_loss(model, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    found = gradients(model, loss)
-    assert found
-    assert all("lora_" in name for name in found)
-    assert_gradients_equal(found, gradients(model, expected))
+    result = gradients(model, loss)
+    assert result
+    assert all("lora_" in name for name in result)
+    assert_gradients_equal(result, gradients(model, expected))
     with model.disable_adapter(), torch.no_grad():
         reference = conspo_loss_of(model, batch, REWARDS, 2, **OPTIONS)
         torch.testing.assert_close(reference, own_loss(model, batch), rtol=1e-5, atol=1e-6)
@@ -197,9 +197,9 @@ def test_a_head_that_peft_trains_whole() -> None:
     loss = conspo_loss_of(model, batch, REWARDS, 2, **OPTIONS)
     expected = own_loss(model, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
-    found = gradients(model, loss)
-    assert any("lm_head.modules_to_save" in name for name in found)
-    assert_gradients_equal(found, gradients(model, expected))
+    result = gradients(model, loss)
+    assert any("lm_head.modules_to_save" in name for name in result)
+    assert_gradients_equal(result, gradients(model, expected))
     with model.disable_adapter(), torch.no_grad():
         torch.testing.assert_close(
             conspo_loss_of(model, batch, REWARDS, 2, **OPTIONS), own_loss(model, batch), rtol=1e-5, atol=1e-6

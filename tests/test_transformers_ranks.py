@@ -75,7 +75,7 @@ def test_ranks_give_the_gradient_of_one_process() -> None:
     for gradients, error in ranks.run(2, rank_results):
         assert "shard InForward(model) instead of the model" in error
         assert len(gradients) == 4
-        for found in gradients:
-            assert found.keys() == expected.keys()
+        for result in gradients:
+            assert result.keys() == expected.keys()
             for name, value in expected.items():
-                assert (found[name] - value).norm() <= 1e-6 * largest, name
+                assert (result[name] - value).norm() <= 1e-6 * largest, name

@@ -204,13 +204,13 @@ RANK_RUNS: list[dict[str, Any]] = [
 
 def on_rank(rank: int, size: int) -> list[dict[str, Any]]:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    found = []
+    results = []
     for options in RANK_RUNS:
         trainer = parts.trainer(parts.SCRATCH.name, ddp_backend="gloo", seed=4, **options)
         assert trainer.accelerator.num_processes == size
         trainer.train()
         recorder = trainer.recorder
-        found.append(
+        results.append(
             {
                 "rollouts": trainer.generations,
                 "gradients": recorder.gradients,
@@ -218,7 +218,7 @@ def on_rank(rank: int, size: int) -> list[dict[str, Any]]:
                 "logged": [row["loss"] for row in trainer.state.log_history if "loss" in row],
             }
         )
-    return found
+    return results
 
 
 @functools.cache
@@ -228,24 +228,24 @@ def on_ranks() -> list[list[dict[str, Any]]]:
 
 @pytest.mark.parametrize("run", range(len(RANK_RUNS)))
 def test_a_group_over_two_ranks(run: int) -> None:
-    found = [of_rank[run] for of_rank in on_ranks()]
-    rewards, groups = ([it["rollouts"][0][f"conspo_{name}"] for it in found] for name in ("rewards", "groups"))
+    results = [of_rank[run] for of_rank in on_ranks()]
+    rewards, groups = ([it["rollouts"][0][f"conspo_{name}"] for it in results] for name in ("rewards", "groups"))
     assert groups[0].tolist() == [0, 0, 0, 0, 1, 1]
     assert groups[1].tolist() == [1, 1, 2, 2, 2, 2]
     assert len({bool(reward > 0.5) for reward in (*rewards[0][4:], *rewards[1][:2]) if reward == reward}) == 2
-    for step in range(len(found[0]["gradients"])):
+    for step in range(len(results[0]["gradients"])):
         policy = parts.model()
-        policy.load_state_dict({k.removeprefix("module."): x for k, x in found[0]["parameters"][step].items()})
+        policy.load_state_dict({k.removeprefix("module."): x for k, x in results[0]["parameters"][step].items()})
         # Each rank pads its rollouts by itself, so scores are taken rank by rank.
-        rollouts = [it["rollouts"][0] for it in found]
+        rollouts = [it["rollouts"][0] for it in results]
         scores = torch.cat([scores_of(policy, it) for it in rollouts])
         loss = ck.conspo_loss_from_scores(scores, torch.cat(rewards), torch.cat(groups), **CONTRAST)
         loss.backward()
         wanted = {name: p.grad for name, p in policy.named_parameters()}
-        for it in found:
+        for it in results:
             got = {name.removeprefix("module."): x for name, x in it["gradients"][step].items()}
             assert difference(got, wanted) < 1e-6
-        assert found[0]["logged"][step] == pytest.approx(loss.item(), rel=1e-5)
+        assert results[0]["logged"][step] == pytest.approx(loss.item(), rel=1e-5)
 
 
 def scores_of(policy: Any, it: dict[str, Any]) -> Tensor:

@@ -89,13 +89,13 @@ def test_chunked_logprobs_equal_trls(seed: int) -> None:
 
     def chunked(*leaves: Tensor) -> list[Tensor]:
         bias = leaves[2] if len(leaves) > 2 else None
-        found = in_place("_ChunkedLogProbFunction").apply(
+        result = in_place("_ChunkedLogProbFunction").apply(
             leaves[0], leaves[1], bias, targets, temperature, rng_chunk, softcap, scale, outputs
         )
-        assert [x is not None for x in found[1:]] == [name in outputs for name in loss_head.ALL_STATISTICS]
-        statistics.append([x for x in found[2:] if x is not None])
+        assert [x is not None for x in result[1:]] == [name in outputs for name in loss_head.ALL_STATISTICS]
+        statistics.append([x for x in result[2:] if x is not None])
         assert not any(x.requires_grad for x in statistics[-1])
-        return [x for x in found[:2] if x is not None]
+        return [x for x in result[:2] if x is not None]
 
     def exact(*leaves: Tensor) -> list[Tensor]:
         logits = torch.nn.functional.linear(*leaves[:2], leaves[2] if len(leaves) > 2 else None) * scale
@@ -122,8 +122,8 @@ def test_mixed_precision(seed: int) -> None:
 
     def chunked(hidden: Tensor, weight: Tensor) -> list[Tensor]:
         with torch.autocast(DEVICE, torch.bfloat16):
-            found = in_place("_ChunkedLogProbFunction").apply(hidden, weight, None, targets, 1.0, 128)
-        return list(found[:2])
+            result = in_place("_ChunkedLogProbFunction").apply(hidden, weight, None, targets, 1.0, 128)
+        return list(result[:2])
 
     theirs = differentiated(chunked, leaves, seeds)
     with fused_loss_head():

@@ -50,7 +50,7 @@ def test_gradient_of_a_step(ranks, per_micro_batch):
             )  # fmt: skip
             loss.backward()
             assert metrics == {"actor/ppo_kl": 0.0, "actor/conspo_logprob_drift": 0.0}
-    assert relative(batch.found() / ranks, batch.gradient()) < TOLERANCE  # FSDP averages over ranks
+    assert relative(batch.accumulated() / ranks, batch.gradient()) < TOLERANCE  # FSDP averages over ranks
 
 
 def test_rollout_without_a_token_and_nan_where_masked():
@@ -63,7 +63,7 @@ def test_rollout_without_a_token_and_nan_where_masked():
     assert torch.isfinite(loss)
     assert metrics == {"actor/ppo_kl": 0.0, "actor/conspo_logprob_drift": 0.0}
     loss.backward()
-    assert relative(batch.found(), batch.gradient()) < TOLERANCE
+    assert relative(batch.accumulated(), batch.gradient()) < TOLERANCE
 
 
 def test_margin_of_a_step_and_metrics():
@@ -85,7 +85,7 @@ def test_margin_of_a_step_and_metrics():
         ({"index": None}, "no uid"),
         ({"config": {"use_kl_in_reward": True}}, "use_kl_in_reward"),
         ({"config": {"rollout_correction": {"bypass_mode": True}}}, "bypass_mode"),
-        ({"objective": Objective(margin=CosineMargin(1.0, 0.5, 10))}, "the margin is a schedule"),
+        ({"objective": Objective(margin=CosineMargin(1.0, 0.5, 10))}, "margin is a schedule"),
     ],
 )
 def test_settings_that_would_be_wrong_raise_in_the_estimator(options, message):
@@ -148,8 +148,8 @@ def test_head(reduction):
         total = (logp * c if reduction == "none" else logp).sum() + (entropy * d).sum()
         values.append((logp.detach(), entropy.detach()))
         gradients.append(torch.autograd.grad(total, (hidden, weight)))
-    for found, expected in zip((*values[0], *gradients[0]), (*values[1], *gradients[1]), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    for result, expected in zip((*values[0], *gradients[0]), (*values[1], *gradients[1]), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_head_of_another_reduction_raises():

@@ -16,14 +16,14 @@ from ..values import LogitRows, Statistics, Upstream
 
 
 class LabelAlignment(Protocol):
-    """What `inputs` does with labels: behind it they are an index or one sentinel."""
+    """Brings users' labels to the one form that every other op takes."""
 
     def align(
         self, labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int
     ) -> Tensor:
         """[B, T] int64 labels of the rows that predict them, `IGNORED` where there is no response token.
 
-        labels: [B, T] integers; those equal to `absent` are none; others below 0 become `ELSEWHERE`.
+        labels: [B, T] integers; one that equals `absent` is no label; others below 0 become `ELSEWHERE`.
         response_mask: [B, T], zero = no response token.  offsets: [S + 1] integers, of packed labels [1, N].
         shift: labels are the input ids: position t gets the label of t + 1 of its own sequence.
         """
@@ -52,7 +52,7 @@ class TokenLogprob(Protocol):
 
 
 class SequenceScore(Protocol):
-    """Mean log-probability of each rollout's response tokens, its gradient, and what known weights make of them.
+    """Mean log-probability of each rollout's response tokens, its gradient, and sums with known weights.
 
     offsets: [S + 1] int32 or int64 into the flattened tokens, or None: the rows are the rollouts.
     """
@@ -69,7 +69,7 @@ class SequenceScore(Protocol):
         """
 
     def coefficients(self, weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
+        """weights [S] over counts, at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
 
     def masked(self, coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
@@ -79,7 +79,10 @@ class SequenceScore(Protocol):
 
 
 class Selection(Protocol):
-    """Numbers of the tokens that take part. Tensors are one-dimensional and contiguous; places [n] int64 rise."""
+    """Gathers and spreads the tokens that take part.
+
+    Tensors are one-dimensional and contiguous.  places: [n] int64, indices of these tokens, rising.
+    """
 
     def gather(self, tensors: list[Tensor], places: Tensor) -> list[Tensor]:
         """[N] each -> [n] each, those at the places."""
@@ -95,7 +98,7 @@ class GroupInfoNCE(Protocol):
 
 
 class Scale(Protocol):
-    """A gradient times the scalar that comes in."""
+    """A gradient times the scalar that comes in from backward."""
 
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient *= factor (0-d), at no cost where the factor is 1."""

@@ -63,7 +63,7 @@ def instruction_sets() -> list[str]:
 
 
 def instruction_set() -> str | None:
-    """The one that runs."""
+    """The instruction set that runs, or None without the extension."""
     return _C.instruction_set() if OBSTACLE is None else None
 
 
@@ -72,7 +72,7 @@ def _numbers(transform: LogitTransform) -> tuple[float, float, bool]:
 
 
 class token_logprob:
-    """Of rows spread over threads, each in parts of fixed length."""
+    """`contract.TokenLogprob`: threads share the rows; a row is summed in parts of fixed length."""
 
     @staticmethod
     def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
@@ -98,7 +98,7 @@ class token_logprob:
 
 
 class sequence_score:
-    """Of tokens summed one after another in fp64."""
+    """`contract.SequenceScore`: tokens are summed one after another in fp64."""
 
     @staticmethod
     def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -124,7 +124,7 @@ class sequence_score:
 
 
 class group_infonce:
-    """Of all groups in one pass."""
+    """`contract.GroupInfoNCE`: all groups in one pass."""
 
     @staticmethod
     def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
@@ -138,7 +138,7 @@ class group_infonce:
         return GroupLoss(*found)
 
 
-# That the classes keep the contract.
+# For the type checker: these classes and modules keep the contract.
 _: tuple[
     type[contract.TokenLogprob] | contract.TokenLogprob,
     contract.SequenceScore,

@@ -1,7 +1,7 @@
 """Which backend runs an op. An explicit name runs or raises; "auto" logs its choice once.
 
-A backend is a line of BACKENDS and a folder (or module) beside this file: `obstacle(device)`, and for each op of
-`contract.py` a module of that name.
+A backend is a line of BACKENDS and a folder (or module): a function `obstacle(device)`, and for every op of
+`contract.py` a module (or object) of that name.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .contract import GroupInfoNCE, LabelAlignment, Scale, Selection, SequenceSc
 
 logger = logging.getLogger("conspo_kernels")
 
-# The name that users say, and the module that is meant; relative to this package, or absolute.
+# The public name of each backend, and its module: relative to this package, or absolute.
 BACKENDS = {
     "triton": ".triton",
     "native": ".native",

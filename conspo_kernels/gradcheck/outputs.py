@@ -13,7 +13,12 @@ import conspo_kernels
 from .. import ConSPOOutput, conspo_loss_from_scores, conspo_weights, reference, sequence_scores
 from .cases import FROM_SCORES, GRADED, HIDDEN_SIZE, Case, Inputs
 
-OWN_OPTIONS = {"inplace_backward", "inplace", "return_entropy", "workspace_mib"}  # no business of the oracle's
+OWN_OPTIONS = {
+    "inplace_backward",
+    "inplace",
+    "return_entropy",
+    "workspace_mib",
+}  # options that the oracle does not have
 
 
 def head_of(inputs: Inputs, leaf: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How right is right: no worse than twice what eager PyTorch reaches in the same dtype, plus a floor of rounding.
+"""Tolerances: no worse than twice what eager PyTorch reaches in the same dtype, plus a floor of rounding.
 
     fp64            1e-10 of the largest number that takes part
     fp32 and less   2 * the error of eager PyTorch in the same dtype + a floor of a few roundings, and from logits at

@@ -24,9 +24,10 @@ ON_ALL_RANKS = 2**62  # larger than any: the rest of the vocabulary is on other 
 
 
 class Predictions(NamedTuple):
-    """The argument whose rows labels belong to: its name, the tensor, the shape of its tokens, and its vocabulary.
+    """The public argument that labels belong to, row by row: its name, the tensor, and the shape of its tokens.
 
-    split: the tokens of each rollout are spread over ranks.  implementation: who aligns the labels.
+    vocab_size: of its vocabulary, or NOT_CHECKED or ON_ALL_RANKS.  split: the tokens of each rollout are spread over
+    ranks.  implementation: the backend that aligns the labels.
     """
 
     name: str
@@ -58,7 +59,10 @@ class TokenLayout(NamedTuple):
         ignore_index: int,
         needed_for: str | None = None,
     ) -> TokenLayout:
-        """needed_for: what cannot be had of packed tokens without cu_seqlens."""
+        """Check labels and bring them to one form.
+
+        needed_for: what packed tokens without cu_seqlens are refused for, as the error says; None: they are accepted.
+        """
         name, tensor, shape, vocab_size, split, implementation = predictions
         check.flags(shift=shift)
         if split:
@@ -83,7 +87,7 @@ class TokenLayout(NamedTuple):
         return self.labels != IGNORED
 
     def only(self, tokens: Tensor) -> TokenLayout:
-        """The same with no response token but where `tokens` [B, T] is True."""
+        """The same layout, with response tokens only where `tokens` [B, T] is True."""
         labels = torch.where(tokens, self.labels, IGNORED)
         return TokenLayout(labels, self.offsets, self.cpu_offsets, self.shape)
 
@@ -158,6 +162,7 @@ def aligned_labels(
         response_mask: shaped like labels, zero = no response token, or None.
         offsets: [S + 1] int32 or int64, of packed labels, or None.
         shift: labels are the input ids: position t gets the label of t + 1.
+        ignore_index: the label that means "no response token".
         vocab_size: labels lie in [0, vocab_size): that is looked at where it costs no synchronisation, on the CPU.
             NOT_CHECKED or ON_ALL_RANKS. On an accelerator a label below 0 becomes ELSEWHERE.
     """
@@ -179,5 +184,5 @@ def _raise_bad_label(given: Tensor, aligned: Tensor, shift: bool, ignore_index: 
     where = "in the vocabulary of all ranks" if vocab_size == ON_ALL_RANKS else f"in [0, {vocab_size})"
     raise ValueError(
         f"labels must lie {where} or equal ignore_index ({ignore_index}); "
-        f"found {given[b, t + shift].item()} at token {(b, t)}"
+        f"got {given[b, t + shift].item()} at token {(b, t)}"
     )

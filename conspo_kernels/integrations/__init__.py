@@ -1,4 +1,4 @@
-"""ConSPO in the frameworks that people train with: one module per framework, imported by whoever uses it.
+"""ConSPO in training frameworks: one module per framework.
 
 Importing one of these modules imports none of the frameworks, and patches nothing: a framework is imported when a
 function needs it, by `required`.

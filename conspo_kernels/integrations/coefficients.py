@@ -1,4 +1,4 @@
-"""ConSPO where a trainer has one seam for rewards and another for log-probabilities: coefficients travel between them.
+"""ConSPO in a trainer that shows rewards in one place and log-probabilities in another: coefficients carry it across.
 
 ConSPO depends on the parameters through the scores alone, so with w = dloss/ds, computed once from the
 log-probabilities of all rollouts of a step,
@@ -82,7 +82,7 @@ class Objective:
         if not callable(self.margin):
             return self.margin
         if step is None:
-            raise ValueError(f"the margin is a schedule ({self.margin!r}), and the training step is not known here")
+            raise ValueError(f"margin is a schedule ({self.margin!r}), so step must be a number, got None")
         return self.margin(step)
 
 

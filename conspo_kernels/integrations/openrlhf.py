@@ -35,6 +35,9 @@ def conspo_advantages(
         experiences: with `action_log_probs` and `action_mask` [b, A] and `index`, b numbers of the original order, in
             which each `samples_per_prompt` consecutive ones share a prompt. b and A differ between experiences.
         rewards: [b] for each experience.
+        samples_per_prompt: rollouts of a prompt.
+        objective: ConSPO's settings.
+        step: the training step, for a margin that is a schedule.
 
     Raises:
         TypeError, ValueError: as `Objective.weights`.

@@ -4,10 +4,10 @@
     type = "custom"
     import_path = "conspo_kernels.integrations.prime_rl.policy_loss"
 
-prime-rl's trainer sees single sequences, packed in any order, and knows no groups. Groups are known in the orchestrator
-alone, which has log-probabilities of the inference engine alone: of the policy that sampled, one step old or more, and
-rounded as that engine rounds. The weights here are ConSPO's of those scores, not of the trainer's. Where the two agree
-the gradient is ConSPO's; how far they differ is the metric `conspo_score_drift`.
+prime-rl's trainer sees single sequences, packed in any order, and knows no groups. Only the orchestrator knows groups,
+and it has the log-probabilities of the inference engine alone: of the policy that sampled, one step old or more, and
+rounded as that engine rounds. So the weights of this module are those of the inference engine's scores, not of the
+trainer's. Where the two agree the gradient is ConSPO's; the metric `conspo_score_drift` says how far they differ.
 
 Source: PrimeIntellect-ai/prime-rl, docs/algorithms.md at 858d4287 (custom loss: `LossInputs`, `LossOutputs`; weight
 streams and their normalisation; authoring an algorithm: `score_group`).

@@ -27,6 +27,8 @@ def conspo_advantages(data: Any, objective: Objective, step: float | None = None
 
     Args:
         data: SkyRL's `TrainingInputBatch`: `action_log_probs`, `loss_mask` and `rewards` [B, T], uids in its metadata.
+        objective: ConSPO's settings.
+        step: the training step, for a margin that is a schedule.
 
     Returns:
         [B, T].
@@ -48,7 +50,7 @@ def conspo_trainer(base: type, *, tau: float = 1.0, margin: Margin = 0.0, reward
     Args:
         base: `RayPPOTrainer`, or what is derived from it.
         tau, reward_threshold: as `conspo_loss`. A rollout's reward is the sum of its token-level rewards.
-        margin: a number, or a schedule of the trainer's `global_step`, whose first is 0 here.
+        margin: a number, or a schedule of the trainer's `global_step`, counted from 0.
 
     Returns:
         The class. It raises ValueError for settings that would make the loss another.

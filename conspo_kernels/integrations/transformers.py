@@ -1,4 +1,4 @@
-"""ConSPO, and every other loss here, on a causal LM of transformers: from its hidden states, its logits never whole.
+"""ConSPO, and every other loss of this library, on a causal LM of transformers: its logits are never whole in memory.
 
     loss = conspo_loss_of(model, batch, rewards, groups, tau=0.5)
 
@@ -8,7 +8,7 @@ other function that takes hidden states, `head_inputs` gives its arguments:
     logprobs = linear_token_logprobs(**head_inputs(model, batch))
 
 A batch is what transformers' collators make, padded or packed. The first call compares the model's own logits of a few
-tokens with what is computed here, and raises where they differ.
+tokens with those of `head_inputs`, and raises where they differ.
 """
 
 from __future__ import annotations
@@ -125,6 +125,7 @@ def conspo_loss_of(
         model, batch: as `head_inputs`.
         rewards: [S] float, int or bool, one per rollout; NaN = unscorable. May lie on the CPU.
         groups: the size of a group, or [S] integer prompt ids. May lie on the CPU.
+        return_metrics: return a `ConSPOOutput`.
         options: of `linear_conspo_loss`: tau, margin, temperature, num_groups, parallel, workspace_mib ...; not those
             that the model and the batch decide.
 

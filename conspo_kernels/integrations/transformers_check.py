@@ -50,8 +50,8 @@ def check_head(model: nn.Module) -> None:
         model: as `causal_lm_head`. It runs in evaluation mode, in which it is not left if it came in another.
 
     Raises:
-        ValueError: they differ. The model does something to its hidden states or logits that is not known here, and a
-            loss from its hidden states would be wrong; `conspo_loss` on its logits is right.
+        ValueError: they differ. The model does something to its hidden states or logits that `causal_lm_head` does not
+            know, and a loss from its hidden states would be wrong; `conspo_loss` on its logits is right.
 
     Cost: two forward passes of four tokens.
     """

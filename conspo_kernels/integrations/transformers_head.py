@@ -109,7 +109,7 @@ def _linear_of(lm: Any) -> nn.Linear:
             "through it, where the weight is whole"
         )
     if module.weight.numel() == 0:
-        raise ValueError(f"the head of {name} is empty here: if it is sharded (ZeRO-3), gather it around the call")
+        raise ValueError(f"the head of {name} must not be empty: if it is sharded (ZeRO-3), gather it around the call")
     if not module.weight.is_floating_point():
         raise ValueError(f"the head of {name} must be floating point, got {module.weight.dtype}: do not quantise it")
     return module

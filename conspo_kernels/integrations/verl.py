@@ -48,7 +48,7 @@ def register(
 
     Args:
         tau, reward_threshold: as `conspo_loss`. The reward of a rollout is the sum of its token-level rewards.
-        margin: a number, or a schedule of verl's training step, whose first is 0 here.
+        margin: a number, or a schedule of verl's training step, counted from 0.
         on_step: called in the trainer's process with the step (-1 where no trainer has set one) and the metrics
             `conspo/...` of its whole batch.
 
@@ -183,16 +183,17 @@ def policy_loss(
     """A policy loss in verl's signature: the mean over the mini-batch's rollouts of sum_t -advantage * logp.
 
     Args:
-        old_log_prob, log_prob, advantages, response_mask: [b, T] of a micro-batch; advantages of the estimator here.
+        old_log_prob, log_prob, advantages, response_mask: [b, T] of a micro-batch; advantages: `advantage_estimator`'s.
         loss_agg_mode: of entropy and KL terms, which verl adds; this loss has its own.
         config: the actor's, whose `global_batch_info` says what the mini-batch is over all ranks and micro-batches.
+        rollout_is_weights: verl's importance weights; must be None.
 
     Returns:
         The loss, and metrics: `actor/ppo_kl`, mean of old - new, and `actor/conspo_logprob_drift`, the largest
         difference of a token. Both are zero in the first mini-batch, where the gradient is exact.
 
     Raises:
-        ValueError: importance weights are given, of which ConSPO knows none; the size of the mini-batch is not.
+        ValueError: importance weights are given, which ConSPO does not have; the size of the mini-batch is not given.
 
     Source: verl 0.9.1, verl/workers/utils/losses.py, `ppo_loss`.
     """

@@ -53,7 +53,7 @@ def linear_cross_entropy(
 
 
 def _with_part_of_gradient(hidden: Tensor, ranks: int) -> Tensor:
-    """The same values; backward hands on 1/ranks of the gradient, which is whole on every rank here."""
+    """The same values; backward hands on 1/ranks of the gradient, which every rank has whole."""
     hidden = hidden.view_as(hidden)
     if hidden.requires_grad:
         hidden.register_hook(lambda gradient: gradient / ranks)

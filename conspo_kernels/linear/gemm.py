@@ -1,4 +1,4 @@
-"""Products of matrices, by torch, and sums of them in fp32; the fused-linear path's GEMMs all go through here."""
+"""The GEMMs of the fused-linear path: products of matrices by torch, and sums of products in fp32."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum, where GEMMs cannot do that; torch widens a copy
-WIDENS = frozenset({"cuda"})  # devices whose GEMMs write what they have summed, in fp32, of narrower matrices
+PRODUCT_BYTES = 2**24  # of a product that is added to a wider sum where a GEMM cannot: torch makes a wider copy of it
+WIDENS = frozenset({"cuda"})  # devices whose GEMMs of 16-bit matrices can write their fp32 sums unrounded
 REDUCTIONS = {
     torch.bfloat16: "allow_bf16_reduced_precision_reduction",
     torch.float16: "allow_fp16_reduced_precision_reduction",
@@ -17,7 +17,7 @@ REDUCTIONS = {
 
 
 def slices(total: int, size: int) -> Iterator[slice]:
-    """Of `size` each, the last perhaps shorter."""
+    """Slices of `size` that cover `total`; the last may be shorter."""
     for start in range(0, total, max(1, size)):
         yield slice(start, min(start + size, total))
 
@@ -79,7 +79,7 @@ class Sum:
 
     @classmethod
     def onto(cls, total: Tensor) -> Sum:
-        """Added to what is there."""
+        """A sum that begins with the values of `total`."""
         added = cls(total, 1)
         added.begun = True
         return added

@@ -6,10 +6,11 @@
     store        all logits fit the workspace and are kept for backward       1 + 2
     frozen       neither weight nor bias needs a gradient: that of hidden,    2 + 0
                  for coefficients of one, in the forward
-    known        the coefficients are there beforehand (`known_gradient`)     3 + 0
+    known        the coefficients are known beforehand (`known_gradient`)     3 + 0
 
 GEMMs by torch; the statistics of a tile of logits, and its gradient in place, by the kernels that are handed in.
-Names: n tokens (those without gradient left out), v vocabulary, h hidden; z a tile of logits.
+Names: n tokens that take part, of N; r tokens of a tile; v vocabulary, h hidden size; z a tile of logits [r, columns],
+dz its gradient in the dtype of the GEMMs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from .tiling import Tile, backward_tile, fixed_tile, row_tile
 
 
 class Run(NamedTuple):
-    """What every mode works with.  workspace: bytes for tiles of logits."""
+    """The arguments that all modes share.  workspace: bytes for tiles of logits."""
 
     kernels: TokenLogprob
     tokens: Tokens
@@ -40,7 +41,7 @@ class Run(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are wanted."""
+    """Which gradients are needed."""
 
     hidden: bool
     weight: bool
@@ -197,8 +198,9 @@ def _row_tile(run: Run, batch_invariant: bool = False) -> Tile:
 def _row_tiles(
     run: Run, batch_invariant: bool = False, narrow: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
-    """Tiles of whole rows, all in one buffer: which tokens [r], their hidden states [r, H] and logits [r, V], and where
-    the gradient of these goes.
+    """Tiles of whole rows, one after another in one buffer.
+
+    Yields the slice of tokens, their hidden states [r, H], their logits [r, V], and room for the gradient of these.
 
     batch_invariant: every GEMM has one shape, the last one padded, so that a token's results do not depend on others.
     """
@@ -227,14 +229,14 @@ def _bias_sum(z: Tensor) -> Tensor:
 
 
 def _empty(run: Run, with_entropy: bool) -> Statistics:
-    """[n], to be filled."""
+    """Statistics [n] to be filled."""
     hidden = run.tokens.hidden
     acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return Statistics.empty((run.tokens.number,), acc, hidden.device, with_entropy)
 
 
 def _part(statistics: Statistics, rows: slice) -> Statistics:
-    """Of a tile, as the kernels take them: [1, r]."""
+    """The statistics of a tile, as the kernels take them: [1, r]."""
     return statistics.map(lambda x: x[None, rows])
 
 

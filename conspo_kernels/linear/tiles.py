@@ -32,9 +32,9 @@ class Head(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """hidden [N, H]; of the tokens that take part labels [n] and places, which they are, [n] int64, None: all.
+    """hidden: [N, H] of all tokens.  labels: [n] of those that take part.  places: [n] int64, their indices; None: all.
 
-    selection: how their numbers are put together and back.
+    selection: gathers and spreads numbers of tokens.
     """
 
     hidden: Tensor
@@ -44,7 +44,7 @@ class Tokens(NamedTuple):
 
     @classmethod
     def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None, selection: Selection) -> Tokens:
-        """Those with a label, of labels [N] on the CPU, where they can be looked at; else those at `places`."""
+        """labels [N] on the CPU: the tokens with a label take part. Elsewhere: those at `places`, or all for None."""
         if labels.device.type == "cpu":
             active = labels != IGNORED
             places = None if active.all() else active.nonzero()[:, 0]
@@ -90,7 +90,7 @@ class Tokens(NamedTuple):
 class LogitTiles:
     """Tiles of logits, one after another in one buffer.
 
-    narrow: gradients are not written over wider logits, but in the dtype that they are multiplied in beside them.
+    narrow: logits are wider than the operands of the GEMMs. Gradients get a buffer of their own, in the narrow dtype.
     """
 
     def __init__(self, head: Head, rows: int, columns: int, narrow: bool = False) -> None:
@@ -99,12 +99,12 @@ class LogitTiles:
         self.gradients = head.weight.new_empty(rows * columns) if narrow else self.buffer
 
     def compute(self, hidden: Tensor, columns: slice) -> Tensor:
-        """hidden [r, H] -> logits [r, c]."""
+        """hidden [r, H] -> logits [r, columns]."""
         weight, bias, _dtype = self.head
         size = (hidden.shape[0], columns.stop - columns.start)
         out = self.buffer[: size[0] * size[1]].view(size)
         return gemms.gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
 
     def gradient(self, z: Tensor) -> Tensor:
-        """Room for the gradient of a tile z [r, c]."""
+        """Room for the gradient of a tile z [r, columns]."""
         return self.gradients[: z.numel()].view(z.shape)

@@ -1,7 +1,8 @@
 """Tiles of logits for the fused-linear path: what fits the workspace, and which of that moves the fewest bytes.
 
 A tile is rows x columns of the [N, V] logits. What is summed over tiles goes through memory again for every further
-one: dW [V, H] for tiles of rows, dH [N, H] for tiles of columns. Names: n tokens, v vocabulary, h hidden.
+one: the gradient of weight [V, H] for tiles of rows, that of hidden [N, H] for tiles of columns. Names: n tokens, v
+vocabulary, h hidden size.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ MEMORY_SHARE = 32  # of a GPU's memory: on 80 GB 8192 tokens of 151,936 logits a
 
 
 def workspace_of(memory: int) -> int:
-    """Bytes of tiles for a device with so much memory, 0 if it is not a GPU."""
+    """Bytes for tiles of logits.  memory: of the GPU, in bytes; 0 if the device is not a GPU."""
     return max(LEAST_WORKSPACE, memory // MEMORY_SHARE)
 
 
@@ -52,7 +53,7 @@ def row_tile(problem: Problem, workspace: int) -> Tile:
 
 
 def fixed_tile(problem: Problem, workspace: int) -> Tile:
-    """Whole rows, as many whatever the number of tokens."""
+    """Whole rows, the same number whatever the number of tokens."""
     gathered = problem._replace(gathered=True)  # as its padding is
     return Tile(max(1, min(FIXED_ROWS, workspace // gathered.tile_bytes(1, problem.vocab_size))), problem.vocab_size)
 

@@ -1,4 +1,4 @@
-"""Gradients have no derivative of their own here: asked for one, they raise rather than be constants in silence."""
+"""Second derivatives raise. Without this module a gradient would be a constant in silence."""
 
 from __future__ import annotations
 

@@ -71,6 +71,7 @@ def group_infonce(
         order, offsets, slots: `Segments` of ragged groups, or None each: groups of `group_size` consecutive rollouts.
         margin: 0-d.
         num_groups: 0-d denominator of "mean", or None: the number of valid groups.
+        tau, reward_threshold, reduction, implementation: as `conspo_loss`.
 
     Returns:
         loss: 0-d, or the K losses of the slots for "none"; dtype of the scores.
@@ -82,7 +83,7 @@ def group_infonce(
 
 
 class RolloutGroups(NamedTuple):
-    """Of rollouts [S], as the ops take them: on their device or on the CPU."""
+    """Rewards and groups of rollouts [S] as the ops take them: on the device of the scores or on the CPU."""
 
     rewards: Tensor
     order: Tensor | None
@@ -91,7 +92,7 @@ class RolloutGroups(NamedTuple):
     size: int
 
     def segments(self, device: torch.device) -> Segments | None:
-        """On a device; what is on the CPU is brought there in one copy."""
+        """The segments of ragged groups on a device, brought there in one copy; None for equal groups."""
         if self.order is None or self.offsets is None or self.slots is None:
             return None
         parts = (self.order, self.offsets, self.slots)

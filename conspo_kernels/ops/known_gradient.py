@@ -47,7 +47,7 @@ def _fake_known_(logits: Tensor, labels: Tensor, coefficients: Tensor, *_: objec
 def token_logprob_known_(
     logits: Tensor, labels: Tensor, coefficients: Tensor, transform: list[float], implementation: str
 ) -> Tensor:
-    """The same, the gradient written over the logits."""
+    """`token_logprob_known`, with the gradient written over the logits."""
     rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
     return _run(logits, rows, coefficients, implementation)
 

@@ -45,15 +45,19 @@ def run_of(
     )
 
 
-@torch.compiler.assume_constant_result
 def default_workspace(device: torch.device) -> int:
     """Bytes for tiles of logits: by the size of a device's memory, not by what is free of it, as sums depend on it."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return workspace_of(total)
 
 
+# What `torch.compiler.assume_constant_result` does. That function imports dynamo, and with it Triton, which has to be
+# imported later: `gradcheck` first decides whether Triton interprets.
+default_workspace._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
-    """An op returns tensors, and no tensor twice."""
+    """x, or for None a new empty tensor: an op returns tensors only, and no tensor twice."""
     return like.new_empty(0) if x is None else x
 
 
@@ -112,7 +116,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(row_max)
     stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again
-    # What is traced may not overwrite what the forward returned.
+    # A traced backward may not overwrite what the forward returned.
     backward = linear_logprob_backward if _traced(stored) else linear_logprob_backward_
     upstream = [grad_logprobs] if grad_entropy is None else [grad_logprobs, grad_entropy]
     with torch.no_grad():
@@ -152,8 +156,9 @@ def linear_logprob(
         weight: [V, H].
         bias: [V] or None.
         labels: [N] int64, an index or `IGNORED`.
-        places: [n] int64, the tokens whose log-probability somebody wants; None: not known, or told by CPU labels.
-        weight_grad: [V, H] fp32 (fp64), untouched here: backward adds the gradient of weight to it, and returns none.
+        places: [n] int64, rising: indices of the tokens to compute. None: all, or on a CPU those with a label.
+        weight_grad: [V, H] fp32 (fp64). Forward does not touch it. Backward adds the gradient of weight to it, and
+            returns none.
         logits_dtype: of the tiles of logits.
         mode: "none", "recompute", "store" or "frozen".
         workspace: bytes for tiles of logits.
@@ -197,7 +202,8 @@ def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return fake_gradients(hidden, weight, bias, statistics[0], [needs[0], needs[1] and weight_grad is None, needs[2]])
 
 
-# Two ops for all backwards. Where nothing is stored or accumulated into, they are functional.
+# Two ops for all backwards; they differ in whether stored logits are overwritten. Without them and without weight_grad
+# both are functional.
 @op(_fake_backward, mutates=("weight_grad",))
 def linear_logprob_backward(
     stored: Tensor | None,
@@ -260,7 +266,7 @@ def _backward_run(
     upstream: list[Tensor],
     *settings: Any,
 ) -> Run:
-    if stored is None and labels.device.type == "cpu":  # what has no gradient needs no logits: of another rank's groups
+    if stored is None and labels.device.type == "cpu":  # a token without an incoming gradient needs no logits
         wanted = torch.stack([x != 0 for x in upstream]).any(0)
         labels = torch.where(wanted, labels, IGNORED)
     return run_of(hidden, weight, bias, labels, places, *settings)

@@ -21,7 +21,7 @@ def _fake(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
 
 @op(_fake)
 def placed(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A copy of x, which is elsewhere or of another dtype, without waiting for the device."""
+    """A copy of x on the device, in the dtype, made without waiting for the device."""
     return to_device(x, device, dtype)
 
 
@@ -32,5 +32,5 @@ def _fake_places(keep: Tensor, device: torch.device) -> Tensor:
 
 @op(_fake_places)
 def token_places(keep: Tensor, device: torch.device) -> Tensor:
-    """Where `keep` [N] bool, on the CPU, is True, [n] int64 on a device: once, for forward and backward."""
+    """[n] int64 on a device: the indices at which `keep` [N] bool, on the CPU, is True."""
     return to_device(keep.nonzero()[:, 0], device)

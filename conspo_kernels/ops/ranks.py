@@ -1,4 +1,4 @@
-"""What crosses ranks, as ops: process groups are named, so that torch.compile can trace them; "" is none."""
+"""Collectives as ops. An op takes a process group by its name, so that torch.compile can trace it; "" is no group."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def statistics_over_ranks(
             )
         raise ValueError(
             "labels must lie in the vocabulary of all ranks or equal ignore_index; "
-            f"found {labels[position].item()} at token {position}"
+            f"got {labels[position].item()} at token {position}"
         )
     return Statistics(*whole)
 
@@ -60,7 +60,7 @@ def _fake_sum(x: Tensor, *_: object) -> Tensor:
 
 @op(_fake_sum)
 def sum_over_ranks(x: Tensor, group: str) -> Tensor:
-    """The sum of what the ranks of a group have."""
+    """The sum over the ranks of a group."""
     total = x.clone()
     torch.distributed.all_reduce(total, group=resolved(group))
     return total
@@ -122,7 +122,8 @@ def _backward_gather(ctx: Any, grad_scores: Tensor, *_: object) -> tuple[Any, ..
 def gather_rollouts(
     scores: Tensor, rewards: Tensor, counts: Tensor | None, ids: Tensor | None, group: str, factor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """scores, rewards, counts and ids of all ranks in rank order (the last two empty if None), and the places of ours.
+    """scores, rewards, counts and ids of all ranks in rank order (the last two empty if None), and the indices
+    of this rank's rollouts among them.
 
     The host waits once, for the numbers of rollouts.  factor: of the gradient, as in `whole_scores`.
     """

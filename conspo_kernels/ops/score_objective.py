@@ -1,6 +1,6 @@
-"""Any objective on scores, as PyTorch runs it: value and gradient from one pure function, as `objective.py` has one.
+"""Any objective on scores, in PyTorch: one pure function gives value and gradient, as `objective.group_infonce` does.
 
-No op is registered: what it calls is PyTorch's own, which torch.compile sees.
+No op is registered: the function calls PyTorch's own ops, which torch.compile sees.
 """
 
 from __future__ import annotations

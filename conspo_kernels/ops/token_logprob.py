@@ -54,8 +54,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     arguments = (labels, [row_max, log_sum, entropy], upstream, ctx.transform, ctx.implementation)
     if not ctx.inplace_backward:
         return token_logprob_backward(logits, *arguments), *others
-    # The op counts as a modification of the logits, so that whoever saved them, a second backward too, is told by
-    # autograd.
+    # The op counts as a modification of the logits: autograd raises in any other backward that saved them.
     token_logprob_backward_(logits, *arguments)
     return logits.detach(), *others
 
@@ -135,7 +134,7 @@ def token_logprob_backward_(
     transform: list[float],
     implementation: str,
 ) -> None:
-    """The same, written over the logits."""
+    """`token_logprob_backward`, with the gradient written over the logits."""
     rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
     _write_gradient(logits, rows, statistics, upstream, implementation)
 

@@ -1,7 +1,7 @@
-"""conspo::weighted_sum: the value of a loss with known weights, to which gradients that are there already are tied.
+"""conspo::weighted_sum: the value of a loss with known weights, tied to gradients that were computed with it.
 
-Backward multiplies them, in place, by the scalar that comes in, or adds them to a buffer that is kept for weight. A
-second backward is told by autograd.
+Backward multiplies these gradients in place by the scalar that comes in. The gradient of weight may instead be added to
+a buffer. Autograd reports a second backward.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
-    weights, counts, *gradients = ctx.saved_tensors  # the first backward modified them: autograd tells a second
-    if ctx.used and any(gradient is not None for gradient in gradients):  # but inside of hooks
+    weights, counts, *gradients = ctx.saved_tensors  # the first backward modified them: autograd raises in a second
+    if ctx.used and any(gradient is not None for gradient in gradients):  # but not inside of saved-tensor hooks
         raise RuntimeError("a second backward through a loss of known weights, whose gradient the first has scaled")
     ctx.used = True
     grad_values = None
@@ -88,7 +88,7 @@ def weighted_sum(
     Args:
         values, weights: of one shape.
         counts: of that shape, or None.
-        x, weight, bias: what the value has known gradients by: logits or hidden states, the head's weight and bias.
+        x, weight, bias: the inputs with known gradients: logits or hidden states, the head's weight and bias.
         grad_x, grad_weight, grad_bias: these gradients, or None.
         weight_grad: backward adds the gradient of weight to it, and returns none; `grad_weight` has its dtype.
     """

@@ -134,7 +134,7 @@ class Program:
             rest = ~condition if top.mask is None else ~condition & top.mask
             top.at = block.join
             if top.at in (top.join, self.end):
-                stack.pop()  # whoever waits for them does so further down already
+                stack.pop()  # threads that wait for them are further down the stack already
             for mask, at in ((rest, block.otherwise), (taken, block.taken)):
                 if at not in (block.join, self.end):
                     stack.append(Split(mask, at, block.join))

@@ -136,10 +136,10 @@ class Memory:
         parts: list[tuple[Region, Array | None]] = []
         inside = np.zeros(address.shape, bool)
         for region in self.regions:
-            here = (address >= region.start) & (address + size <= region.end)
-            if here.any():
-                parts.append((region, np.flatnonzero(here)))
-                inside |= here
+            in_region = (address >= region.start) & (address + size <= region.end)
+            if in_region.any():
+                parts.append((region, np.flatnonzero(in_region)))
+                inside |= in_region
         if not inside.all():
             self.complain(f"{what}: outside of the memory that was passed", address, ~inside, threads)
         return parts
@@ -191,7 +191,7 @@ class Memory:
         self, region: Region, address: Array, those: Array | None, size: int, changed: Array | None, threads: Accessing,
         text: str,
     ) -> None:  # fmt: skip
-        """Only references are kept: nothing of this is looked at unless somebody stores to the region."""
+        """Keeps references only: `races` reads them if some access stores to the region."""
         if those is not None:
             lanes: Array | None = threads.active()[those]
         else:

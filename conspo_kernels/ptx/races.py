@@ -1,4 +1,4 @@
-"""Races, found in what a launch's accesses have written down.
+"""Races between threads, read from the record of a launch's accesses.
 
 Two threads race where they touch the same bytes, one of them stores, and nothing orders them: between CTAs nothing
 does; in a CTA a barrier does, within a warp also a barrier of the warp. Two things are no race:

@@ -66,8 +66,8 @@ def _save(figure: Any, path: Path) -> None:
 def rows_of(name: str, op: str, shape: str) -> list[dict[str, Any]]:
     """Timed rows of an op, the fastest first; `limit` rows are what a copy or the bare GEMMs take."""
     rows = json.loads((RESULTS / name).read_text(encoding="utf-8"))["rows"]
-    found = [row for row in rows if row["op"] == op and row["shape"] == shape and row.get("seconds")]
-    return sorted(found, key=lambda row: row["seconds"]["median"])
+    timed = [row for row in rows if row["op"] == op and row["shape"] == shape and row.get("seconds")]
+    return sorted(timed, key=lambda row: row["seconds"]["median"])
 
 
 def bars(ax: Any, rows: list[dict[str, Any]], value: str) -> None:

@@ -7,7 +7,7 @@ import torch
 from .. import contract
 from . import group_infonce, label_alignment, scale, selection, sequence_score, token_logprob
 
-# That the modules keep the contract.
+# For the type checker: these modules keep the contract.
 _: tuple[
     contract.TokenLogprob,
     contract.SequenceScore,

@@ -1,4 +1,4 @@
-"""Labels as the ops take them, of labels as users have them: masked, shifted, packed; PyTorch."""
+"""Users' labels (masked, shifted, packed) in the form that the ops take: PyTorch."""
 
 from __future__ import annotations
 

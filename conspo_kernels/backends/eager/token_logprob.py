@@ -16,7 +16,7 @@ CHUNK_ELEMENTS = 1 << 21
 
 
 def _row_chunks(keep: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions (b, t) of the tokens to keep, a chunk of rows at a time; of all tokens where they cannot be chosen."""
+    """Positions (b, t) of the tokens to keep, a chunk of rows at a time; of all tokens on a GPU."""
     if _can_choose(keep):
         tokens = keep.flatten().nonzero()[:, 0]
     else:

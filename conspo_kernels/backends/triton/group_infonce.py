@@ -58,7 +58,7 @@ def _members(
     start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold,
     RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """The j-th block of members of each group: rollout, in the group at all, score, positive, negative."""
+    """Members j .. j + MEMBERS of each group: rollout, whether there is one, score, positive, negative."""
     position = start[:, None] + (j + tl.arange(0, MEMBERS))[None, :]
     inside = position < stop[:, None]
     rollout = position
@@ -140,7 +140,7 @@ def _positives(
 
 @triton.jit
 def _number(ptr, value, acc: tl.constexpr):
-    """A number that is on the device, or was known on the host."""
+    """A number: read from the device, or passed by the host that knew it."""
     if ptr is not None:
         return tl.load(ptr).to(acc)
     else:
@@ -316,7 +316,7 @@ def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
 
 
 def _pointer_or_number(x: Tensor | None) -> tuple[Tensor | None, float]:
-    """A 0-d tensor as a kernel takes it: a number where the host can look at it."""
+    """(tensor, 0) for a 0-d tensor on the device, (None, number) for one that the host can read."""
     if x is None:
         return None, 0.0
     return (None, float(x.item())) if x.device.type == "cpu" else (x, 0.0)

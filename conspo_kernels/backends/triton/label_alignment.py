@@ -1,4 +1,4 @@
-"""Labels as the other kernels take them, of masked, shifted, packed ones as users have them; one launch, in Triton.
+"""Users' labels (masked, shifted, packed) in the form that the other kernels take: one launch, in Triton.
 
 Names: b sequences, t positions, token = b * T + t.
 """
@@ -53,7 +53,7 @@ def _kernel(
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = token < num_tokens
     b, t = token // num_positions, token % num_positions
-    source = t + 1 if SHIFT else t  # whose label position t predicts
+    source = t + 1 if SHIFT else t  # the position of the label that position t predicts
     active = in_range & (source < num_positions)
     if offsets_ptr is not None:
         begin = tl.load(offsets_ptr).to(tl.int64)

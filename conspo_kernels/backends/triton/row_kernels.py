@@ -3,7 +3,9 @@
 A row's statistics are saved as (max u, log sum exp(y - max y)), kept apart: their sum would lose the digits of
 log-probabilities at |z| = 1e4.
 
-Names: b sequences, t positions, token = b * T + t, v vocabulary; z raw logits, u and `scale` as in `softmax.py`.
+Names: b sequences, t positions, token = b * T + t, v vocabulary; z raw logits; u, m, s, w and `scale` as in
+`softmax.py` (w for the entropy); d = u - m. In backward c and h are the incoming gradients of a log-probability and of
+an entropy; h is not the hidden size, which no kernel knows.
 """
 
 import triton

@@ -71,7 +71,7 @@ def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
 
 
 def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
-    """How the kernels that walk rows cut them. kernel: of `launch.TABLE`."""
+    """Constexprs and warps of a kernel that walks rows.  kernel: of `launch.TABLE` or `launch.KNOWN`."""
     size = logits.element_size()
     launch = launch_of(kernel, logits)
     cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes}
@@ -89,8 +89,8 @@ def num_chunks_of(logits: Tensor) -> int:
 def aligned_base(x: Tensor) -> tuple[Tensor, int]:
     """`x` from the 16-byte boundary at or before its first element, and how many elements earlier that is.
 
-    Triton compiles 16-byte accesses only where it knows the pointer to be aligned, and only the pointer: rows that
-    begin elsewhere are the kernels' business. Where the storage itself begins past that boundary (memory wrapped from
+    Triton compiles 16-byte accesses only where it knows the pointer to be aligned, and only the pointer: kernels
+    take care of rows that begin elsewhere. Where the storage itself begins past that boundary (memory wrapped from
     elsewhere) `x` is used as it is, and accesses are narrow.
     """
     early = x.data_ptr() % VECTOR_BYTES // x.element_size()

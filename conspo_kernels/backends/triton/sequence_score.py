@@ -73,7 +73,7 @@ def _fill_gap(out_ptr, start, stop, value, BLOCK: tl.constexpr):
 
 @triton.jit
 def _fill_outside(out_ptr, offsets_ptr, num_segments, num_tokens, value, BLOCK: tl.constexpr):
-    """Of packed tokens, those outside of all segments."""
+    """Store a value at the packed tokens that are outside of all segments."""
     zero = num_tokens * 0  # of its type, which a loop variable has to keep
     start = tl.maximum(tl.minimum(tl.load(offsets_ptr).to(tl.int64), num_tokens), zero)
     stop = tl.maximum(tl.minimum(tl.load(offsets_ptr + num_segments).to(tl.int64), num_tokens), zero)

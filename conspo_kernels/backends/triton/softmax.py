@@ -25,7 +25,7 @@ def tanh(z, inner, TANH: tl.constexpr):
     """u = tanh(x) for x = z * inner, inner in fp64, and (du/dz) / (4 * inner), which is 0 at -inf.
 
     With t = exp(-2 |x|) and r = -1 / (1 + t), |u| = (t - 1) r; the slope 4 t r^2 keeps its digits where u saturates.
-    TANH: "short" is wrong by about 1e-7 everywhere, "series" by a relative 1e-7; `transform.py` chooses.
+    TANH: "short" is wrong by about 1e-7 everywhere, "series" by a relative 1e-7; `LogitTransform.tanh` chooses.
     """
     t = tl.exp2(tl.abs(z) * (inner * (-2 * LOG2_E)).to(z.dtype))
     if z.dtype == tl.float64:
@@ -122,7 +122,10 @@ def merge(m, s, w, scale2, AXIS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
 def grad_tile(
     z, is_label, c, h, m, log_sum, entropy, inner, scale, TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr
 ):  # fmt: skip
-    """c * dlogp[label]/dz + h * dH/dz for a tile of logits z."""
+    """The gradient by a tile of logits z: c * dlogp[label]/dz + h * dentropy/dz.
+
+    c and h: the gradients that come in, of the row's log-probability and of its entropy.
+    """
     if TANH is not None:
         u, slope = tanh(z, inner, TANH)
         factor = (scale * inner * 4).to(z.dtype)

@@ -79,7 +79,7 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
 
 
 def _strided(logits: Tensor, grad_logits: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], bool]:
-    """Both from an aligned base, how their rows lie, and whether these are aligned alike."""
+    """Both from an aligned base, offset and strides of the rows of each, and whether these are aligned alike."""
     base, early = aligned_base(logits)
     grad_base, grad_early = aligned_base(grad_logits)
     row = (early, logits.stride(0), logits.stride(1))
@@ -90,7 +90,7 @@ def _strided(logits: Tensor, grad_logits: Tensor) -> tuple[Tensor, Tensor, tuple
 
 
 def _constants(logits: Tensor, transform: LogitTransform) -> dict[str, object]:
-    """The arguments that every kernel here takes."""
+    """The arguments that all kernels of `row_kernels.py` share."""
     return {
         "inner": transform.inner,
         "scale": transform.scale,

@@ -1,4 +1,4 @@
-"""TRL's loss head on this library's ops, for every one of its trainers, for as long as somebody wants it.
+"""TRL's loss head on this library's ops, for every one of its trainers, until it is disabled.
 
 TRL's trainers take log-probabilities and entropies from `ChunkedLogProbFunction`, given hidden states, and from
 `selective_log_softmax_and_entropy` and `selective_log_softmax`, given logits. While the loss head is on, all references

@@ -179,7 +179,7 @@ class ConSPOSteps(_Trainer):
             loss = self._step_loss
             drift = torch.where(weights != 0, (scores.detach() - inputs["conspo_scores"]).abs(), 0.0).max()
             self._metrics[mode]["conspo/score_drift"].append(self.accelerator.gather(drift).max().item())
-        else:  # all of the rollouts are here: these are the scores of the first pass
+        else:  # the micro-batch has all rollouts of the step: its scores are those of the first pass
             weights, loss, _ = self._weights(scores.detach(), inputs["conspo_rewards"], inputs["conspo_groups"])
         mask = _response_mask(inputs)
         totals = self.accelerator.reduce(torch.stack([(entropy * mask).sum(), mask.sum()]).detach(), reduction="sum")
