@@ -18,7 +18,15 @@ from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 from benchmarks.compiled import CASES, call_group_infonce, call_sequence_score, call_token_logprob
-from conspo_kernels.backends.triton import group_infonce, rows, scale, sequence_score, softmax, token_logprob
+from conspo_kernels.backends.triton import (
+    group_infonce,
+    row_kernels,
+    rows,
+    scale,
+    sequence_score,
+    softmax,
+    token_logprob,
+)
 from conspo_kernels.objective import GroupLoss
 from conspo_kernels.ptx import Fault, compiled, driver
 from conspo_kernels.ptx.execute import Program
@@ -38,7 +46,7 @@ def worst(actual: Tensor, exact: Tensor) -> float:
 
 def token_errors(result: tuple[Any, ...]) -> dict[str, float]:
     """Errors of a call of `call_token_logprob`; that of the gradient relative to the largest of its row."""
-    (logits, labels, transform), statistics, grad = result
+    (logits, labels, transform, _start), statistics, grad = result
     leaf = logits.double().requires_grad_()
     y = leaf if transform.softcap is None else transform.softcap * torch.tanh(leaf / transform.softcap)
     full = y.log_softmax(-1)
@@ -61,14 +69,14 @@ def score_errors(result: tuple[Any, ...]) -> dict[str, float]:
 
 
 def group_errors(result: tuple[Any, ...]) -> dict[str, float]:
-    rollouts, settings, found = result
-    assert isinstance(found, GroupLoss)
+    rollouts, settings, group_loss = result
+    assert isinstance(group_loss, GroupLoss)
     leaf = rollouts.scores.double().requires_grad_()
     groups = prompt_groups(4, rollouts.rewards, rollouts.counts.tolist(), settings.reward_threshold)
     losses = group_losses(list(leaf), groups, settings.tau, settings.margin.item())
     loss = torch.stack(list(losses.values())).mean()
     (weights,) = torch.autograd.grad(loss, leaf)
-    return {"loss": worst(found.loss, loss.detach()), "weights": worst(found.weights, weights)}
+    return {"loss": worst(group_loss.loss, loss.detach()), "weights": worst(group_loss.weights, weights)}
 
 
 def scale_errors(result: tuple[Any, ...]) -> dict[str, float]:
@@ -123,7 +131,8 @@ def forget(*functions: JITFunction) -> None:
 @contextlib.contextmanager
 def planted(function: JITFunction, old: str, new: str) -> Iterator[None]:
     """Another source of a function, and of the kernels that call it."""
-    callers = [softmax.grad_tile, token_logprob._backward_tile, *KERNELS]
+    device_functions = (row_kernels._chunk_statistics, row_kernels._backward_tile, row_kernels._write_gradient)
+    callers = [softmax.grad_tile, *device_functions, *KERNELS]
     source = function.src
     assert source.count(old) == 1, (old, source)
     try:
@@ -188,10 +197,12 @@ def faults() -> dict[str, Any]:
     result: dict[str, Any] = {"none": fault_of(forward)}
     with planted(rows.edges, "row + vocab_size)\n", "row + vocab_size + 1)\n"):
         result["mask"] = fault_of(forward)
-    hint = "tl.load(tl.max_contiguous(tl.multiple_of(logits_ptr + start + lanes, (16, 16)), (1, VECTOR)))"
+    load = "tl.load({}, eviction_policy=KEEP)"
+    aligned = "tl.max_contiguous(tl.multiple_of(logits_ptr + start + lanes, (16, 16)), (1, VECTOR))"
+    plain, hint = load.format("logits_ptr + start + lanes"), load.format(aligned)
     with (
         planted(rows.interior, "return first * VECTOR,", "return row,"),
-        planted(token_logprob._statistics_kernel, "tl.load(logits_ptr + start + lanes)", hint),
+        planted(row_kernels._chunk_statistics, plain, hint),
     ):
         result["hint"] = fault_of(forward)
     result["barriers, statistics"] = without_barriers(forward, "_statistics_kernel")

@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that this machine lacks: access widths, registers, stack, and when Triton compiles anew."""
+"""The kernels compiled for GPUs, on a CPU: access widths, registers, stack, and when Triton compiles anew."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """ConSPO for slime, prime-rl, OpenRLHF, SkyRL and NeMo-RL: each framework's documented tensors and signatures.
 
-None of the packages is installed for these tests. slime, prime-rl and NeMo-RL are on no package index; OpenRLHF and SkyRL bring 0.6 GB, and
-`integration_tests` runs their own code. What the frameworks do between our functions (their reductions, who divides by
-what) is written out below from the sources that each module names. Each test ends with one statement: the gradient is
-the whole batch's.
+None of the packages is installed for these tests. slime, prime-rl and NeMo-RL are on no package index; OpenRLHF and
+SkyRL bring 0.6 GB, and `integration_tests` runs their own code. What the frameworks do between our functions (their
+reductions, who divides by what) is written out below from the sources that each module names. Each test ends with one
+statement: the gradient is the whole batch's.
 """
 
 from __future__ import annotations
