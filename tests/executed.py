@@ -33,10 +33,12 @@ from conspo_kernels.ptx.execute import Program
 from conspo_kernels.reference import group_losses, prompt_groups
 from conspo_kernels.values import LogitRows, LogitTransform, Upstream
 
-KERNELS = (
-    token_logprob._statistics_kernel, token_logprob._combine_kernel, token_logprob._backward_kernel,
-    sequence_score._forward_kernel, sequence_score._backward_kernel, group_infonce._kernel, scale._kernel,
-)  # fmt: skip
+FUNCTIONS = [
+    function
+    for module in (softmax, rows, row_kernels, sequence_score, group_infonce, scale)
+    for function in vars(module).values()
+    if isinstance(function, JITFunction)
+]
 
 
 def worst(actual: Tensor, exact: Tensor) -> float:
@@ -131,17 +133,15 @@ def forget(*functions: JITFunction) -> None:
 @contextlib.contextmanager
 def planted(function: JITFunction, old: str, new: str) -> Iterator[None]:
     """Another source of a function, and of the kernels that call it."""
-    device_functions = (row_kernels._chunk_statistics, row_kernels._backward_tile, row_kernels._write_gradient)
-    callers = [softmax.grad_tile, *device_functions, *KERNELS]
     source = function.src
     assert source.count(old) == 1, (old, source)
     try:
         function._unsafe_update_src(source.replace(old, new))
-        forget(*callers)
+        forget(*FUNCTIONS)
         yield
     finally:
         function._unsafe_update_src(source)
-        forget(*callers)
+        forget(*FUNCTIONS)
 
 
 def fault_of(call: Callable[[], object], target: str = "sm_90") -> str:
@@ -178,12 +178,12 @@ def without_barriers(call: Callable[[], object], kernel: str) -> list[str]:
             return decode(self, name, binary, *rest)
 
         driver._Utilities.load_binary = load  # type: ignore[method-assign]
-        forget(*KERNELS)
+        forget(*FUNCTIONS)
         try:
             faults.append(fault_of(call))
         finally:
             driver._Utilities.load_binary = decode  # type: ignore[method-assign]
-            forget(*KERNELS)
+            forget(*FUNCTIONS)
     return faults
 
 
@@ -198,11 +198,10 @@ def faults() -> dict[str, Any]:
     with planted(rows.edges, "row + vocab_size)\n", "row + vocab_size + 1)\n"):
         result["mask"] = fault_of(forward)
     load = "tl.load({}, eviction_policy=KEEP)"
-    aligned = "tl.max_contiguous(tl.multiple_of(logits_ptr + start + lanes, (16, 16)), (1, VECTOR))"
-    plain, hint = load.format("logits_ptr + start + lanes"), load.format(aligned)
+    hint = load.format("tl.max_contiguous(tl.multiple_of(logits_ptr + start + lanes, (16, 16)), (1, VECTOR))")
     with (
         planted(rows.interior, "return first * VECTOR,", "return row,"),
-        planted(row_kernels._chunk_statistics, plain, hint),
+        planted(row_kernels._chunk_statistics, load.format("logits_ptr + start + lanes"), hint),
     ):
         result["hint"] = fault_of(forward)
     result["barriers, statistics"] = without_barriers(forward, "_statistics_kernel")

@@ -152,7 +152,7 @@ def test_rivals_that_are_absent_or_break() -> None:
 
 def test_absent_packages_are_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """None in sys.modules makes an import fail, installed or not."""
-    for name in ("trl", "flash_attn", "fla", "quack", "liger_kernel", "cut_cross_entropy", "verl"):
+    for name in ("trl", "trl.kernels", "flash_attn", "fla", "quack", "liger_kernel", "cut_cross_entropy", "verl"):
         monkeypatch.setitem(sys.modules, name, None)
     gpu = torch.device("cuda")
     for_gpu, group_losses = list(peers.peers(gpu, True)), list(peers.group_losses(gpu))
