@@ -71,14 +71,14 @@ def score_errors(result: tuple[Any, ...]) -> dict[str, float]:
 
 
 def group_errors(result: tuple[Any, ...]) -> dict[str, float]:
-    rollouts, settings, found = result
-    assert isinstance(found, GroupLoss)
+    rollouts, settings, group_loss = result
+    assert isinstance(group_loss, GroupLoss)
     leaf = rollouts.scores.double().requires_grad_()
     groups = prompt_groups(4, rollouts.rewards, rollouts.counts.tolist(), settings.reward_threshold)
     losses = group_losses(list(leaf), groups, settings.tau, settings.margin.item())
     loss = torch.stack(list(losses.values())).mean()
     (weights,) = torch.autograd.grad(loss, leaf)
-    return {"loss": worst(found.loss, loss.detach()), "weights": worst(found.weights, weights)}
+    return {"loss": worst(group_loss.loss, loss.detach()), "weights": worst(group_loss.weights, weights)}
 
 
 def scale_errors(result: tuple[Any, ...]) -> dict[str, float]:

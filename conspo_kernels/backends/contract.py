@@ -107,6 +107,10 @@ class Scale(Protocol):
         """target += source * factor (0-d); target and source have one shape and one dtype."""
 
 
+# What a backend offers, for the type checker: each backend assigns its modules to a variable of this type.
+Ops = tuple[TokenLogprob, SequenceScore, GroupInfoNCE, Scale, LabelAlignment, Selection]
+
+
 class Backend(Protocol):
     """A folder of `backends`, or a module."""
 

@@ -8,15 +8,7 @@ from .. import contract
 from . import group_infonce, label_alignment, scale, selection, sequence_score, token_logprob
 
 # For the type checker: these modules keep the contract.
-_: tuple[
-    contract.TokenLogprob,
-    contract.SequenceScore,
-    contract.GroupInfoNCE,
-    contract.Scale,
-    contract.LabelAlignment,
-    contract.Selection,
-]
-_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
+_: contract.Ops = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
 
 
 def obstacle(device: torch.device) -> str | None:

@@ -13,15 +13,7 @@ if TYPE_CHECKING:  # that the modules keep the contract
     from .. import contract
     from . import group_infonce, label_alignment, scale, selection, sequence_score, token_logprob
 
-    _: tuple[
-        contract.TokenLogprob,
-        contract.SequenceScore,
-        contract.GroupInfoNCE,
-        contract.Scale,
-        contract.LabelAlignment,
-        contract.Selection,
-    ]
-    _ = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
+    _: contract.Ops = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
 
 executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx.compiled`
 INSTALLED = importlib.util.find_spec("triton") is not None
