@@ -243,6 +243,8 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
                          weight_grad=torch.zeros(9, 5, requires_grad=True)), "weight_grad .* must not require a grad"),
     (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=torch.zeros(1, 5).expand(9, 5)),
      r"weight_grad must have an element for each of weight, got strides \(0, 1\)"),
+    (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=torch._neg_view(torch.zeros(9, 5))),
+     "weight_grad is written to memory, got a view that negates what memory holds"),
     (linear_loss, linear(weight=WEIGHT, weight_grad=WEIGHT.data), "weight_grad must not be the memory of weight"),
     (linear_loss, linear(weight_grad=torch.zeros(9, 5)), "weight_grad takes the gradient of weight, which does not"),
     (linear_phase_two, linear(weight=torch.randn(9, 5, requires_grad=True), labels=torch.full((4, 3), 9)),

@@ -139,6 +139,7 @@ def weight_grad(value: Any, weight: Tensor) -> None:
     _same_device("weight_grad", value, "weight", weight)
     if any(stride == 0 and n > 1 for stride, n in zip(value.stride(), value.shape, strict=True)):
         raise ValueError(f"weight_grad must have an element for each of weight, got strides {value.stride()}")
+    _memory_holds("weight_grad", value)
     if not torch.compiler.is_compiling() and value.untyped_storage()._cdata == weight.untyped_storage()._cdata:
         raise ValueError("weight_grad must not be the memory of weight, which it would be added to")
     if value.requires_grad:
@@ -308,12 +309,18 @@ def flags(**values: Any) -> None:
         _flag(name, value)
 
 
+def _memory_holds(name: str, value: Tensor) -> None:
+    if value.is_neg():
+        raise ValueError(f"{name} is written to memory, got a view that negates what memory holds: call resolve_neg()")
+
+
 def overwritten(name: str, value: Tensor) -> None:
     """The gradient may be written over these logits: they are not a leaf or its view, and no two rows share storage."""
     if not (value.requires_grad and torch.is_grad_enabled()):
         return
     if value.is_leaf:
         raise ValueError(f"{name} overwrites logits, which here is a leaf that the caller owns")
+    _memory_holds(name, value)
     if not torch.compiler.is_compiling():
         if value._base is not None and value._base.is_leaf:
             raise ValueError(f"{name} overwrites logits, which here is a view of a leaf that the caller owns")
