@@ -73,3 +73,19 @@ def test_what_is_overwritten_is_no_negative_view(device: torch.device) -> None:
         weighted_score_loss(torch._neg_view(x * 1), labels, WEIGHTS, inplace=True)
     with pytest.raises(ValueError, match="inplace_backward is written to memory, got a view that negates"):
         token_logprobs(torch._neg_view(x * 1), labels, inplace_backward=True)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_scores_have_no_second_derivative(reduction: str, implementation: str, device: torch.device) -> None:
+    """A penalty on the gradient raises: it must not be left out of the sum in silence."""
+    scores = torch.randn(4, device=device, requires_grad=True)
+    loss = conspo_loss_from_scores(scores, REWARDS, 2, reduction=reduction, implementation=implementation).sum()
+    (grad,) = torch.autograd.grad(loss, scores, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        (loss + grad.square().sum()).backward()
+
+    logprobs = torch.randn(4, 3, device=device, requires_grad=True)
+    loss = sequence_scores(logprobs, LABELS.to(device), implementation=implementation).square().sum()
+    (grad,) = torch.autograd.grad(loss, logprobs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        (loss + grad.square().sum()).backward()
