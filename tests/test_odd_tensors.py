@@ -12,7 +12,9 @@ from torch import Tensor
 from conspo_kernels import (
     conspo_loss,
     conspo_loss_from_scores,
+    linear_conspo_loss,
     linear_token_logprobs,
+    linear_weighted_score_loss,
     sequence_scores,
     token_logprobs,
     weighted_logprob_loss,
@@ -89,3 +91,20 @@ def test_scores_have_no_second_derivative(reduction: str, implementation: str, d
     (grad,) = torch.autograd.grad(loss, logprobs, create_graph=True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         (loss + grad.square().sum()).backward()
+
+
+def test_another_default_device(implementation: str, device: torch.device) -> None:
+    """Numbers go to the kernels on the CPU, whatever device new tensors are made on."""
+    x, labels = torch.randn(4, 3, 5, device=device), LABELS.to(device)
+    weight = torch.randn(5, 5, device=device)
+    results = []
+    for default in ("cpu", "meta"):
+        with torch.device(default):
+            results.append((
+                conspo_loss(x, labels, REWARDS, 2, margin=0.2, num_groups=3, implementation=implementation),
+                linear_conspo_loss(x, weight, labels, REWARDS, 2, margin=0.2, implementation=implementation),
+                linear_weighted_score_loss(x, weight, labels, WEIGHTS, implementation=implementation),
+            ))  # fmt: skip
+    for one, other in zip(*results, strict=True):
+        assert one.device == other.device == x.device
+        assert max_error(other, one) == 0
