@@ -108,3 +108,14 @@ def test_another_default_device(implementation: str, device: torch.device) -> No
     for one, other in zip(*results, strict=True):
         assert one.device == other.device == x.device
         assert max_error(other, one) == 0
+
+
+def test_linear_functions_of_meta_tensors() -> None:
+    """Shapes without data, on a device that has no autocast."""
+    hidden, weight = torch.empty(4, 3, 6, device="meta", requires_grad=True), torch.empty(5, 6, device="meta")
+    labels = LABELS.to("meta")
+    assert linear_token_logprobs(hidden, weight, labels).shape == (4, 3)
+    loss = linear_conspo_loss(hidden, weight, labels, REWARDS.to("meta"), 2)
+    loss.backward()
+    assert hidden.grad is not None
+    assert hidden.grad.is_meta

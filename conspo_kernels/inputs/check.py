@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from ..values import check_factor, check_margin
+from .autocast import autocast_dtype
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -124,7 +125,7 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
         _shape("bias", bias, (weight.shape[0],), "one per row of weight")
     for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
         _same_device(name, value, "hidden", hidden)
-        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if value.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
     if workspace_mib is not None:
         _positive("workspace_mib", workspace_mib)
