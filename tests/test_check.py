@@ -205,6 +205,8 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (loss, padded(reduction="avg"), "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
     (loss, padded(implementation="cuda"),
      "implementation must be one of 'auto', 'triton', 'native', 'torch', got 'cuda'"),
+    (loss, padded(rewards=torch.zeros(4).as_subclass(Sharded)),
+     r"rewards must be a plain tensor, got a DTensor: pass rewards.full_tensor\(\)"),
     # the other public functions
     (from_scores, scores(scores=torch.randn(4, 1)), r"scores must be \[S\], got \[4, 1\]"),
     (from_scores, scores(scores=torch.arange(4)),

@@ -23,11 +23,14 @@ REDUCTIONS = ("mean", "sum", "none")
 GRAD_REDUCTIONS = ("mean", "sum")
 
 
-def _tensor(name: str, value: Any) -> None:
+def _tensor(name: str, value: Any, sharded: bool = False) -> None:
+    """sharded: a DTensor is taken, or has an error of its own."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
+    if not sharded and hasattr(value, "full_tensor"):
+        raise ValueError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor() or its local part")
 
 
 def _reverse_mode(name: str, value: Tensor) -> None:
@@ -90,7 +93,7 @@ def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
 
 
 def logits(value: Any) -> None:
-    _tensor("logits", value)
+    _tensor("logits", value, sharded=True)
     _reverse_mode("logits", value)
     _dtype("logits", value, LOGIT_DTYPES, "fp16, bf16, fp32 or fp64")
     if value.dim() not in (2, 3):
@@ -104,7 +107,7 @@ def logits(value: Any) -> None:
 def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
     """Hidden states and the head that makes logits of them."""
     for name, value in (("hidden", hidden), ("weight", weight), *(() if bias is None else (("bias", bias),))):
-        _tensor(name, value)
+        _tensor(name, value, sharded=True)
         _reverse_mode(name, value)
         if hasattr(value, "full_tensor"):
             raise ValueError(
