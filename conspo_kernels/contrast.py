@@ -195,7 +195,7 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         # Dynamo turns a float that is added to a tensor into an input of the graph, and one that fills it into a guard.
         return torch.zeros((), dtype=like.dtype, device=like.device) + value
-    return torch.full((), value, dtype=like.dtype)
+    return torch.full((), value, dtype=like.dtype, device="cpu")
 
 
 class _Selected(NamedTuple):

@@ -92,7 +92,15 @@ def _eager(args: tuple[Any, ...]) -> bool:
     """Whether arguments are plain, and no compiler, mode or transform is active that has to see the op."""
     if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
         return False
-    return PLAIN.issuperset(map(type, args))
+    return PLAIN.issuperset(map(type, args)) and not _negative(args)
+
+
+def _negative(args: Sequence[Any]) -> bool:
+    """Whether a tensor is a view whose elements are minus what memory holds: the dispatcher gives an op a copy."""
+    for x in args:  # noqa: SIM110 - a generator costs a microsecond
+        if x.is_neg() if isinstance(x, Tensor) else isinstance(x, list) and _negative(x):
+            return True
+    return False
 
 
 def _function(

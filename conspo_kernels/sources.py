@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .inputs import check
-from .inputs.autocast import cast, cast_weight
+from .inputs.autocast import autocast_dtype, cast, cast_weight
 from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
 from .inputs.scalars import plain
 from .inputs.tokens import ON_ALL_RANKS, Predictions, TokenLayout
@@ -211,9 +211,8 @@ class HiddenSource(NamedTuple):
         if weight_grad is not None:
             check.weight_grad(weight_grad, weight)
         check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
-        shape, device = tuple(hidden.shape[:-1]), hidden.device.type
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        shape, dtype = tuple(hidden.shape[:-1]), autocast_dtype(hidden.device)
+        if dtype is not None:
             hidden, weight = cast(hidden, dtype), cast_weight(weight, dtype)
             bias = None if bias is None else cast(bias, dtype)
         check.logits_dtype(logits_dtype, hidden)

@@ -10,7 +10,7 @@ PINNED = frozenset({"cuda"})  # devices that copy asynchronously from pinned mem
 
 def staged(x: Tensor, dtype: torch.dtype) -> Tensor:
     """A copy in pinned memory."""
-    return torch.empty(x.shape, dtype=dtype, pin_memory=True).copy_(x)
+    return torch.empty(x.shape, dtype=dtype, device="cpu", pin_memory=True).copy_(x)
 
 
 def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -205,6 +205,8 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (loss, padded(reduction="avg"), "reduction must be one of 'mean', 'sum', 'none', got 'avg'"),
     (loss, padded(implementation="cuda"),
      "implementation must be one of 'auto', 'triton', 'native', 'torch', got 'cuda'"),
+    (loss, padded(rewards=torch.zeros(4).as_subclass(Sharded)),
+     r"rewards must be a plain tensor, got a DTensor: pass rewards.full_tensor\(\)"),
     # the other public functions
     (from_scores, scores(scores=torch.randn(4, 1)), r"scores must be \[S\], got \[4, 1\]"),
     (from_scores, scores(scores=torch.arange(4)),
@@ -243,6 +245,8 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
                          weight_grad=torch.zeros(9, 5, requires_grad=True)), "weight_grad .* must not require a grad"),
     (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=torch.zeros(1, 5).expand(9, 5)),
      r"weight_grad must have an element for each of weight, got strides \(0, 1\)"),
+    (linear_loss, linear(weight=torch.randn(9, 5, requires_grad=True), weight_grad=torch._neg_view(torch.zeros(9, 5))),
+     "weight_grad is written to memory, got a view that negates what memory holds"),
     (linear_loss, linear(weight=WEIGHT, weight_grad=WEIGHT.data), "weight_grad must not be the memory of weight"),
     (linear_loss, linear(weight_grad=torch.zeros(9, 5)), "weight_grad takes the gradient of weight, which does not"),
     (linear_phase_two, linear(weight=torch.randn(9, 5, requires_grad=True), labels=torch.full((4, 3), 9)),

@@ -133,6 +133,19 @@ def test_packed_is_padded(name: str) -> None:
     assert_gradients_equal(gradients(model, loss), gradients(model, expected))
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_first_token_is_no_response(side: str, masked: bool) -> None:
+    """Without a prompt, or with all tokens labelled: nothing predicts a rollout's first token, padding neither."""
+    model, batch = tiny_model("Llama"), padded_batch(side)
+    batch["labels"] = batch["input_ids"]
+    if masked:
+        batch["response_mask"] = torch.ones_like(batch["input_ids"])
+    loss, expected = (conspo_loss_of(model, layout, REWARDS, 2, **OPTIONS) for layout in (batch, packed(batch)))
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    assert_gradients_equal(gradients(model, loss), gradients(model, expected))
+
+
 @pytest.mark.parametrize("options", [{"return_flash_attn_kwargs": True}, {}, {"return_seq_idx": True}], ids=str)
 def test_a_flattening_collators_batch(options: dict[str, bool]) -> None:
     """With cu_seq_lens_q, and without, from position_ids that begin anew."""

@@ -186,6 +186,7 @@ def test_packing_is_checked_for_the_attention_in_use() -> None:
         ({"input_ids": None}, "batch must have 'input_ids'"),
         ({"labels": torch.zeros(4, 3, dtype=torch.int64)}, r"batch\['labels'\] must be \[4, 12\], as input_ids"),
         ({"cu_seq_lens_q": torch.tensor([0, 12])}, "leave attention_mask out"),
+        ({"attention_mask": torch.ones(4, 11)}, r"batch\['attention_mask'\] must be \[4, 12\], as input_ids"),
         ({"cu_seq_lens_q": torch.tensor([0, 12]), "attention_mask": None}, r"must have input_ids \[1, N\]"),
     ],
 )

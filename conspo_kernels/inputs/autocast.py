@@ -7,6 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast multiplies in on a device, where it is on; some devices ("meta") have none, and torch raises."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """x as autocast casts the operands of a product; fp64 stays."""
     return x if x.dtype == torch.float64 else x.to(dtype)

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.distributed import ProcessGroup
 
 from ..values import check_factor, check_margin
+from .autocast import autocast_dtype
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -22,11 +23,14 @@ REDUCTIONS = ("mean", "sum", "none")
 GRAD_REDUCTIONS = ("mean", "sum")
 
 
-def _tensor(name: str, value: Any) -> None:
+def _tensor(name: str, value: Any, sharded: bool = False) -> None:
+    """sharded: a DTensor is taken, or has an error of its own."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.layout != torch.strided or value.is_nested:
         raise ValueError(f"{name} must be a dense tensor, got {'a nested one' if value.is_nested else value.layout}")
+    if not sharded and hasattr(value, "full_tensor"):
+        raise ValueError(f"{name} must be a plain tensor, got a DTensor: pass {name}.full_tensor() or its local part")
 
 
 def _reverse_mode(name: str, value: Tensor) -> None:
@@ -44,9 +48,9 @@ def _dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], words: st
         raise ValueError(f"{name} must be {words}, got {value.dtype}")
 
 
-def _differentiable(name: str, value: Any, words: str) -> None:
+def _differentiable(name: str, value: Any, words: str, sharded: bool = False) -> None:
     """A floating-point tensor that reverse mode may differentiate by."""
-    _tensor(name, value)
+    _tensor(name, value, sharded)
     _reverse_mode(name, value)
     _dtype(name, value, LOGIT_DTYPES, words)
 
@@ -96,7 +100,7 @@ def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
 
 
 def logits(value: Any) -> None:
-    _differentiable("logits", value, "fp16, bf16, fp32 or fp64")
+    _differentiable("logits", value, "fp16, bf16, fp32 or fp64", sharded=True)
     if value.dim() not in (2, 3):
         raise ValueError(f"logits must be [B, T, V], or packed [N, V] or [1, N, V], got {list(value.shape)}")
     if value.shape[-1] == 0:
@@ -108,7 +112,7 @@ def logits(value: Any) -> None:
 def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
     """Hidden states and the head that makes logits of them."""
     for name, value in (("hidden", hidden), ("weight", weight), *(() if bias is None else (("bias", bias),))):
-        _tensor(name, value)
+        _tensor(name, value, sharded=True)
         _reverse_mode(name, value)
         if hasattr(value, "full_tensor"):
             raise ValueError(
@@ -129,7 +133,7 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
         _shape("bias", bias, (weight.shape[0],), "one per row of weight")
     for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
         _same_device(name, value, "hidden", hidden)
-        if value.dtype != hidden.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        if value.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
             raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
     if workspace_mib is not None:
         _positive("workspace_mib", workspace_mib)
@@ -144,6 +148,7 @@ def weight_grad(value: Any, weight: Tensor) -> None:
     _same_device("weight_grad", value, "weight", weight)
     if any(stride == 0 and n > 1 for stride, n in zip(value.stride(), value.shape, strict=True)):
         raise ValueError(f"weight_grad must have an element for each of weight, got strides {value.stride()}")
+    _memory_holds("weight_grad", value)
     if not torch.compiler.is_compiling() and value.untyped_storage()._cdata == weight.untyped_storage()._cdata:
         raise ValueError("weight_grad must not be the memory of weight, which it would be added to")
     if value.requires_grad:
@@ -309,12 +314,18 @@ def flags(**values: Any) -> None:
         _flag(name, value)
 
 
+def _memory_holds(name: str, value: Tensor) -> None:
+    if value.is_neg():
+        raise ValueError(f"{name} is written to memory, got a view that negates what memory holds: call resolve_neg()")
+
+
 def overwritten(name: str, value: Tensor) -> None:
     """Logits that a gradient may overwrite: neither a leaf nor its view, and no two rows share storage."""
     if not (value.requires_grad and torch.is_grad_enabled()):
         return
     if value.is_leaf:
         raise ValueError(f"{name} overwrites logits: they must not be a leaf, which the caller owns, got a leaf")
+    _memory_holds(name, value)
     if not torch.compiler.is_compiling():
         if value._base is not None and value._base.is_leaf:
             raise ValueError(

@@ -60,8 +60,8 @@ def head_inputs(model: nn.Module, batch: Mapping[str, Any]) -> HeadInputs:
         model: a causal LM of transformers, or one in PEFT's wrapper; not in DDP's or FSDP's, for which see `InForward`.
         batch: `input_ids` [B, T] and `attention_mask`, or packed [1, N] with `cu_seq_lens_q` [S + 1] or with
             `position_ids` [1, N] that begin anew; `labels` (those of transformers, not shifted: -100 where there is no
-            response token) or `response_mask` (0 there), or both. Padding is never a response token. All but these two
-            goes to the model.
+            response token) or `response_mask` (0 there), or both. Padding is never a response token, nor is a rollout's
+            first token, which nothing predicts. All but these two goes to the model.
 
     Returns:
         hidden [B, T, H] with a graph where gradients are enabled, and the arguments that belong to it.

@@ -47,8 +47,9 @@ def rollout_tokens(batch: Mapping[str, Any]) -> RolloutTokens:
         inputs["position_ids"] = _positions(cu_seqlens, ids.shape[1], ids.device)
     labels, mask = _labels(batch, ids)
     attention_mask = batch.get("attention_mask")
-    if cu_seqlens is None and isinstance(attention_mask, Tensor) and attention_mask.shape == ids.shape:
-        mask = attention_mask if mask is None else (mask != 0) & (attention_mask != 0)  # padding is no response
+    if cu_seqlens is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 2:
+        real = _predicted(attention_mask, ids)
+        mask = real if mask is None else (mask != 0) & real
     return RolloutTokens(labels, mask, cu_seqlens, inputs)
 
 
@@ -131,6 +132,16 @@ def _labels(batch: Mapping[str, Any], ids: Tensor) -> tuple[Tensor, Tensor | Non
     return labels, mask
 
 
+def _predicted(attention_mask: Tensor, ids: Tensor) -> Tensor:
+    """[B, T] bool: tokens, not padding, and with a token before them, which padding on the left is not."""
+    if attention_mask.shape != ids.shape:
+        raise ValueError(
+            f"batch['attention_mask'] must be {list(ids.shape)}, as input_ids, got {list(attention_mask.shape)}"
+        )
+    real = attention_mask != 0
+    return real & torch.nn.functional.pad(real[:, :-1], (1, 0))
+
+
 def _offsets(batch: Mapping[str, Any], ids: Tensor) -> Tensor | None:
     """cu_seqlens of a packed batch, None for a padded one."""
     attention_mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")
@@ -140,7 +151,10 @@ def _offsets(batch: Mapping[str, Any], ids: Tensor) -> Tensor | None:
             raise ValueError("a packed batch (cu_seq_lens_q) has no padding: leave attention_mask out")
         if ids.shape[0] != 1:
             raise ValueError(f"a packed batch (cu_seq_lens_q) must have input_ids [1, N], got {list(ids.shape)}")
-        return _tensor(batch, "cu_seq_lens_q")
+        cu_seqlens = _tensor(batch, "cu_seq_lens_q")
+        if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+            raise ValueError(f"batch['cu_seq_lens_q'] must be [S + 1], got {list(cu_seqlens.shape)}")
+        return cu_seqlens
     if ids.shape[0] != 1 or attention_mask is not None or position_ids is None:
         return None
     positions = _tensor(batch, "position_ids")

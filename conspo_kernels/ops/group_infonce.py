@@ -12,6 +12,7 @@ from ..objective import ContrastSettings, GroupLoss, Rollouts, Segments, equal_s
 from ..registration import device_guard, op
 from ..transfer import to_device
 from ..values import check_factor, check_margin
+from .derivative import without_derivative
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,7 +44,7 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Any, ...]
     others = (None,) * 12
     if grad_loss is None:
         return None, *others
-    return score_gradient(grad_loss, *ctx.saved_tensors), *others
+    return without_derivative(score_gradient(grad_loss, *ctx.saved_tensors)), *others
 
 
 @op(_fake, setup_context=_setup_context, backward=_backward)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..objective import ContrastSettings, GroupLoss, Rollouts, ScoreObjective, Segments, evaluate
 from ..transfer import to_device
+from .derivative import without_derivative
 from .group_infonce import score_gradient
 
 
@@ -26,7 +27,7 @@ class _Attached(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Any, ...]:
-        return score_gradient(grad_loss, *ctx.saved_tensors), None, None, None
+        return without_derivative(score_gradient(grad_loss, *ctx.saved_tensors)), None, None, None
 
 
 def score_objective(objective: ScoreObjective, rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:

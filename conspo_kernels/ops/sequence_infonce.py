@@ -13,6 +13,7 @@ from torch import Tensor
 from ..backends.registry import kernels_for
 from ..objective import equal_segments
 from ..registration import device_guard, op
+from .derivative import without_derivative
 from .group_infonce import RolloutGroups, score_gradient, score_groups
 from .sequence_score import sequence_score_backward
 
@@ -60,7 +61,8 @@ def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Any, ...]
     factor: Tensor | None = grad_loss
     if slots is not None:
         weights, factor = score_gradient(grad_loss, weights, slots), None
-    return sequence_score_backward(weights, counts, labels, offsets, ctx.implementation, factor), *others
+    gradient = sequence_score_backward(weights, counts, labels, offsets, ctx.implementation, factor)
+    return without_derivative(gradient), *others
 
 
 @op(_fake, setup_context=_setup_context, backward=_backward)

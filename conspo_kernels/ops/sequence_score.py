@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.registry import kernels_for
 from ..registration import device_guard, op
+from .derivative import without_derivative
 
 
 def _fake(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,8 @@ def _backward(ctx: Any, grad_scores: Tensor | None, _grad_counts: object) -> tup
     if grad_scores is None:
         return None, None, None, None
     labels, offsets, counts = ctx.saved_tensors
-    return sequence_score_backward(grad_scores, counts, labels, offsets, ctx.implementation), None, None, None
+    gradient = sequence_score_backward(grad_scores, counts, labels, offsets, ctx.implementation)
+    return without_derivative(gradient), None, None, None
 
 
 @op(_fake, setup_context=_setup_context, backward=_backward)
