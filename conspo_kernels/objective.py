@@ -149,7 +149,7 @@ def evaluate(objective: ScoreObjective, rollouts: Rollouts, settings: ContrastSe
     if segments is None:
         segments = equal_segments(scores.numel(), group_size, scores.device)
     scorable = ~rewards.isnan() & (scores == scores if counts is None else counts > 0)
-    positive = scorable & (rewards > settings.reward_threshold)
+    positive = scorable & (rewards > float(settings.reward_threshold))  # torch compares uint16 with floats only
     negative = scorable & ~positive
     losses, weights, valid = objective(scores, positive, negative, segments)
     sign = positive.to(torch.int8) - negative.to(torch.int8)  # Role.POSITIVE and Role.NEGATIVE, twice that if idle

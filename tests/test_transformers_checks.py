@@ -81,7 +81,7 @@ def test_what_would_be_wrong_in_silence_raises(wrap, message: str) -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        (torch.empty(0), r"empty here: if it is sharded \(ZeRO-3\), gather it"),
+        (torch.empty(0), r"must not be empty: if it is sharded \(ZeRO-3\), gather it"),
         (torch.zeros(VOCAB, 32, dtype=torch.int8), "must be floating point, got torch.int8"),
     ],
 )

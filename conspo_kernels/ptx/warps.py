@@ -12,6 +12,7 @@ from .memory import Fault
 from .parse import Address, Instruction
 from .threads import WARP, Threads
 
+POLICY = 0x10F0000000000000  # any number
 CACHE_HINTS = {"ca", "cg", "cs", "cv", "wb", "wt", "nc", "L1::evict_first", "L1::evict_last", "L1::no_allocate"}
 
 
@@ -133,10 +134,31 @@ def _addresses(threads: Threads, slot: int, offset: int, all_of_them: bool) -> A
     return x if threads.mask is None else x[threads.mask]
 
 
+@instruction("createpolicy")
+def decode_policy(op: Opcode, item: Instruction, slots: Slots) -> Run:
+    """How long the L2 keeps what is loaded: a number that loads take, and that changes no result."""
+    if op.modifiers[0] != "fractional" or op.kind != "b64" or len(item.operands) != 2:
+        raise NotImplementedError(item.op)
+    d = slots.destination(item.operands[0])
+
+    def create(threads: Threads) -> None:
+        threads.registers[d] = np.full(threads.count, POLICY, I64)
+
+    return create
+
+
+def _without_policy(modifiers: list[str], item: Instruction) -> tuple[Any, ...]:
+    """The operands of a load or store but for the policy that `L2::cache_hint` announces."""
+    if "L2::cache_hint" not in modifiers:
+        return item.operands
+    modifiers.remove("L2::cache_hint")
+    return item.operands[:-1]
+
+
 @instruction("ld")
 def decode_load(op: Opcode, item: Instruction, slots: Slots) -> Run:
     space, *rest = op.modifiers
-    to, source = item.operands
+    to, source = _without_policy(rest, item)
     names: tuple[Any, ...] = to if isinstance(to, tuple) else (to,)
     if space == "param":
         return _load_parameter(op, names, source, slots)
@@ -188,7 +210,7 @@ def _load_parameter(op: Opcode, names: Any, source: Any, slots: Slots) -> Run:
 @instruction("st")
 def decode_store(op: Opcode, item: Instruction, slots: Slots) -> Run:
     space, *rest = op.modifiers
-    target, source = item.operands
+    target, source = _without_policy(rest, item)
     names: tuple[Any, ...] = source if isinstance(source, tuple) else (source,)
     vector = [m for m in rest if m in ("v2", "v4", "v8")]
     if set(rest) - set(vector) - CACHE_HINTS or space not in ("global", "shared"):
