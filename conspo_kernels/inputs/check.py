@@ -315,7 +315,7 @@ def flags(**values: Any) -> None:
 
 
 def _memory_holds(name: str, value: Tensor) -> None:
-    if value.is_neg():
+    if not torch.compiler.is_compiling() and value.is_neg():
         raise ValueError(f"{name} is written to memory, got a view that negates what memory holds: call resolve_neg()")
 
 

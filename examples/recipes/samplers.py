@@ -66,13 +66,14 @@ class VLLMSampler:
     """
 
     def __init__(self, policy: Policy, model_name: str, memory: float, longest: int, seed: int) -> None:
+        from vllm import LLM
+
         # The engine runs in this process, where its weights can be reached, and as the only rank of its group.
         for name, value in {
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511",
         }.items():  # fmt: skip
             os.environ.setdefault(name, value)
-        from vllm import LLM
 
         self._policy = policy
         self._llm: Any = LLM(
