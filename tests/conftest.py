@@ -106,6 +106,9 @@ def pytest_sessionstart() -> None:
         pytest.exit(f"CONSPO_BUILD=cpu, but {native.OBSTACLE}", returncode=1)
 
 
+# Whose tests are processes of half a minute: begun first, they keep no worker waiting at the end.
+LONGEST = {"test_executed_shared.py", "test_executed.py", "test_launches.py", "test_counted.py"}
+
 # Their cases of Triton run as compiled code (`test_executed_shared.py`), which takes half of the interpreter's time.
 EXECUTED = {
     "test_inplace.py",
@@ -130,6 +133,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         spared = [item for item in items if item.path.name in EXECUTED and item.get_closest_marker("gpu")]
         config.hook.pytest_deselected(items=spared)
         items[:] = [item for item in items if item not in set(spared)]
+    items.sort(key=lambda item: item.path.name not in LONGEST)
 
 
 @pytest.fixture(autouse=True)
