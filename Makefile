@@ -145,8 +145,6 @@ $(VENV)/.weights-smollm2: $(VENV)/.torch-$(TORCH)-$(TRITON)
 
 $(VENV)/.installed-dev: $(VENV)/.weights-smollm2
 
-.PHONY: docs hub-kernel gpu release-check
-
 # In an environment of its own, without torch: the pages are made from the sources, which nobody imports.
 DOCS := build/docs-env
 $(DOCS)/.installed: constraints.txt

@@ -13,7 +13,9 @@ from .parse import Address, Instruction
 from .threads import WARP, Threads
 
 POLICY = 0x10F0000000000000  # any number
+WITH_POLICY = "L2::cache_hint"
 CACHE_HINTS = {"ca", "cg", "cs", "cv", "wb", "wt", "nc", "L1::evict_first", "L1::evict_last", "L1::no_allocate"}
+CACHE_HINTS |= {WITH_POLICY}
 
 
 @instruction("bar")
@@ -147,18 +149,15 @@ def decode_policy(op: Opcode, item: Instruction, slots: Slots) -> Run:
     return create
 
 
-def _without_policy(modifiers: list[str], item: Instruction) -> tuple[Any, ...]:
+def _without_policy(op: Opcode, item: Instruction) -> tuple[Any, ...]:
     """The operands of a load or store but for the policy that `L2::cache_hint` announces."""
-    if "L2::cache_hint" not in modifiers:
-        return item.operands
-    modifiers.remove("L2::cache_hint")
-    return item.operands[:-1]
+    return item.operands[:-1] if WITH_POLICY in op.modifiers else item.operands
 
 
 @instruction("ld")
 def decode_load(op: Opcode, item: Instruction, slots: Slots) -> Run:
     space, *rest = op.modifiers
-    to, source = _without_policy(rest, item)
+    to, source = _without_policy(op, item)
     names: tuple[Any, ...] = to if isinstance(to, tuple) else (to,)
     if space == "param":
         return _load_parameter(op, names, source, slots)
@@ -210,7 +209,7 @@ def _load_parameter(op: Opcode, names: Any, source: Any, slots: Slots) -> Run:
 @instruction("st")
 def decode_store(op: Opcode, item: Instruction, slots: Slots) -> Run:
     space, *rest = op.modifiers
-    target, source = _without_policy(rest, item)
+    target, source = _without_policy(op, item)
     names: tuple[Any, ...] = source if isinstance(source, tuple) else (source,)
     vector = [m for m in rest if m in ("v2", "v4", "v8")]
     if set(rest) - set(vector) - CACHE_HINTS or space not in ("global", "shared"):
