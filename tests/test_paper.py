@@ -76,8 +76,9 @@ def test_what_is_said_to_be_another_method_on_policy_is(method: str) -> None:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few problems, two steps, and a policy that was not warmed up."""
-    for name, value in (("HELD_OUT", 6), ("VALIDATION", 4), ("PROMPTS", 2), ("GROUP", 4), ("STEPS", 2)):
+    for name, value in (("HELD_OUT", 6), ("VALIDATION", 4), ("PROMPTS", 2), ("GROUP", 4)):
         monkeypatch.setattr(protocol, name, value)
+    monkeypatch.setattr(protocol, "STEPS", dict.fromkeys(protocol.UPDATES, 2))
     monkeypatch.setattr(training, "task_of", training.task_of.__wrapped__)
 
     def fresh(name: str, seed: int, folder: Path) -> Any:
@@ -101,7 +102,7 @@ def test_a_run_repeats(method: str, small: None, tmp_path: Path) -> None:
 
 def test_a_recorded_run_is_repeated_by_name(small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = Run("spell_backward", "on policy", "grpo", 0, 1e-4, seed=2)
-    row = training.train(run, tmp_path, steps=protocol.STEPS)
+    row = training.train(run, tmp_path)
     (tmp_path / "runs.jsonl").write_text(json.dumps(row) + "\n")
     command = ["--out", str(tmp_path), "--warm-ups", str(tmp_path), "--repeat"]
     assert read(tmp_path / "runs.jsonl") == {run.name: row}

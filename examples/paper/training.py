@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import random
@@ -16,6 +17,7 @@ from objectives import OBJECTIVES, coefficients, informative, rollout_means
 from policy import Policy, build_char_policy
 from records import replace_atomically
 from rollout import Rollouts, accuracy, sample
+from sequences import read_prompts_once
 from tasks import Entry, RunningSums, SpellBackward, Task
 from torch import Tensor
 from transformers import set_seed
@@ -46,7 +48,8 @@ def problems_of(task: Task) -> tuple[list[Entry], list[Entry]]:
 
 
 def warmed_up(name: str, seed: int, folder: Path) -> Policy:
-    """The policy that every method of a seed starts from: made once, then read."""
+    """The policy that every method of a seed starts from: made once on one thread, then read."""
+    torch.set_num_threads(1)
     task = task_of(name)
     set_seed(seed)
     policy = build_char_policy(CPU, getattr(task, "signs", ""))
@@ -60,12 +63,11 @@ def warmed_up(name: str, seed: int, folder: Path) -> Policy:
         folder.mkdir(parents=True, exist_ok=True)
         replace_atomically(path, lambda file: torch.save(policy.model.state_dict(), file))
     policy.model.load_state_dict(torch.load(path, weights_only=True))
-    return policy
+    return dataclasses.replace(policy, read=read_prompts_once)  # a group's prompt is read once: 1.5 times faster here
 
 
-def mean_entropy_and_logprobs(logits: Tensor, rollouts: Rollouts) -> tuple[Tensor, Tensor, Tensor]:
+def mean_entropy_and_logprobs(logits: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """log-probabilities [s, t] and mask [s, t], aligned with the logits, and the mean entropy per response token."""
-    ids, mask = rollouts.batch.input_ids, rollouts.batch.response_mask
     logprobs, entropy = token_logprobs(logits.detach(), ids, response_mask=mask, shift=True, return_entropy=True)
     aligned = F.pad(mask[:, 1:], (0, 1)).to(logprobs.dtype)
     return logprobs, aligned, (entropy * aligned).sum() / aligned.sum()
@@ -82,15 +84,15 @@ def update(
     old: Tensor | None = None
     for _ in range(protocol.UPDATES[run.setting]):
         logits = policy.logits(rollouts.batch)
-        logprobs, mask, entropy = mean_entropy_and_logprobs(logits, rollouts)
+        columns = slice(-logits.shape[1], None)  # the policy reads the last ones, all that predict a response token
+        ids, response_mask = rollouts.batch.input_ids[:, columns], rollouts.batch.response_mask[:, columns]
+        logprobs, mask, entropy = mean_entropy_and_logprobs(logits, ids, response_mask)
         if old is None:
             old = logprobs
             seen = observed(rollouts, logprobs, mask, entropy)
         _loss, c = coefficients(objective, logprobs, old, mask, rollouts.rewards, protocol.GROUP, **constants)
         optimizer.zero_grad(set_to_none=True)
-        weighted_logprob_loss(
-            logits, rollouts.batch.input_ids, c, response_mask=rollouts.batch.response_mask, shift=True, inplace=True
-        ).backward()
+        weighted_logprob_loss(logits, ids, c, response_mask=response_mask, shift=True, inplace=True).backward()
         norm = torch.nn.utils.clip_grad_norm_(policy.model.parameters(), protocol.MAX_GRAD_NORM)
         seen.setdefault("gradient_norm", norm.item())
         optimizer.step()
@@ -116,9 +118,10 @@ def rounded(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
 
 
-def train(run: Run, warm_ups: Path, steps: int = protocol.STEPS) -> dict[str, Any]:
-    """The whole run, on one thread: the same numbers on the same machine."""
+def train(run: Run, warm_ups: Path, steps: int | None = None) -> dict[str, Any]:
+    """The whole run, on one thread: the same numbers on the same machine.  steps: the setting's, if not given."""
     torch.set_num_threads(1)
+    steps = protocol.STEPS[run.setting] if steps is None else steps
     started = time.perf_counter()
     task, policy = task_of(run.task), warmed_up(run.task, run.seed, warm_ups)
     held_out, validation = problems_of(task)
@@ -135,7 +138,7 @@ def train(run: Run, warm_ups: Path, steps: int = protocol.STEPS) -> dict[str, An
         return accuracy(policy, task, problems, samples=samples, generator=generator_of(run.seed, purpose))
 
     for step in range(steps):
-        if step % protocol.EVALUATE_EVERY == 0:
+        if run.seed in protocol.SEEDS and step % protocol.EVALUATE_EVERY == 0:  # tuning needs no curve
             evaluations[str(step)] = evaluate(held_out, "evaluation")
         entries = task.draw(prompts, protocol.PROMPTS)
         rollouts = sample(policy, task, entries, copies=protocol.GROUP, generator=sampling)
