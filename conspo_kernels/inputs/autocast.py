@@ -8,8 +8,12 @@ from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast multiplies in on a device, where it is on; some devices ("meta") have none, and torch raises."""
-    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+    """What autocast multiplies in on a device, where it is on.
+
+    "meta" has no autocast, and torch raises. It is named here because torch.compile of 2.11 does not trace
+    `torch.amp.is_autocast_available`.
+    """
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
 
