@@ -52,13 +52,13 @@ typecheck: $(VENV)/.installed-dev  ## mypy on the package
 # One worker per core, so one thread per worker: more only wait for each other.
 unit: export OMP_NUM_THREADS ?= 1
 unit: $(VENV)/.installed-dev  ## the tests, under Triton's interpreter where there is no GPU
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations 20
 
 quick: export OMP_NUM_THREADS ?= 1
 quick: $(VENV)/.installed-dev  ## a minute of tests: PyTorch and native, no interpreter
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal @tests/quick.txt
 
-# 5 GB and half an hour per row; pip has to find those releases of torch.
+# 5 GB and six minutes per row; pip has to find those releases of torch.
 versions:  ## the tests with each release of torch and Triton, in environments of their own: ROWS='2.11.0 2.15.0'
 	$(PYTHON) tests/versions.py $(ROWS)
 

@@ -15,7 +15,7 @@ from objectives import OBJECTIVES, coefficients
 pytest.importorskip("transformers")
 
 from paper import protocol, report, training
-from paper.__main__ import main, read, wanted
+from paper.__main__ import REPORT, RESULTS, main, read, wanted
 from paper.protocol import METHODS, SEEDS, Run
 
 
@@ -42,7 +42,7 @@ def test_the_protocol_enumerates_each_run_once() -> None:
     results = results_of(lambda run: 0.5)
     tuning = [run for cell in protocol.cells() for run in protocol.tuning_runs(*cell)]
     assert len({run.name for run in tuning}) == len(tuning)
-    assert len(results) == len(tuning) + len(SEEDS) * len(list(protocol.cells()))
+    assert len(results) == protocol.number_of_runs() == len(tuning) + len(SEEDS) * len(list(protocol.cells()))
     assert {row["run"]["seed"] for row in results.values()} == {protocol.TUNING_SEED, *SEEDS}
 
 
@@ -131,9 +131,18 @@ def test_the_report_compares_in_pairs(tmp_path: Path, monkeypatch: pytest.Monkey
     line_of = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert "-4.2% ± 0.1% | 0.06 | > 2 SE" in line_of["grpo"]
     assert "> 2 SE" not in line_of["dapo"]
-    assert len(list(tmp_path.glob("*.png"))) == len(report.PLOTS)
+    assert len(list(tmp_path.glob("*.png"))) == len(report.PLOTS) + 1  # and the overview
 
 
 def test_a_sign_flip_test() -> None:
     assert report.sign_flip([1.0, 1.0, 1.0, 1.0, 1.0]) == 2 / 32
     assert report.sign_flip([1.0, -1.0, 1.0, -1.0]) == 1.0
+
+
+def test_the_committed_report_is_of_the_committed_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for draw in ("plot", "overview"):
+        monkeypatch.setattr(report, draw, lambda *arguments: None)
+    results = read(RESULTS / "runs.jsonl")
+    report.write(results, tmp_path)
+    assert (REPORT / "report.md").read_text(encoding="utf-8") == (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert set(results) <= {run.name for run in wanted(results)}

@@ -137,3 +137,7 @@ def chosen(task: str, setting: str, method: str, validation: dict[str, float]) -
 
 def final_runs(task: str, setting: str, method: str, taken: tuple[int, float]) -> list[Run]:
     return [Run(task, setting, method, *taken, seed) for seed in SEEDS]
+
+
+def number_of_runs() -> int:
+    return sum(len(tuning_runs(*cell)) + len(SEEDS) for cell in cells())

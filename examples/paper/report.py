@@ -28,6 +28,7 @@ CURVES = {
     "valid_groups": "fraction of valid groups",
 }
 SMOOTHING = 10  # steps
+DPI = 72
 
 
 def final_rows(results: Results, task: str, setting: str, method: str) -> list[dict[str, Any]]:
@@ -56,7 +57,7 @@ def table(results: Results, task: str, setting: str) -> Iterator[str]:
     """Markdown, the best method first; `> 2 SE` marks a difference to ConSPO beyond two standard errors."""
     yield "| method | constants, learning rate | held-out accuracy, mean ± SE | minus ConSPO, paired ± SE | p | |"
     yield "|---|---|---|---|---|---|"
-    reference = [row[DECIDES] for row in final_rows(results, task, setting, REFERENCE)]
+    against = compared(results, task, setting)
     lines = []
     for method, about in METHODS.items():
         if setting in about.same_as:
@@ -69,10 +70,10 @@ def table(results: Results, task: str, setting: str) -> Iterator[str]:
         run = Run(**rows[0]["run"])
         settings = ", ".join(f"{k} {v:g}" for k, v in run.constants.items() if v is not True) or "-"
         cells = [method, f"{settings}; {run.lr:g}", f"{statistics.mean(values):.1%} ± {standard_error(values):.1%}"]
-        if method == REFERENCE or not reference:
+        if method not in against:
             cells += ["", "", ""]
         else:
-            differences = [a - b for a, b in zip(values, reference, strict=True)]
+            differences = against[method]
             mean, error = statistics.mean(differences), standard_error(differences)
             cells += [f"{mean:+.1%} ± {error:.1%}", f"{sign_flip(differences):.2f}"]
             cells.append("> 2 SE" if abs(mean) > 2 * error else "")
@@ -109,7 +110,7 @@ def plot(results: Results, task: str, setting: str, methods: Sequence[str], path
         ax.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
     figure.suptitle(f"{task}, {setting}")
-    replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=110))
+    replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=DPI))
     plt.close(figure)
 
 
@@ -121,6 +122,38 @@ def _band(ax: Any, steps: list[int], series: list[list[float]], color: int, labe
     ax.fill_between(steps, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
 
 
+def compared(results: Results, task: str, setting: str) -> dict[str, list[float]]:
+    """Held-out accuracy minus ConSPO's, seed by seed, of every other method that is complete."""
+    reference = [row[DECIDES] for row in final_rows(results, task, setting, REFERENCE)]
+    differences = {}
+    for method, about in METHODS.items():
+        rows = [] if setting in about.same_as or not reference else final_rows(results, task, setting, method)
+        if rows and method != REFERENCE:
+            differences[method] = [row[DECIDES] - there for row, there in zip(rows, reference, strict=True)]
+    return differences
+
+
+def overview(results: Results, path: Path) -> None:
+    """Every comparison on one page: a dot per seed, the mean and two standard errors."""
+    shape = len(TASKS), len(UPDATES)
+    figure, axes = plt.subplots(*shape, figsize=(12, 8), constrained_layout=True, squeeze=False)
+    for ax, (task, setting) in zip(axes.flat, itertools.product(TASKS, UPDATES), strict=True):
+        differences = compared(results, task, setting)
+        order = sorted(differences, key=lambda name: statistics.mean(differences[name]))
+        for height, method in enumerate(order):
+            points = [100 * value for value in differences[method]]
+            mean, band = statistics.mean(points), 2 * standard_error(points)
+            ax.plot(points, [height] * len(points), "o", color="C0", alpha=0.35, markersize=4, markeredgewidth=0)
+            ax.errorbar(mean, height, xerr=band, fmt="o", color="C0", capsize=3)
+        ax.axvline(0, color="0.4", linewidth=1)
+        ax.set_yticks(range(len(order)), order)
+        ax.set_title(f"{task}, {setting}", fontsize=10)
+        ax.grid(axis="x", alpha=0.3)
+    figure.suptitle(f"Held-out accuracy minus {REFERENCE}'s, in points: {len(SEEDS)} seeds, mean ± 2 standard errors")
+    replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=DPI))
+    plt.close(figure)
+
+
 BASELINES = [name for name in METHODS if name == REFERENCE or name in ("grpo", "dapo", "dr_grpo", "disco")]
 RATIOS = [name for name in METHODS if name in (REFERENCE, "grpo", "gmpo", "cispo", "sapo")]
 ABLATIONS = [REFERENCE, *[name for name in METHODS if name.startswith(("conspo,", "linear"))]]
@@ -128,10 +161,23 @@ PLOTS = {"baselines": BASELINES, "ratios": RATIOS, "ablations": ABLATIONS}
 
 
 def write(results: Results, out: Path) -> None:
-    """report.md and a plot for each task, setting and set of methods."""
-    seconds = sum(row["seconds"] for row in results.values())
-    lines = ["# Results", "", f"{len(results)} runs, {seconds / 3600:.1f} hours of one core. The protocol is",
-             "`protocol.py`; every run is a line of `runs.jsonl`.", ""]  # fmt: skip
+    """report.md, the overview, and a plot for each task, setting and set of methods."""
+    out.mkdir(parents=True, exist_ok=True)
+    overview(results, out / "overview.png")
+    hours = sum(row["seconds"] for row in results.values()) / 3600
+    lines = [
+        "# The paper in small: all tables and curves",
+        "",
+        f"Written by `make paper` from {len(results)} of {protocol.number_of_runs()} runs: {hours:.1f} hours of one",
+        "thread, the warm-ups not counted. The protocol is `examples/paper/protocol.py`; each run is a line of",
+        "`examples/paper/results/runs.jsonl`. [What follows from it](index.md) is on a page of its own.",
+        "",
+        f"SE: standard error over {len(SEEDS)} seeds. p: two-sided sign-flip test over them; its least value is",
+        f"{2 / 2 ** len(SEEDS):.2f}.",
+        "",
+        "![Every method's held-out accuracy minus ConSPO's](overview.png)",
+        "",
+    ]
     for task, setting in itertools.product(TASKS, UPDATES):
         lines += [f"## {task}, {setting}", "", TASKS[task], "", *table(results, task, setting), ""]
         for name, methods in PLOTS.items():
