@@ -128,9 +128,13 @@ def test_the_report_compares_in_pairs(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(report, "UPDATES", {"four updates": 4})
     report.write(results, tmp_path)
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    line_of = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+    line_of = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ") and "±" in line}
     assert "-4.2% ± 0.1% | 0.06 | > 2 SE" in line_of["grpo"]
     assert "> 2 SE" not in line_of["dapo"]
+    assert "| dynamic_sampling; 1e-05 |" in line_of["dapo"]
+    assert "Before training: 30.0% ± 0.0%." in text
+    tuned = 0.6 + noise[protocol.TUNING_SEED]
+    assert f"| conspo | {tuned:.1%} / {tuned:.1%} | {tuned:.1%}" in text
     assert len(list(tmp_path.glob("*.png"))) == len(report.PLOTS) + 1  # and the overview
 
 

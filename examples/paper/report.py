@@ -13,7 +13,7 @@ import matplotlib
 from records import replace_atomically
 
 from . import protocol
-from .protocol import DECIDES, METHODS, SEEDS, TASKS, UPDATES, Run
+from .protocol import DECIDES, LEARNING_RATES, METHODS, SEEDS, TASKS, UPDATES, Run
 
 matplotlib.use("Agg")  # before pyplot is imported: there may be no display
 import matplotlib.pyplot as plt
@@ -68,7 +68,7 @@ def table(results: Results, task: str, setting: str) -> Iterator[str]:
             continue
         values = [row[DECIDES] for row in rows]
         run = Run(**rows[0]["run"])
-        settings = ", ".join(f"{k} {v:g}" for k, v in run.constants.items() if v is not True) or "-"
+        settings = ", ".join(k if v is True else f"{k} {v:g}" for k, v in run.constants.items()) or "none of its own"
         cells = [method, f"{settings}; {run.lr:g}", f"{statistics.mean(values):.1%} ± {standard_error(values):.1%}"]
         if method not in against:
             cells += ["", "", ""]
@@ -79,6 +79,27 @@ def table(results: Results, task: str, setting: str) -> Iterator[str]:
             cells.append("> 2 SE" if abs(mean) > 2 * error else "")
         lines.append((statistics.mean(values), f"| {' | '.join(cells)} |"))
     yield from (line for _value, line in sorted(lines, key=lambda pair: -pair[0]))
+
+
+def start(results: Results, task: str, setting: str) -> str:
+    """The held-out accuracy of the policies that all methods start from."""
+    values = [row["held_out_curve"]["0"] for row in final_rows(results, task, setting, REFERENCE)]
+    return f"Before training: {statistics.mean(values):.1%} ± {standard_error(values):.1%}." if values else ""
+
+
+def tuning_table(results: Results, task: str, setting: str) -> Iterator[str]:
+    """Markdown: validation accuracy of the tuning seed after the last step, at each learning rate."""
+    yield f"| validation accuracy, seed {protocol.TUNING_SEED} | {' | '.join(f'{lr:g}' for lr in LEARNING_RATES)} |"
+    yield "|---|" + "---|" * len(LEARNING_RATES)
+    for method, about in METHODS.items():
+        if setting in about.same_as:
+            continue
+        cells = []
+        for lr in LEARNING_RATES:
+            runs = [run for run in protocol.tuning_runs(task, setting, method) if run.lr == lr]
+            rows = [results[run.name] for run in runs if run.name in results]
+            cells.append(" / ".join(f"{row['validation_accuracy']:.1%}" for row in rows))
+        yield f"| {method} | {' | '.join(cells)} |"
 
 
 def running_mean(values: Sequence[float | None]) -> list[float]:
@@ -179,10 +200,13 @@ def write(results: Results, out: Path) -> None:
         "",
     ]
     for task, setting in itertools.product(TASKS, UPDATES):
-        lines += [f"## {task}, {setting}", "", TASKS[task], "", *table(results, task, setting), ""]
+        lines += [f"## {task}, {setting}", "", f"{TASKS[task].capitalize()}. {start(results, task, setting)}", ""]
+        lines += [*table(results, task, setting), ""]
         for name, methods in PLOTS.items():
             if any(final_rows(results, task, setting, method) for method in methods):
                 picture = f"{task}_{setting.replace(' ', '-')}_{name}.png"
                 plot(results, task, setting, methods, out / picture)
                 lines += [f"![{task}, {setting}: {name}]({picture})", ""]
+        lines += ["Tuning, by learning rate; the candidates of the constants are apart by a slash:", ""]
+        lines += [*tuning_table(results, task, setting), ""]
     replace_atomically(out / "report.md", lambda file: file.write_text("\n".join(lines), encoding="utf-8"))
