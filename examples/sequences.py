@@ -23,6 +23,11 @@ class Batch:
     prompt_columns: int  # p
     copies: int = 1  # each so many rows in a row have one prompt
 
+    def last_columns(self, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """input_ids and response_mask of the columns of a policy's outputs, which may leave out most of the prompt."""
+        columns = slice(-outputs.shape[1], None)
+        return self.input_ids[:, columns], self.response_mask[:, columns]
+
 
 def joined(
     prompts: torch.Tensor, prompt_mask: torch.Tensor, responses: torch.Tensor, kept: torch.Tensor, copies: int = 1

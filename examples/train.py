@@ -104,9 +104,7 @@ def policy_loss(
     outputs: the logits, or hidden states and the lm_head's weight.
     """
     first, *head = outputs
-    # The last columns: a policy may leave out those that predict the prompt.
-    columns = slice(-first.shape[1], None)
-    labels, mask = rollouts.batch.input_ids[:, columns], rollouts.batch.response_mask[:, columns]
+    labels, mask = rollouts.batch.last_columns(first)
     tokens: dict[str, Any] = {"response_mask": mask, "shift": True, "implementation": args.implementation}
     contrast: dict[str, Any] = {"tau": args.tau, "margin": margin}
     if args.loss == "conspo":

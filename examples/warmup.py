@@ -38,7 +38,8 @@ def warm_up(
         for step in bar:
             batch = supervised_batch(policy, task, task.draw(rng, batch_size))
             logits = policy.logits(batch)
-            targets = torch.where(batch.response_mask.bool(), batch.input_ids, -100)[:, -logits.shape[1] :]
+            ids, mask = batch.last_columns(logits)
+            targets = torch.where(mask.bool(), ids, -100)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten())
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

@@ -92,7 +92,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("method", ["conspo", "dapo", "conspo, clipped ratios"])
 def test_a_run_repeats(method: str, small: None, tmp_path: Path) -> None:
     run = Run("running_sums", "four updates", method, 0, 1e-3, seed=1)
-    first, second = (training.train(run, tmp_path, steps=2) for _ in range(2))
+    first, second = (training.train(run, tmp_path) for _ in range(2))
     assert {**first, "seconds": 0} == {**second, "seconds": 0}
     assert json.loads(json.dumps(first)) == first  # a line of JSON, nothing lost
     assert set(first["held_out_curve"]) == {"0", "2"}

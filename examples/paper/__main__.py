@@ -91,7 +91,7 @@ def repeat(name: str, results: Results, warm_ups: Path) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m paper", description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of runs.jsonl")
-    parser.add_argument("--report", type=Path, default=REPORT, help="folder of report.md and the plots")
+    parser.add_argument("--report", type=Path, help="folder of report.md and the plots (docs/paper, or that of --out)")
     parser.add_argument("--warm-ups", type=Path, default=Path("runs/paper"), help="folder of the warmed-up policies")
     parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
     parser.add_argument("--only", default="", help="runs whose name contains this")
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         make_warm_ups(runs, args.warm_ups, args.workers)
         execute(runs, args.out, args.warm_ups, args.workers, results)
         left = None if left is None else left - len(runs)
-    report.write(results, args.report)
+    report.write(results, args.report or (REPORT if args.out == RESULTS else args.out))
     return 0
 
 

@@ -19,6 +19,7 @@ matplotlib.use("Agg")  # before pyplot is imported: there may be no display
 import matplotlib.pyplot as plt
 
 Results = dict[str, dict[str, Any]]
+Finished = dict[str, list[dict[str, Any]]]  # of a task and setting: by method, the rows of SEEDS
 REFERENCE = "conspo"
 CURVES = {
     "reward": "fraction of rollouts solved",
@@ -41,6 +42,20 @@ def final_rows(results: Results, task: str, setting: str, method: str) -> list[d
     return [row for row in rows if row is not None] if None not in rows else []
 
 
+def finished(results: Results, task: str, setting: str) -> Finished:
+    """The methods that have all their rows."""
+    rows = {method: final_rows(results, task, setting, method) for method in protocol.methods_in(setting)}
+    return {method: there for method, there in rows.items() if there}
+
+
+def compared(done: Finished) -> dict[str, list[float]]:
+    """Held-out accuracy minus ConSPO's, seed by seed, of every other method; nothing without ConSPO's."""
+    if REFERENCE not in done:
+        return {}
+    pairs = {method: zip(rows, done[REFERENCE], strict=True) for method, rows in done.items() if method != REFERENCE}
+    return {method: [row[DECIDES] - its[DECIDES] for row, its in rows] for method, rows in pairs.items()}
+
+
 def standard_error(values: Sequence[float]) -> float:
     return statistics.stdev(values) / math.sqrt(len(values))
 
@@ -53,19 +68,13 @@ def sign_flip(differences: Sequence[float]) -> float:
     return sum(value >= observed - 1e-12 for value in sums) / len(sums)
 
 
-def table(results: Results, task: str, setting: str) -> Iterator[str]:
+def table(done: Finished, setting: str) -> Iterator[str]:
     """Markdown, the best method first; `> 2 SE` marks a difference to ConSPO beyond two standard errors."""
     yield "| method | constants, learning rate | held-out accuracy, mean ± SE | minus ConSPO, paired ± SE | p | |"
     yield "|---|---|---|---|---|---|"
-    against = compared(results, task, setting)
+    against = compared(done)
     lines = []
-    for method, about in METHODS.items():
-        if setting in about.same_as:
-            lines.append((-1.0, f"| {method} | | equals {about.same_as[setting]} here | | | |"))
-            continue
-        rows = final_rows(results, task, setting, method)
-        if not rows:
-            continue
+    for method, rows in done.items():
         values = [row[DECIDES] for row in rows]
         run = Run(**rows[0]["run"])
         settings = ", ".join(k if v is True else f"{k} {v:g}" for k, v in run.constants.items()) or "none of its own"
@@ -79,11 +88,14 @@ def table(results: Results, task: str, setting: str) -> Iterator[str]:
             cells.append("> 2 SE" if abs(mean) > 2 * error else "")
         lines.append((statistics.mean(values), f"| {' | '.join(cells)} |"))
     yield from (line for _value, line in sorted(lines, key=lambda pair: -pair[0]))
+    for method, about in METHODS.items():
+        if setting in about.same_as:
+            yield f"| {method} | | equals {about.same_as[setting]} here | | | |"
 
 
-def start(results: Results, task: str, setting: str) -> str:
+def start(done: Finished) -> str:
     """The held-out accuracy of the policies that all methods start from."""
-    values = [row["held_out_curve"]["0"] for row in final_rows(results, task, setting, REFERENCE)]
+    values = [row["held_out_curve"]["0"] for row in done.get(REFERENCE, [])]
     return f"Before training: {statistics.mean(values):.1%} ± {standard_error(values):.1%}." if values else ""
 
 
@@ -91,9 +103,7 @@ def tuning_table(results: Results, task: str, setting: str) -> Iterator[str]:
     """Markdown: validation accuracy of the tuning seed after the last step, at each learning rate."""
     yield f"| validation accuracy, seed {protocol.TUNING_SEED} | {' | '.join(f'{lr:g}' for lr in LEARNING_RATES)} |"
     yield "|---|" + "---|" * len(LEARNING_RATES)
-    for method, about in METHODS.items():
-        if setting in about.same_as:
-            continue
+    for method in protocol.methods_in(setting):
         cells = []
         for lr in LEARNING_RATES:
             runs = [run for run in protocol.tuning_runs(task, setting, method) if run.lr == lr]
@@ -111,13 +121,13 @@ def running_mean(values: Sequence[float | None]) -> list[float]:
     return means
 
 
-def plot(results: Results, task: str, setting: str, methods: Sequence[str], path: Path) -> None:
+def plot(done: Finished, title: str, methods: Sequence[str], path: Path) -> None:
     """Means over seeds with bands of two standard errors: held-out accuracy, then what the rollouts show."""
     figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
     for color, method in enumerate(methods):
-        rows = final_rows(results, task, setting, method)
-        if not rows:
+        if method not in done:
             continue
+        rows = done[method]
         steps = [int(step) for step in rows[0]["held_out_curve"]]
         series = [[row["held_out_curve"][step] for step in row["held_out_curve"]] for row in rows]
         _band(axes.flat[0], steps, series, color, method)
@@ -125,12 +135,12 @@ def plot(results: Results, task: str, setting: str, methods: Sequence[str], path
             smooth = [running_mean(row["curve"][name]) for row in rows]
             _band(ax, list(range(1, len(smooth[0]) + 1)), smooth, color, method)
     titles = [f"held-out accuracy, mean of {len(SEEDS)} seeds ± 2 SE", *CURVES.values()]
-    for ax, title in zip(axes.flat, titles, strict=True):
-        ax.set_title(title, fontsize=10)
+    for ax, name in zip(axes.flat, titles, strict=True):
+        ax.set_title(name, fontsize=10)
         ax.set_xlabel("step")
         ax.grid(alpha=0.3)
     axes.flat[0].legend(fontsize=8)
-    figure.suptitle(f"{task}, {setting}")
+    figure.suptitle(title)
     replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=DPI))
     plt.close(figure)
 
@@ -143,23 +153,12 @@ def _band(ax: Any, steps: list[int], series: list[list[float]], color: int, labe
     ax.fill_between(steps, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
 
 
-def compared(results: Results, task: str, setting: str) -> dict[str, list[float]]:
-    """Held-out accuracy minus ConSPO's, seed by seed, of every other method that is complete."""
-    reference = [row[DECIDES] for row in final_rows(results, task, setting, REFERENCE)]
-    differences = {}
-    for method, about in METHODS.items():
-        rows = [] if setting in about.same_as or not reference else final_rows(results, task, setting, method)
-        if rows and method != REFERENCE:
-            differences[method] = [row[DECIDES] - there for row, there in zip(rows, reference, strict=True)]
-    return differences
-
-
 def overview(results: Results, path: Path) -> None:
     """Every comparison on one page: a dot per seed, the mean and two standard errors."""
     shape = len(TASKS), len(UPDATES)
     figure, axes = plt.subplots(*shape, figsize=(12, 8), constrained_layout=True, squeeze=False)
     for ax, (task, setting) in zip(axes.flat, itertools.product(TASKS, UPDATES), strict=True):
-        differences = compared(results, task, setting)
+        differences = compared(finished(results, task, setting))
         order = sorted(differences, key=lambda name: statistics.mean(differences[name]))
         for height, method in enumerate(order):
             points = [100 * value for value in differences[method]]
@@ -200,13 +199,13 @@ def write(results: Results, out: Path) -> None:
         "",
     ]
     for task, setting in itertools.product(TASKS, UPDATES):
-        lines += [f"## {task}, {setting}", "", f"{TASKS[task].capitalize()}. {start(results, task, setting)}", ""]
-        lines += [*table(results, task, setting), ""]
+        done, title = finished(results, task, setting), f"{task}, {setting}"
+        lines += [f"## {title}", "", f"{TASKS[task].capitalize()}. {start(done)}", "", *table(done, setting), ""]
         for name, methods in PLOTS.items():
-            if any(final_rows(results, task, setting, method) for method in methods):
+            if not done.keys().isdisjoint(methods):
                 picture = f"{task}_{setting.replace(' ', '-')}_{name}.png"
-                plot(results, task, setting, methods, out / picture)
-                lines += [f"![{task}, {setting}: {name}]({picture})", ""]
+                plot(done, title, methods, out / picture)
+                lines += [f"![{title}: {name}]({picture})", ""]
         lines += ["Tuning, by learning rate; the candidates of the constants are apart by a slash:", ""]
         lines += [*tuning_table(results, task, setting), ""]
     replace_atomically(out / "report.md", lambda file: file.write_text("\n".join(lines), encoding="utf-8"))

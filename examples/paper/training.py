@@ -84,8 +84,7 @@ def update(
     old: Tensor | None = None
     for _ in range(protocol.UPDATES[run.setting]):
         logits = policy.logits(rollouts.batch)
-        columns = slice(-logits.shape[1], None)  # the policy reads the last ones, all that predict a response token
-        ids, response_mask = rollouts.batch.input_ids[:, columns], rollouts.batch.response_mask[:, columns]
+        ids, response_mask = rollouts.batch.last_columns(logits)
         logprobs, mask, entropy = mean_entropy_and_logprobs(logits, ids, response_mask)
         if old is None:
             old = logprobs
@@ -118,11 +117,10 @@ def rounded(value: float) -> float | None:
     return round(value, 5) if math.isfinite(value) else None
 
 
-def train(run: Run, warm_ups: Path, steps: int | None = None) -> dict[str, Any]:
-    """The whole run, on one thread: the same numbers on the same machine.  steps: the setting's, if not given."""
+def train(run: Run, warm_ups: Path) -> dict[str, Any]:
+    """The whole run, on one thread: the same numbers on the same machine."""
     torch.set_num_threads(1)
-    steps = protocol.STEPS[run.setting] if steps is None else steps
-    started = time.perf_counter()
+    started, steps = time.perf_counter(), protocol.STEPS[run.setting]
     task, policy = task_of(run.task), warmed_up(run.task, run.seed, warm_ups)
     held_out, validation = problems_of(task)
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=run.lr)
