@@ -57,7 +57,7 @@ def conspo_loss(
     cu_seqlens: Tensor | None = None,
     response_mask: Tensor | None = None,
     shift: bool = False,
-    tau: float = 1.0,
+    tau: float = 10.0,
     margin: float | Tensor = 0.0,
     reward_threshold: float = 0.5,
     temperature: float = 1.0,
@@ -93,8 +93,9 @@ def conspo_loss(
             never looked at.
         shift: labels are the input ids: position t predicts label t + 1 within its own sequence. Better than slicing
             the logits, whose backward allocates a full buffer.
-        tau: temperature of the contrast, > 0, in units of the scores (nats per token).
-        margin: m, a float or 0-d tensor, in units of the scores; see `CosineMargin`.
+        tau: temperature of the contrast, > 0, in units of the scores (nats per token). The default is the paper's (its
+            section 5.1): for scores that spread over less than a nat the softmax is then nearly flat.
+        margin: m, a float or 0-d tensor, in units of the scores; the paper raises it by `CosineMargin`.
         reward_threshold: a rollout is positive where its reward is greater.
         temperature: T > 0 that the rollouts were sampled at.
         logit_scale: factor > 0 before the softcap.
@@ -185,7 +186,7 @@ def linear_conspo_loss(
     cu_seqlens: Tensor | None = None,
     response_mask: Tensor | None = None,
     shift: bool = False,
-    tau: float = 1.0,
+    tau: float = 10.0,
     margin: float | Tensor = 0.0,
     reward_threshold: float = 0.5,
     temperature: float = 1.0,
@@ -259,7 +260,7 @@ def conspo_loss_from_scores(
     rewards: Tensor,
     groups: int | Tensor,
     *,
-    tau: float = 1.0,
+    tau: float = 10.0,
     margin: float | Tensor = 0.0,
     reward_threshold: float = 0.5,
     reduction: str = "mean",

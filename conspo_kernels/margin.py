@@ -17,10 +17,11 @@ class CosineMargin:
     Half-way through the warm-up the margin is M/2. A value of this class is immutable, hashable and picklable.
 
     Args:
-        target: M, the final margin in nats per token (the unit of a score), finite. A negative one is allowed: it
-            lowers the bar for the positives.
-        warmup_ratio: alpha, the fraction of training over which the margin rises, in [0, 1]; 0 means no warm-up.
         total_steps: T, the length of training in steps (optimizer steps, usually), positive and finite.
+        target: M, the final margin in nats per token (the unit of a score), finite; the paper's is 0.01. A negative one
+            is allowed: it lowers the bar for the positives.
+        warmup_ratio: alpha, the fraction of training over which the margin rises, in [0, 1]; the paper's is 0.3. 0: no
+            warm-up.
 
     Returns:
         A schedule: call it with the step t, get m_t as a float.
@@ -29,15 +30,15 @@ class CosineMargin:
         TypeError: an argument is not a number.
         ValueError: an argument is out of its range; the message names it.
 
-    Source: arXiv:2605.12969.
+    Source: arXiv:2605.12969, sections 4.3 (the curriculum) and 5.1 (the defaults).
 
-    >>> CosineMargin(target=0.5, warmup_ratio=0.2, total_steps=100)(20)
-    0.5
+    >>> CosineMargin(total_steps=100)(30)
+    0.01
     """
 
-    target: float
-    warmup_ratio: float
     total_steps: float
+    target: float = 0.01
+    warmup_ratio: float = 0.3
 
     def __post_init__(self) -> None:
         # Comparisons with NaN are false, so each test is written to pass only what is right.

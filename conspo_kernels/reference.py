@@ -95,7 +95,7 @@ def positive_log_share(score: Tensor, negatives_q: Tensor, tau: float, margin: f
     return -torch.logaddexp(torch.zeros_like(rivals), rivals)
 
 
-def group_loss(positives_p: Tensor, negatives_q: Tensor, tau: float = 1.0, margin: float = 0.0) -> Tensor:
+def group_loss(positives_p: Tensor, negatives_q: Tensor, tau: float = 10.0, margin: float = 0.0) -> Tensor:
     """InfoNCE of one group with a margin.
 
         -(1/|P|) * sum_{i in P} tau * log( exp((s_i-m)/tau) / (exp((s_i-m)/tau) + sum_{j in N} exp(s_j/tau)) )
@@ -188,6 +188,12 @@ def list_metrics(
         for rollout in group.positives:
             log_share = positive_log_share(scores_s[rollout], scores_s[group.negatives], tau, margin)
             shares.append(log_share.exp().item())
+    squares, ordered = [], []
+    for group in valid:
+        members = scores_s[group.positives + group.negatives]
+        squares += (members - members.mean()).square().tolist()
+        pairs = [(scores_s[i] > scores_s[j]).item() for i in group.positives for j in group.negatives]
+        ordered.append(sum(pairs) / len(pairs))
 
     def mean(values: Sequence[float]) -> float:
         return sum(values) / len(values) if values else math.nan
@@ -198,6 +204,8 @@ def list_metrics(
         "conspo/score_pos_mean": mean(positives),
         "conspo/score_neg_mean": mean(negatives),
         "conspo/score_gap": mean(positives) - mean(negatives),
+        "conspo/score_std": math.sqrt(mean(squares)) if squares else math.nan,
+        "conspo/ordered_pairs": mean(ordered),
         "conspo/pos_prob_mean": mean(shares),
         "conspo/valid_group_fraction": len(valid) / len(groups) if groups else math.nan,
         "conspo/weight_abs_max": weights_s.abs().max().item() if len(weights_s) else 0.0,
@@ -209,7 +217,7 @@ def list_metrics(
 def reference_loss(
     logits: Tensor, labels: Tensor, rewards: Tensor, groups: int | Tensor, *,
     cu_seqlens: Tensor | None = None, response_mask: Tensor | None = None, shift: bool = False,
-    tau: float = 1.0, margin: float | Tensor = 0.0, reward_threshold: float = 0.5,
+    tau: float = 10.0, margin: float | Tensor = 0.0, reward_threshold: float = 0.5,
     temperature: float = 1.0, logit_scale: float = 1.0, softcap: float | None = None, ignore_index: int = -100,
     reduction: str = "mean", num_groups: float | Tensor | None = None,
 ) -> ReferenceOutput:  # fmt: skip

@@ -127,7 +127,7 @@ def conspo_weights(
     rewards: Tensor,
     groups: int | Tensor,
     *,
-    tau: float = 1.0,
+    tau: float = 10.0,
     margin: float | Tensor = 0.0,
     reward_threshold: float = 0.5,
     reduction: str = "mean",

@@ -136,7 +136,7 @@ def policy_loss(
 def reinforce(args: argparse.Namespace, policy: Policy, task: Task, log: StepLog, summary: dict[str, Any]) -> None:
     """On-policy steps: sample, verify, one update; every rollout is used once."""
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=args.lr)
-    margin_at = CosineMargin(args.margin, args.margin_warmup, args.steps)
+    margin_at = CosineMargin(args.steps, args.margin, args.margin_warmup)
     prompt_rng = seeded(args.seed, "prompts")
     generator = torch_generator(args.seed, "rollouts", policy.device)
     with tqdm(range(args.steps), desc=args.loss, unit="step") as bar:

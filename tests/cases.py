@@ -10,6 +10,7 @@ from torch import Tensor
 
 NAN = float("nan")
 IGNORE = -100
+SHARP = 1.0  # tau where a case names none: at the default of 10 weights would hardly depend on scores
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ CASES = (
     Case("ragged groups in any order", (3, 1, 2, 4, 2, 3, 1), 24, (1, 0, 1, 0, 1, 1, 0), (7, -3, 7, -3, -3, 9, 7)),
     Case("bool rewards", (2, 3, 2, 4), 16, (True, False, False, True), 2),
     Case("a threshold", (2, 3, 2, 4), 16, (0.01, 1.0, 0.1, 0.01), 4, {"reward_threshold": 0.01}),
+    Case("the paper's constants", (5, 3, 7, 2, 4, 4), 64, (1, 0, 0, 1, 0, 1), 3, {"tau": 10.0, "margin": 0.01}),
     Case("temperature", (4, 3), 33, (1, 0), 2, {"temperature": 0.7}),
     Case("softcap", (4, 3), 33, (1, 0), 2, {"softcap": 3.0, "temperature": 1.3}, scale=6.0),
     Case("logit scale and softcap", (4, 3), 520, (0, 1), 2, {"logit_scale": 0.25, "softcap": 2.0}, scale=8.0),
@@ -114,7 +116,7 @@ def build(case: Case, dtype: torch.dtype, *, packed: bool, device: torch.device 
 
     # What lies past the last offset is nobody's business, so its labels may be nonsense; padding is not.
     filler = 10**6 if packed or case.mask else ignore_index
-    options = dict(case.options)
+    options = {"tau": SHARP, **case.options}
     if case.shift:
         options["shift"] = True
     if case.mask:

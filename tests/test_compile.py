@@ -158,7 +158,7 @@ def test_steps_that_differ_recompile_nothing(as_tensor: bool, implementation: st
     All but two tokens of a rollout are ignored, for the interpreter's sake.
     """
     counter = CompileCounterWithBackend("aot_eager")
-    schedule = ck.CosineMargin(0.5, 0.9, 20)
+    schedule = ck.CosineMargin(20, 0.5, 0.9)
     weight = torch.randn(6, 17, device=device, requires_grad=True)
 
     @torch.compile(fullgraph=True, backend=counter)

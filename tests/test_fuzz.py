@@ -112,7 +112,7 @@ def exact_loss_from_scores(a: Arguments) -> Exact:
     scores, reduction, num_groups = a["scores"], a.get("reduction", "mean"), a.get("num_groups")
     counts = (~scores.isnan()).int().tolist()
     groups = reference.prompt_groups(a["groups"], a["rewards"], counts, a.get("reward_threshold", 0.5))
-    losses = reference.group_losses(scores.unbind(), groups, a.get("tau", 1.0), float(a.get("margin", 0.0)))
+    losses = reference.group_losses(scores.unbind(), groups, a.get("tau", 10.0), float(a.get("margin", 0.0)))
     zero = scores[:0].sum()
     if reduction == "none":
         places = [g.members[0] for g in groups] if isinstance(a["groups"], int) else range(len(scores))
@@ -213,7 +213,7 @@ def assert_exact(function: PublicFunction, name: str, a: Arguments, copies: Argu
     leaf = copies[function.main] = copy.double().requires_grad_(main.requires_grad)
     exact, actual = function.oracle(copies), results(function, returned)
 
-    size, tau, margin = largest_number(a, main), float(a.get("tau", 1.0)), abs(float(a.get("margin", 0.0)))
+    size, tau, margin = largest_number(a, main), float(a.get("tau", 10.0)), abs(float(a.get("margin", 0.0)))
     denominator = float(a["num_groups"]) if a.get("num_groups") is not None else 1.0
     rounding = ROUNDINGS * torch.finfo(main.dtype if "hidden" in a else dtype).eps  # logits are rounded to their dtype
     tolerance = {

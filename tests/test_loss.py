@@ -88,7 +88,7 @@ def test_as_accurate_as_eager(case: Case, dtype: torch.dtype, implementation: st
         assert_accurate(actual, eager, truth, floor, what)
     grad = gradient(output.loss, inputs.logits)
     assert grad.dtype == dtype
-    floor = grad_floor(exact_grad, dtype, exact.scores, case.options.get("tau", 1.0))
+    floor = grad_floor(exact_grad, dtype, exact.scores, inputs.kwargs["tau"])
     assert_accurate(grad, eager_grad, exact_grad, floor, "gradient")
 
 
@@ -190,7 +190,7 @@ def test_scores_then_loss_is_the_loss(case: Case, packed: bool, implementation: 
 def test_module_form(case: Case, implementation: str, device: torch.device) -> None:
     inputs = build(case, torch.float32, packed=False, device=device)
     module = ConSPOLoss(tau=9.0, implementation=implementation)
-    kwargs = {"tau": 1.0, **inputs.kwargs}
+    kwargs = dict(inputs.kwargs)
     loss = module(inputs.logits, inputs.labels, inputs.rewards, inputs.groups, **kwargs)
     assert torch.equal(loss, run(inputs, implementation).loss)
     assert "tau=9.0" in repr(module)

@@ -66,7 +66,7 @@ def test_negative_target_goes_down() -> None:
 @pytest.mark.parametrize("target", [0.5, 1])
 def test_returns_a_python_float(target: float) -> None:
     for ratio in (0.0, 0.5):
-        margin = CosineMargin(target, ratio, 10)
+        margin = CosineMargin(10, target, ratio)
         assert [type(margin(step)) for step in (0, 2, 10, 11)] == [float] * 4
 
 
@@ -74,7 +74,7 @@ def test_returns_a_python_float(target: float) -> None:
 def test_rises_and_stays_between_zero_and_target(
     target: float, ratio: float, total: int, steps: tuple[int, int]
 ) -> None:
-    margin = CosineMargin(target, ratio, total)
+    margin = CosineMargin(total, target, ratio)
     earlier, later = margin(min(steps)), margin(max(steps))
     rounding = 4e-16 * target  # of 1 - cos, a number of at most 2 with an error of at most one ulp
     assert 0 <= earlier <= later + rounding
@@ -83,14 +83,14 @@ def test_rises_and_stays_between_zero_and_target(
 
 @given(target=TARGETS, ratio=st.floats(min_value=0.01, max_value=1.0), total=TOTALS, part=st.floats(0.0, 1.0))
 def test_halves_of_the_warm_up_mirror_each_other(target: float, ratio: float, total: int, part: float) -> None:
-    margin = CosineMargin(target, ratio, total)
+    margin = CosineMargin(total, target, ratio)
     end = ratio * total
     assert margin(part * end) + margin((1 - part) * end) == pytest.approx(target, abs=1e-12 * target)
 
 
 @given(target=TARGETS, ratio=RATIOS, total=TOTALS, beyond=st.integers(min_value=1, max_value=100_000))
 def test_beyond_the_last_step_the_target_is_exact(target: float, ratio: float, total: int, beyond: int) -> None:
-    assert CosineMargin(target, ratio, total)(total + beyond) == target
+    assert CosineMargin(total, target, ratio)(total + beyond) == target
 
 
 @pytest.mark.parametrize("total_steps", [0, -1, -0.5, math.nan, math.inf, -math.inf])
@@ -124,26 +124,26 @@ def test_what_is_no_number_is_named(name: str, bad: object) -> None:
     with pytest.raises(TypeError, match=f"{name}: expected a number, got {type(bad).__name__}"):
         CosineMargin(**{"target": 0.5, "warmup_ratio": 0.1, "total_steps": 100, name: bad})
     with pytest.raises(TypeError, match=f"step: expected a number, got {type(bad).__name__}"):
-        CosineMargin(0.5, 0.1, 100)(bad)  # type: ignore[arg-type]
+        CosineMargin(100, 0.5, 0.1)(bad)  # type: ignore[arg-type]
 
 
 def test_integers_beyond_floats_are_not_finite() -> None:
     for huge in (10**400, -(10**400)):
         with pytest.raises(ValueError, match="target: expected a finite margin"):
-            CosineMargin(huge, 0.1, 100)
+            CosineMargin(100, huge, 0.1)
         with pytest.raises(ValueError, match="step: expected a non-negative finite number"):
-            CosineMargin(0.5, 0.1, 100)(huge)
+            CosineMargin(100, 0.5, 0.1)(huge)
 
 
 def test_numbers_of_numpy_cost_no_digits() -> None:
-    schedule = CosineMargin(np.float32(0.7), np.float64(0.5), np.int64(10))
-    assert schedule(np.float32(3)) == CosineMargin(float(np.float32(0.7)), 0.5, 10)(3)
+    schedule = CosineMargin(np.int64(10), np.float32(0.7), np.float64(0.5))
+    assert schedule(np.float32(3)) == CosineMargin(10, float(np.float32(0.7)), 0.5)(3)
 
 
 def test_is_a_value() -> None:
     margin = CosineMargin(target=0.5, warmup_ratio=0.1, total_steps=100)
-    assert margin == CosineMargin(0.5, 0.1, 100)
-    assert hash(margin) == hash(CosineMargin(0.5, 0.1, 100))
+    assert margin == CosineMargin(100, 0.5, 0.1)
+    assert hash(margin) == hash(CosineMargin(100, 0.5, 0.1))
     assert pickle.loads(pickle.dumps(margin)) == margin
     with pytest.raises(AttributeError):
         margin.target = 1.0  # type: ignore[misc]
@@ -153,4 +153,4 @@ def test_works_with_functools() -> None:
     calls = functools.lru_cache(CosineMargin(target=0.5, warmup_ratio=0.1, total_steps=100))
     assert calls(5) == calls(5) == pytest.approx(0.25)
     assert calls.cache_info().hits == 1
-    assert functools.partial(CosineMargin, 0.5, 0.1)(100)(10) == 0.5
+    assert functools.partial(CosineMargin, target=0.5, warmup_ratio=0.1)(100)(10) == 0.5

@@ -95,7 +95,8 @@ def test_the_twins_agree_with_the_definition(batch: Batch) -> None:
 
 def test_well_separated_positives_keep_their_loss(implementation: str) -> None:
     """softplus(-30) is 9.4e-14, not 0: in fp32 too, where log(1 + e) would be."""
-    loss = conspo_loss_from_scores(torch.tensor([0.0, -30.0]), torch.tensor([1, 0]), 2, implementation=implementation)
+    scores, rewards = torch.tensor([0.0, -30.0]), torch.tensor([1, 0])
+    loss = conspo_loss_from_scores(scores, rewards, 2, tau=1.0, implementation=implementation)
     assert loss.item() == pytest.approx(math.exp(-30), rel=1e-5)
 
 

@@ -6,6 +6,7 @@ case needs a rollout of a given score, the row is [ln(1-p), ln p] with label 1, 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -16,16 +17,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from conspo_kernels.reference import (
-    ReferenceOutput,
-    group_loss,
-    positive_log_share,
-    reference_loss,
-    sequence_score,
-    token_entropy,
-    token_logprob,
-)
+from conspo_kernels import reference
+from conspo_kernels.reference import ReferenceOutput, positive_log_share, sequence_score, token_entropy, token_logprob
 
+# The constants are worked out at tau = 1, where a positive's share is its odds.
+group_loss = functools.partial(reference.group_loss, tau=1.0)
+reference_loss = functools.partial(reference.reference_loss, tau=1.0)
 INF, NAN = math.inf, math.nan
 LN2, LN3 = math.log(2), math.log(3)
 IGNORE = -100
@@ -222,7 +219,8 @@ def test_group_loss_is_its_definition(
     positives: list[float], negatives: list[float], tau: float, margin: float
 ) -> None:
     expected = naive_group_loss(positives, negatives, tau, margin)
-    assert group_loss(fp64(positives), fp64(negatives), tau, margin).item() == pytest.approx(expected, abs=1e-12)
+    loss = group_loss(fp64(positives), fp64(negatives), tau=tau, margin=margin)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
 
 
 @settings(deadline=None)
@@ -245,8 +243,8 @@ def test_weights_are_the_closed_form(
 def test_a_constant_added_to_all_scores_changes_nothing(
     positives: list[float], negatives: list[float], tau: float, margin: float, constant: float
 ) -> None:
-    loss = group_loss(fp64(positives), fp64(negatives), tau, margin)
-    moved = group_loss(fp64(positives) + constant, fp64(negatives) + constant, tau, margin)
+    loss = group_loss(fp64(positives), fp64(negatives), tau=tau, margin=margin)
+    moved = group_loss(fp64(positives) + constant, fp64(negatives) + constant, tau=tau, margin=margin)
     close(moved, loss.item())
 
 
@@ -341,7 +339,7 @@ def test_no_valid_group_is_a_zero_on_the_graph(logit: float, groups: int | Tenso
     assert not output.loss.any()
     assert not gradient(output, logits).any()
     assert not output.weights.any()
-    for name in ("score_pos_mean", "score_neg_mean", "score_gap", "pos_prob_mean"):
+    for name in ("score_pos_mean", "score_neg_mean", "score_gap", "score_std", "ordered_pairs", "pos_prob_mean"):
         assert math.isnan(output.metrics[f"conspo/{name}"])
     assert output.metrics["conspo/weight_abs_max"] == output.metrics["conspo/valid_group_fraction"] == 0.0
     assert output.metrics["conspo/skipped_rollouts"] == 0.0
@@ -576,6 +574,8 @@ def test_every_metric_by_hand() -> None:
         "conspo/score_pos_mean": -1.5 * LN2,  # -ln 2 and -2 ln 2; the group without a negative is left out
         "conspo/score_neg_mean": -1.5 * LN2,  # -2 ln 2 and -ln 2
         "conspo/score_gap": 0.0,
+        "conspo/score_std": LN2 / 2,  # each is half of ln 2 from its group's mean
+        "conspo/ordered_pairs": 1 / 2,  # the first group's pair is in order, the second's is not
         "conspo/pos_prob_mean": 1 / 2,  # 2/3 and 1/3
         "conspo/valid_group_fraction": 2 / 3,
         "conspo/weight_abs_max": 1 / 3,  # 2/3, halved by the mean
@@ -593,6 +593,9 @@ def test_means_run_over_rollouts_not_over_groups() -> None:
     close(output.metrics["conspo/score_pos_mean"], -2 * LN2)  # (1 + 3 + 2) / 3
     close(output.metrics["conspo/score_neg_mean"], -1.75 * LN2)  # (1 + 2 + 2 + 2) / 4
     close(output.metrics["conspo/score_gap"], -0.25 * LN2)
+    # Means -5/3 ln 2 and -2 ln 2: squares (4 + 16 + 4)/9 and 0 over seven rollouts.
+    close(output.metrics["conspo/score_std"], math.sqrt(24 / 9 / 7) * LN2)
+    close(output.metrics["conspo/ordered_pairs"], 0.0)  # a tie is not ordered
     # Shares: 1/2,  (1/8) / (5/8) = 1/5,  (1/4) / (4/4) = 1/4.
     close(output.metrics["conspo/pos_prob_mean"], (1 / 2 + 1 / 5 + 1 / 4) / 3)
 

@@ -60,5 +60,5 @@ def test_under_torch_compile() -> None:
 
 
 def test_elsewhere() -> None:
-    assert CosineMargin(np.float32(0.5), np.float32(0.25), np.int64(100))(np.int64(25)) == 0.5
+    assert CosineMargin(np.int64(100), np.float32(0.5), np.float32(0.25))(np.int64(25)) == 0.5
     assert type(Parallel(vocab_start=np.int64(0)).vocab_start) is int

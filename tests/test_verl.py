@@ -85,7 +85,7 @@ def test_margin_of_a_step_and_metrics():
         ({"index": None}, "no uid"),
         ({"config": {"use_kl_in_reward": True}}, "use_kl_in_reward"),
         ({"config": {"rollout_correction": {"bypass_mode": True}}}, "bypass_mode"),
-        ({"objective": Objective(margin=CosineMargin(1.0, 0.5, 10))}, "margin is a schedule"),
+        ({"objective": Objective(margin=CosineMargin(10))}, "margin is a schedule"),
     ],
 )
 def test_settings_that_would_be_wrong_raise_in_the_estimator(options, message):

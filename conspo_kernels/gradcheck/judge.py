@@ -69,7 +69,7 @@ class Truth:
         if self.dtype == torch.float64:
             return Judged(max_error(actual, self.grad), RELATIVE_FP64 * magnitude(self.grad))
         assert self.eager_grad is not None
-        tau = self.case.options.get("tau", 1.0)  # weights see scores / tau
+        tau = self.case.options.get("tau", 10.0)  # weights see scores / tau
         floor = grad_floor(self.grad, self.dtype, self.scores, tau)
         return Judged(max_error(actual, self.grad), allowed_error(self.eager_grad, self.grad, floor))
 

@@ -127,7 +127,7 @@ def _loss(scores: Tensor, inputs: Inputs) -> Tensor:
     options = inputs.options
     parts = reference.prompt_groups(inputs.groups, inputs.rewards, (~scores.isnan()).int().tolist(), 0.5)
     rows = list(scores.unbind())
-    losses = reference.group_losses(rows, parts, options.get("tau", 1.0), options.get("margin", 0.0))
+    losses = reference.group_losses(rows, parts, options.get("tau", 10.0), options.get("margin", 0.0))
     if options.get("reduction") == "none":
         places = [g.members[0] for g in parts] if isinstance(inputs.groups, int) else range(len(rows))
         return torch.stack([losses.get(place, scores.new_zeros(())) for place in places])

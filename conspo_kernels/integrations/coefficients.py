@@ -33,7 +33,7 @@ class Objective:
         reward_threshold: a rollout is positive where its reward is above.
     """
 
-    tau: float = 1.0
+    tau: float = 10.0
     margin: Margin = 0.0
     reward_threshold: float = 0.5
 

@@ -50,7 +50,7 @@ class ConSPOAdvantageEstimator:
 
     def __init__(self, estimator_config: Any, loss_config: Any) -> None:
         self.objective = Objective(
-            _field(estimator_config, "tau", 1.0),
+            _field(estimator_config, "tau", 10.0),
             _field(estimator_config, "margin", 0.0),
             _field(estimator_config, "reward_threshold", 0.5),
         )

@@ -58,7 +58,7 @@ def conspo_advantages(
         experience.returns = experience.advantages.clone()
 
 
-def experience_maker(base: type, *, tau: float = 1.0, margin: Margin = 0.0, reward_threshold: float = 0.5) -> type:
+def experience_maker(base: type, *, tau: float = 10.0, margin: Margin = 0.0, reward_threshold: float = 0.5) -> type:
     """A subclass of OpenRLHF's `RemoteExperienceMaker` whose advantages are ConSPO's.
 
     Args:

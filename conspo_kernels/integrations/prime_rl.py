@@ -36,7 +36,7 @@ def group_streams(
     masks: Sequence[Tensor],
     rewards: Tensor,
     *,
-    tau: float = 1.0,
+    tau: float = 10.0,
     margin: Margin = 0.0,
     reward_threshold: float = 0.5,
     step: float | None = None,

@@ -1,7 +1,7 @@
 """ConSPO in SkyRL: a trainer whose advantages are ConSPO's, and a policy loss in SkyRL's registry.
 
     register_policy_loss("conspo")(policy_loss)                  # skyrl.backends.skyrl_train.utils.ppo_utils
-    Trainer = conspo_trainer(RayPPOTrainer, tau=0.5)             # for `get_trainer` of the experiment
+    Trainer = conspo_trainer(RayPPOTrainer)                      # for `get_trainer` of the experiment
     trainer.algorithm.policy_loss_type=conspo
 
 SkyRL's advantage estimators are given no log-probabilities, but the method of its trainer that calls them holds the
@@ -44,7 +44,7 @@ def conspo_advantages(data: Any, objective: Objective, step: float | None = None
     return token_advantages(weights, mask, 1.0)
 
 
-def conspo_trainer(base: type, *, tau: float = 1.0, margin: Margin = 0.0, reward_threshold: float = 0.5) -> type:
+def conspo_trainer(base: type, *, tau: float = 10.0, margin: Margin = 0.0, reward_threshold: float = 0.5) -> type:
     """A subclass of SkyRL's `RayPPOTrainer` whose advantages are ConSPO's.
 
     Args:

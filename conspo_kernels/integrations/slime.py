@@ -128,13 +128,12 @@ def _check(args: Any, rollout_data: MutableMapping[str, Any]) -> None:
 
 
 def _objective(args: Any) -> Objective:
-    margin: Margin = getattr(args, "conspo_margin", 0.0)
     steps = getattr(args, "conspo_margin_steps", None)
+    margin: Margin = getattr(args, "conspo_margin", 0.0)
     if steps is not None:
-        assert not callable(margin)
-        warmup = getattr(args, "conspo_margin_warmup_ratio", 1.0)
-        margin = CosineMargin(target=margin, warmup_ratio=warmup, total_steps=steps)
-    return Objective(getattr(args, "conspo_tau", 1.0), margin, getattr(args, "conspo_reward_threshold", 0.5))
+        target, warmup = getattr(args, "conspo_margin", 0.01), getattr(args, "conspo_margin_warmup_ratio", 0.3)
+        margin = CosineMargin(total_steps=steps, target=target, warmup_ratio=warmup)
+    return Objective(getattr(args, "conspo_tau", 10.0), margin, getattr(args, "conspo_reward_threshold", 0.5))
 
 
 def _step(args: Any) -> int:

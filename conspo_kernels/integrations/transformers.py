@@ -1,6 +1,6 @@
 """ConSPO, and every other loss of this library, on a causal LM of transformers: its logits are never whole in memory.
 
-    loss = conspo_loss_of(model, batch, rewards, groups, tau=0.5)
+    loss = conspo_loss_of(model, batch, rewards, groups)
 
 The base model runs and its head does not: weight, bias, logit scale and softcap go to `linear_conspo_loss`. For any
 other function that takes hidden states, `head_inputs` gives its arguments:

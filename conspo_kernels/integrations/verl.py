@@ -2,7 +2,7 @@
 
     from conspo_kernels.integrations.verl import register
 
-    register(tau=0.5, margin=CosineMargin(0.5, 0.2, 400))     # a module that verl imports in each of its processes
+    register(margin=CosineMargin(total_steps=400))            # in a module that verl imports in each of its processes
 
     actor_rollout_ref.model.external_lib=that_module  algorithm.adv_estimator=conspo
     actor_rollout_ref.actor.policy_loss.loss_mode=conspo
@@ -42,7 +42,7 @@ _registered: Registration | None = None
 
 
 def register(
-    *, tau: float = 1.0, margin: Margin = 0.0, reward_threshold: float = 0.5, on_step: OnStep | None = None
+    *, tau: float = 10.0, margin: Margin = 0.0, reward_threshold: float = 0.5, on_step: OnStep | None = None
 ) -> Registration:
     """Put ConSPO into verl's registries as "conspo", for `algorithm.adv_estimator` and `policy_loss.loss_mode`.
 

@@ -126,7 +126,7 @@ def train(run: Run, warm_ups: Path) -> dict[str, Any]:
     optimizer = torch.optim.Adam(policy.model.parameters(), lr=run.lr)
     schedule = None
     if "margin" in run.constants:
-        schedule = CosineMargin(run.constants["margin"], run.constants["margin_warmup"], steps)
+        schedule = CosineMargin(steps, run.constants["margin"], run.constants["margin_warmup"])
     prompts, sampling = random.Random(f"paper {run.seed} prompts"), generator_of(run.seed, "rollouts")
     curve: list[dict[str, float]] = []
     evaluations: dict[str, float] = {}

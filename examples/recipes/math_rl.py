@@ -159,7 +159,7 @@ def train(settings: Settings) -> list[dict[str, float]]:
     draws = Draws(SOURCES[settings.problems]("train"), settings.seed)
     held_out = SOURCES[settings.problems]("test")[: settings.eval_problems]
     optimizer = torch.optim.AdamW(policy.trained, lr=settings.learning_rate, weight_decay=0.0)
-    margin = CosineMargin(settings.margin, settings.margin_warmup, settings.steps)
+    margin = CosineMargin(settings.steps, settings.margin, settings.margin_warmup)
     out = Path(settings.out)
     out.mkdir(parents=True, exist_ok=True)
     (out / "settings.json").write_text(json.dumps(dataclasses.asdict(settings), indent=2))

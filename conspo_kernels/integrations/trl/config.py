@@ -32,7 +32,8 @@ class ConSPOSettings(_Config):
     """The fields that `ConSPOConfig` adds to `GRPOConfig`, and those whose default is another one.
 
     Args:
-        tau: temperature of the contrast, > 0.
+        tau: temperature of the contrast, > 0, in nats per token. tau, margin and margin_warmup_ratio have the paper's
+            values (its section 5.1).
         margin: the margin M at its end, in nats per token.
         margin_warmup_ratio: the fraction of training over which the margin rises from 0 to M, in [0, 1].
         reward_threshold: a rollout is right if its reward, the weighted sum over the reward functions, is above.
@@ -43,10 +44,10 @@ class ConSPOSettings(_Config):
         ValueError: a setting is out of range, has no meaning for ConSPO, or would cut groups over optimizer steps.
     """
 
-    tau: float = field(default=1.0, metadata={"help": "Temperature of the contrast between right and wrong rollouts."})
-    margin: float = field(default=0.5, metadata={"help": "Margin at the end of its curriculum, in nats per token."})
+    tau: float = field(default=10.0, metadata={"help": "Temperature of the contrast between right and wrong rollouts."})
+    margin: float = field(default=0.01, metadata={"help": "Margin at the end of its curriculum, in nats per token."})
     margin_warmup_ratio: float = field(
-        default=0.5, metadata={"help": "Fraction of training over which the margin rises from 0, along half a cosine."}
+        default=0.3, metadata={"help": "Fraction of training over which the margin rises from 0, along half a cosine."}
     )
     reward_threshold: float = field(default=0.5, metadata={"help": "A rollout is right if its reward is above this."})
     group_denominator: str = field(

@@ -153,7 +153,7 @@ class ConSPOSteps(_Trainer):
             if mode == "train":  # of the optimizer step, the last of an epoch may be shorter
                 rows = self._train_batch_size * self.current_gradient_accumulation_steps
                 num_groups = rows * self.accelerator.num_processes / self.num_generations
-        schedule = CosineMargin(self.args.margin, self.args.margin_warmup_ratio, max(self.state.max_steps, 1))
+        schedule = CosineMargin(max(self.state.max_steps, 1), self.args.margin, self.args.margin_warmup_ratio)
         result = conspo_weights(
             scores,
             rewards,
