@@ -96,16 +96,17 @@ def dapo(
 
 def dr_grpo(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, rewards: Tensor, group_size: int, *,
-    max_length: int | None = None, clip: float = 0.2,
+    max_length: int, clip: float = 0.2,
 ) -> Tensor:  # fmt: skip
     """-(1/(S L)) sum_i sum_t min(rho A_i, clip(rho) A_i), A not divided by its deviation.
 
-    max_length: L, the most tokens that a response may have; None: the columns of `mask`.
+    max_length: L, the most tokens that a response of the task may have. Not the longest of the batch: a token would
+    count more in a batch of short responses, which is what the method takes out.
 
     Source: Liu et al., Understanding R1-Zero-Like Training, arXiv:2503.20783.
     """
     per_token = clipped(ratios(logprobs, old_logprobs), advantages(rewards, group_size, scaled=False), clip, clip)
-    return -(per_token * mask).sum() / (mask.shape[0] * (max_length or mask.shape[1]))
+    return -(per_token * mask).sum() / (mask.shape[0] * max_length)
 
 
 def gmpo(
@@ -154,8 +155,12 @@ def disco(
 ) -> Tensor:  # fmt: skip
     """mean over groups and right rollouts i of tau log mean_{j wrong} exp((s_j - s_i) / tau), and a constraint.
 
-    s_i = (1/n_i) sum_t logp[i, t].  The constraint KL(old || now) <= delta is the penalty beta max(KL - delta, 0)^2,
-    with KL = mean over rollouts of (1/n_i) sum_t (old_logprobs - logprobs).
+    s_i = (1/n_i) sum_t logp[i, t].  The constraint KL(old || now) <= delta is the penalty
+    (beta/2) max(KL - delta, 0)^2, with KL = mean over rollouts of (1/n_i) sum_t (old_logprobs - logprobs).
+
+    The authors' code (github.com/Optimization-AI/DisCO, `compute_policy_loss_disco_logL`) has the same penalty, by its
+    gradient beta max(KL - delta, 0) dKL. Two things differ there: its KL is a mean over all response tokens, so long
+    rollouts count more, and it divides by the number of all questions, not of those with a right and a wrong rollout.
 
     Source: Li et al., DisCO, arXiv:2505.12366, with log-likelihood scores (its tau is 10 for these).
     """
@@ -166,7 +171,7 @@ def disco(
     gap = torch.where(right, tau * wrong[:, None] - scores, 0.0).sum(1) / right.sum(1).clamp(min=1)
     contrast = torch.where(valid, gap, 0.0).sum() / valid.sum().clamp(min=1)
     divergence = rollout_means(old_logprobs - logprobs, mask).mean()
-    return contrast + beta * (divergence - delta).clamp(min=0).square()
+    return contrast + beta / 2 * (divergence - delta).clamp(min=0).square()
 
 
 # ConSPO, and what is left of it when a part is taken away.

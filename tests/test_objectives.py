@@ -21,11 +21,14 @@ from torch import Tensor
 
 import conspo_kernels as ck
 
+LENGTH = 7  # the most tokens that a response of `Batch` may have
+REQUIRED: dict[str, dict[str, Any]] = {"dr_grpo": {"max_length": LENGTH}}  # constants that no objective has by itself
+
 
 class Batch:
     """Random log-probabilities of ragged rollouts, old ones that the clip acts on, and rewards of 0 and 1."""
 
-    def __init__(self, seed: int, groups: int, size: int, length: int = 7) -> None:
+    def __init__(self, seed: int, groups: int, size: int, length: int = LENGTH) -> None:
         generator = torch.Generator().manual_seed(seed)
 
         def draw(*shape: int) -> Tensor:
@@ -106,7 +109,7 @@ def test_groups_without_a_contrast_have_no_gradient(name: str) -> None:
     batch = Batch(3, groups=8, size=4)
     batch.old = batch.logprobs  # DisCO's penalty on the divergence has a gradient elsewhere
     batch.rewards[:4], batch.rewards[4:8] = 1.0, 0.0
-    gradient = batch.gradient(OBJECTIVES[name])
+    gradient = batch.gradient(OBJECTIVES[name], **REQUIRED.get(name, {}))
     assert not gradient[:8].any()
     assert gradient[8:].any()
     assert not gradient[batch.mask == 0].any()
@@ -123,14 +126,32 @@ def test_dynamic_sampling_counts_informative_tokens_only() -> None:
 
 
 def test_disco_s_constraint() -> None:
-    """Its penalty acts where the mean divergence exceeds delta, and only there."""
+    """Where the mean divergence exceeds delta, and only there, its penalty has the gradient beta (KL - delta) dKL."""
     batch = Batch(5, groups=8, size=4)
     batch.old = batch.logprobs + 0.1
     free = batch.gradient(OBJECTIVES["disco"], beta=0.0)
     held = batch.gradient(OBJECTIVES["disco"], beta=10.0, delta=0.02)
     each = -batch.mask / batch.mask.sum(1, keepdim=True) / len(batch.mask)
-    torch.testing.assert_close(held - free, 10 * 2 * 0.08 * each, rtol=1e-9, atol=1e-15)
+    torch.testing.assert_close(held - free, 10 * 0.08 * each, rtol=1e-9, atol=1e-15)
     torch.testing.assert_close(batch.gradient(OBJECTIVES["disco"], beta=10.0, delta=0.2), free, rtol=0, atol=0)
+
+
+def test_dr_grpo_s_length_is_the_task_s() -> None:
+    """It has to be named, and a token's coefficient is the same however wide the batch is padded."""
+    batch = Batch(7, groups=8, size=4)
+    narrow = batch.gradient(OBJECTIVES["dr_grpo"], max_length=32)
+    for name in ("logprobs", "old", "mask"):
+        setattr(batch, name, torch.nn.functional.pad(getattr(batch, name), (0, 5)))
+    wide = batch.gradient(OBJECTIVES["dr_grpo"], max_length=32)
+    torch.testing.assert_close(wide[:, :LENGTH], narrow, rtol=1e-12, atol=0)
+    rewards = batch.rewards.view(-1, 4)
+    advantage = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    batch.old = batch.logprobs
+    on_policy = batch.gradient(OBJECTIVES["dr_grpo"], max_length=32)
+    expected = -advantage[:, None] * batch.mask / (32 * len(batch.mask))
+    torch.testing.assert_close(on_policy, expected, rtol=1e-12, atol=1e-16)
+    with pytest.raises(TypeError, match="max_length"):
+        batch.gradient(OBJECTIVES["dr_grpo"])
 
 
 # TRL's own loss, called with what it reads of a trainer.
@@ -193,8 +214,8 @@ def test_equals_trl(name: str) -> None:
         pytest.skip("trl is not installed")
     batch = Batch(6, groups=50, size=8)
     value, gradient = coefficients(
-        OBJECTIVES[name], batch.logprobs, batch.old, batch.mask, batch.rewards, batch.size
-    )  # fmt: skip
+        OBJECTIVES[name], batch.logprobs, batch.old, batch.mask, batch.rewards, batch.size, **REQUIRED.get(name, {})
+    )
     exact_value, exact = trl_gradient(name, batch)
     assert (value - exact_value).abs() <= 1e-6 * exact_value.abs()
     assert (gradient - exact).abs().max() <= 1e-6 * exact.abs().max()

@@ -89,7 +89,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "warmed_up", fresh)
 
 
-@pytest.mark.parametrize("method", ["conspo", "dapo", "conspo, clipped ratios"])
+@pytest.mark.parametrize("method", ["conspo", "dapo", "dr_grpo", "conspo, clipped ratios"])
 def test_a_run_repeats(method: str, small: None, tmp_path: Path) -> None:
     run = Run("running_sums", "four updates", method, 0, 1e-3, seed=1)
     first, second = (training.train(run, tmp_path) for _ in range(2))

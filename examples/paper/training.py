@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from objectives import OBJECTIVES, coefficients, informative, rollout_means
+from objectives import OBJECTIVES, coefficients, dr_grpo, informative, rollout_means
 from policy import Policy, build_char_policy
 from records import replace_atomically
 from rollout import Rollouts, accuracy, sample
@@ -79,6 +79,8 @@ def update(
     """The updates of one batch of rollouts; what was seen before the first of them."""
     objective, seen = OBJECTIVES[protocol.METHODS[run.method].objective], {}
     constants = {k: v for k, v in run.constants.items() if k not in ("margin", "margin_warmup")}
+    if objective is dr_grpo:
+        constants["max_length"] = task_of(run.task).max_new_tokens
     if margin is not None:
         constants["margin"] = margin
     old: Tensor | None = None
