@@ -12,6 +12,7 @@ from .logprobs import (
 from .loss import conspo_loss, conspo_loss_from_scores, linear_conspo_loss
 from .margin import CosineMargin
 from .modules import ConSPOLoss, LinearConSPOLoss
+from .trust_region import trust_region
 from .two_phase import (
     ConSPOWeights,
     conspo_scores,
@@ -41,6 +42,7 @@ __all__ = [
     "linear_weighted_score_loss",
     "sequence_scores",
     "token_logprobs",
+    "trust_region",
     "weighted_logprob_loss",
     "weighted_score_loss",
 ]

@@ -30,7 +30,7 @@ EXTENSION = "_C"
 CORE = {"torch", "numpy"}  # the dependencies every installation has
 ANYTHING = {"*"}
 EDGES = {"integrations", "gradcheck", "ptx", "__main__"}
-PUBLIC = {"loss", "logprobs", "two_phase", "modules"}
+PUBLIC = {"loss", "logprobs", "two_phase", "modules", "trust_region"}
 # What the layers hand to one another, how an op is registered, and how tensors get from the host to a device.
 LEAVES = {"values", "registration", "transfer"}
 

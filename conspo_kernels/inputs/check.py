@@ -227,6 +227,15 @@ def coefficients(value: Any, shape: tuple[int, ...], labels: Tensor) -> None:
         raise ValueError("coefficients are constants of the loss and get no gradient: pass coefficients.detach()")
 
 
+def trust_region(values: Any, logprobs: Any, old_logprobs: Any, epsilon: Any) -> None:
+    for name, value in (("coefficients", values), ("logprobs", logprobs), ("old_logprobs", old_logprobs)):
+        _differentiable(name, value, "floating point")
+        _shape(name, value, tuple(values.shape), "that of coefficients")
+        _same_device(name, value, "coefficients", values)
+    coefficients(values, tuple(values.shape), values)
+    _positive("epsilon", 1.0 if epsilon is None else epsilon)
+
+
 def rewards(value: Any, num_rollouts: int) -> None:
     _tensor("rewards", value)
     if value.is_complex() or (value.is_floating_point() and value.dtype not in LOGIT_DTYPES):
@@ -328,9 +337,7 @@ def overwritten(name: str, value: Tensor) -> None:
     _memory_holds(name, value)
     if not torch.compiler.is_compiling():
         if value._base is not None and value._base.is_leaf:
-            raise ValueError(
-                f"{name} overwrites logits: they must not be a view of a leaf, which the caller owns, got one"
-            )
+            raise ValueError(f"{name} overwrites logits: they must not be a view of a leaf, the caller's own, got one")
         # What hooks pack and unpack, activation checkpointing's too, autograd does not check for modifications.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             raise ValueError(f"{name} must be called outside of saved-tensor hooks and checkpoint(), got inside")
