@@ -40,7 +40,7 @@ class _Settings(nn.Module):
 class ConSPOLoss(_Settings):
     """`conspo_loss` with its settings kept: the call takes what changes from step to step.
 
-        loss_fn = ConSPOLoss(tau=0.5, shift=True)
+        loss_fn = ConSPOLoss(shift=True)
         loss = loss_fn(logits, input_ids, rewards, groups, response_mask=response_mask, margin=margin(step))
 
     Args:

@@ -92,7 +92,7 @@ def train(args: argparse.Namespace, rank: int, ranks: int) -> None:
     torch.manual_seed(0)  # the same parameters and prompts on every rank
     model = wrapped(Policy(), args.parallel)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    margin = CosineMargin(target=0.5, warmup_ratio=0.5, total_steps=args.steps)
+    margin = CosineMargin(args.steps)
     prompt_rng = torch.Generator().manual_seed(1)
     torch.manual_seed(rank)  # other samples
     for step in range(args.steps):

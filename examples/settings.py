@@ -17,9 +17,9 @@ DEFAULTS = {
     "lr": (1e-4, 2e-5, 1e-5),
     "max_grad_norm": (1.0, 1.0, 1.0),
     "temperature": (1.0, 1.0, 1.0),
-    "tau": (1.0, 1.0, 1.0),
-    "margin": (0.5, 0.5, 0.5),
-    "margin_warmup": (0.5, 0.5, 0.5),
+    "tau": (10.0, 10.0, 10.0),
+    "margin": (0.01, 0.01, 0.01),
+    "margin_warmup": (0.3, 0.3, 0.3),
     "warmup_steps": (2000, 0, 0),  # a pretrained model solves some prompts as it comes
     "held_out": (512, 64, 64),
     "eval_samples": (4, 4, 16),

@@ -80,9 +80,6 @@ class Bar(TrainerCallback):
 def trainer_of(args: argparse.Namespace, policy: Policy, task: SpellBackward, characters: CharTokenizer) -> Any:
     config = ConSPOConfig(
         output_dir=str(args.out),
-        tau=1.0,
-        margin=0.5,
-        margin_warmup_ratio=0.5,
         num_generations=GROUP_SIZE,
         per_device_train_batch_size=MICRO_BATCH,
         gradient_accumulation_steps=MICRO_BATCHES,

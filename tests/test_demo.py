@@ -47,7 +47,7 @@ def test_every_setting_has_a_default_for_every_model() -> None:
 def test_char_is_the_default_model_with_the_settings_of_the_readme() -> None:
     args = parse("--device", "cpu")
     assert (args.model, args.steps, args.prompts_per_step, args.group_size, args.lr) == ("char", 200, 32, 8, 1e-4)
-    assert (args.tau, args.margin, args.margin_warmup, args.held_out, args.eval_samples) == (1.0, 0.5, 0.5, 512, 4)
+    assert (args.tau, args.margin, args.margin_warmup, args.held_out, args.eval_samples) == (10.0, 0.01, 0.3, 512, 4)
     assert (args.warmup_steps, args.warmup_accuracy, args.threads, args.out) == (2000, 0.35, 1, Path("runs/demo"))
 
 

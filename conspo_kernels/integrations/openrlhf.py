@@ -1,6 +1,6 @@
 """ConSPO in OpenRLHF: an experience maker that knows all rollouts of a batch, and a policy loss.
 
-    maker = experience_maker(RemoteExperienceMaker, tau=0.5)      # in place of RemoteExperienceMaker
+    maker = experience_maker(RemoteExperienceMaker)               # in place of RemoteExperienceMaker
     trainer.actor_loss_fn = ConSPOPolicyLoss()                    # in ActorPPOTrainer, in place of PolicyLoss
 
 The experience maker runs on one process and holds log-probabilities, rewards and prompts of all rollouts of a batch, so

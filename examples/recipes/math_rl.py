@@ -45,11 +45,11 @@ class Settings:
     group_size: int = 16
     max_new_tokens: int = 1024
     temperature: float = 1.0
-    learning_rate: float = 1e-6
+    learning_rate: float = 2e-6
     max_grad_norm: float = 1.0
-    tau: float = 1.0
-    margin: float = 0.5  # nats per token
-    margin_warmup: float = 0.5  # fraction of the steps over which it rises
+    tau: float = 10.0  # with the next two and the learning rate: the paper's (its section 5.1)
+    margin: float = 0.01  # nats per token
+    margin_warmup: float = 0.3  # fraction of the steps over which it rises
     micro_batch_tokens: int = 16_384
     workspace_mib: float = 1024  # tiles of logits
     dtype: str = "bfloat16"
