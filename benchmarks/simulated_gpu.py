@@ -1,15 +1,15 @@
 """A simulated GPU: code for a GPU runs on the CPU, so that a machine without a GPU can test that it runs.
 
 Within `simulated()` tensors that were made for "cuda" lie in the CPU's memory and say that they are on a GPU. What a
-GPU would refuse is refused (operands on two devices), what would make the host wait is an error where the sync debug
-mode says so, a graph replays the ops that it saw, and the allocator's figures are those of the tensors. Triton's
-kernels run under its interpreter. There is one stream, `torch.compile` returns what it is given, times mean nothing.
+GPU would refuse is refused (operands on two devices, a launch while another device is current), what would make the
+host wait is an error where the sync debug mode says so, a graph replays the ops that it saw, and the allocator's
+figures are those of the tensors. Triton's kernels run under its interpreter. There is one stream, `torch.compile`
+returns what it is given, times mean nothing.
 """
 
 from __future__ import annotations
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -22,9 +22,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
+from .simulated_streams import Clock, Event, Stream
+
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-CLOCK = 1.5e9  # cycles per second
-LAUNCH = 1e-6  # seconds that whatever lies between two events takes at least
 DEVICE, IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
 aten = torch.ops.aten
 
@@ -48,6 +48,7 @@ class Memory:
         self.sizes: dict[int, tuple[StorageWeakRef, int]] = {}  # a weak reference keeps the address from being reused
         self.peak = 0
         self.waiting_is_an_error = False
+        self.current = 0  # index of the device that Triton launches on; tensors lie on 0
 
     def holds(self, x: Tensor) -> bool:
         return x.untyped_storage()._cdata in self.sizes
@@ -60,6 +61,18 @@ class Memory:
     def allocated(self) -> int:
         self.sizes = {key: value for key, value in self.sizes.items() if not value[0].expired()}
         return sum(size for _, size in self.sizes.values())
+
+    @contextlib.contextmanager
+    def device(self, index: int) -> Iterator[None]:
+        """As `torch.cuda.device`: another device is the current one."""
+        before, self.current = self.current, index
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def device_of(self, x: Tensor) -> contextlib.AbstractContextManager[None]:
+        return self.device(CUDA.index if self.holds(x) else self.current)
 
     def wait(self, what: object) -> None:
         if self.waiting_is_an_error:
@@ -190,47 +203,6 @@ def _is_device(x: object) -> bool:
     return isinstance(x, torch.device) or (isinstance(x, str) and x.partition(":")[0] in ("cuda", "cpu"))
 
 
-class Clock:
-    """The end of what is queued: the CPU has done it when it was queued, but for the spins."""
-
-    def __init__(self) -> None:
-        self.busy_until = 0.0
-
-    def sleep(self, cycles: int) -> None:
-        self.busy_until = max(time.perf_counter(), self.busy_until) + cycles / CLOCK
-
-    def stamp(self) -> float:
-        self.busy_until = max(time.perf_counter(), self.busy_until) + LAUNCH
-        return self.busy_until
-
-
-class Event:
-    def __init__(self, clock: Clock, **_: object) -> None:
-        self.clock, self.at = clock, 0.0
-
-    def record(self, _stream: object = None) -> None:
-        self.at = self.clock.stamp()
-
-    def query(self) -> bool:
-        return time.perf_counter() >= self.at
-
-    def synchronize(self) -> None:
-        time.sleep(max(self.at - time.perf_counter(), 0.0))
-
-    def elapsed_time(self, other: Event) -> float:
-        return (other.at - self.at) * 1000
-
-
-class Stream:
-    """All there is runs in order."""
-
-    cuda_stream = 0
-
-    def wait_stream(self, _other: object) -> None: ...
-
-    def synchronize(self) -> None: ...
-
-
 class Graph:
     """Replays what was recorded, into the same memory."""
 
@@ -271,11 +243,11 @@ def _replacements(ops: Ops) -> dict[str, Any]:
             ops.recorded, memory.waiting_is_an_error = None, False
 
     return {
-        "is_available": lambda: True, "device_count": lambda: 1, "current_device": lambda: 0, "_lazy_init": _nothing,
+        "is_available": lambda: True, "device_count": lambda: 1, "_lazy_init": _nothing,
         "is_bf16_supported": lambda *_: True, "get_device_properties": lambda *_: properties,
         "get_device_capability": lambda *_: (9, 0), "get_device_name": lambda *_: properties.name,
         "synchronize": lambda *_: memory.wait("synchronize"), "empty_cache": _nothing,
-        "device_of": lambda *_: contextlib.nullcontext(), "device": lambda *_: contextlib.nullcontext(),
+        "current_device": lambda: memory.current, "device_of": memory.device_of, "device": memory.device,
         "memory_allocated": lambda *_: memory.allocated(), "max_memory_allocated": lambda *_: memory.peak,
         "reset_peak_memory_stats": lambda *_: reset_peak(), "set_sync_debug_mode": set_sync_debug_mode,
         "mem_get_info": lambda *_: (properties.total_memory - memory.allocated(), properties.total_memory),
@@ -302,6 +274,8 @@ def simulated() -> Iterator[Memory]:
         pointers = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
         if any(memory.holds(x) for x in pointers) and not all(memory.holds(x) for x in pointers):
             raise ValueError("Pointer argument cannot be accessed from Triton (cpu tensor?)")
+        if any(memory.holds(x) for x in pointers) and memory.current != CUDA.index:
+            raise RuntimeError(f"an illegal memory access: a launch on cuda:{memory.current}, tensors on {CUDA}")
 
         def launch() -> None:
             with _disable_current_modes(), torch._C.DisableTorchFunction():

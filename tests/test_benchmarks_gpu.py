@@ -12,11 +12,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import measure, simulated_gpu, suite, wheels
+from benchmarks import measure, simulated_streams, suite, wheels
 from benchmarks.logits_path import OURS
 from benchmarks.measure import Call, interleaved
 from benchmarks.simulated_gpu import simulated
 from conspo_kernels.backends import registry
+from conspo_kernels.backends.triton import scale
 
 GPU = torch.device("cuda")
 TESTS = Path(__file__).resolve().parent
@@ -94,7 +95,7 @@ def test_what_the_host_hides_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """The spin grows with the time that queueing takes; where it cannot, each repeat is flagged."""
     clock = HandClock()
     monkeypatch.setattr(measure, "time", clock)
-    monkeypatch.setattr(simulated_gpu, "time", clock)
+    monkeypatch.setattr(simulated_streams, "time", clock)
 
     def queued_in(seconds: float) -> Call:
         return Call(lambda: None, lambda _: clock.sleep(seconds))
@@ -107,7 +108,7 @@ def test_what_the_host_hides_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cold["slow"].outlasted == 1
     fields = result["slow"].fields()
     assert fields["host_seconds"] == pytest.approx(5e-3)
-    assert fields["sm_mhz"] == pytest.approx(simulated_gpu.CLOCK / 1e6, rel=0.01)
+    assert fields["sm_mhz"] == pytest.approx(simulated_streams.CLOCK / 1e6, rel=0.01)
 
 
 def test_the_flush_leaves_no_dirty_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,6 +206,21 @@ def test_the_simulated_gpu_refuses_what_a_gpu_does() -> None:
         assert not x.new_zeros(3, device="cpu").is_cuda
         del x
         assert memory.allocated() == held - 4 * 8 * 4
+
+
+def test_the_simulated_gpu_has_a_current_device() -> None:
+    """Triton launches there, PyTorch's ops where their operands are."""
+    with simulated():
+        x, factor = torch.ones(4, device=GPU), torch.full((), 3.0, device=GPU)
+        with torch.cuda.device(1):
+            assert torch.cuda.current_device() == 1
+            x.add_(x)
+            with pytest.raises(RuntimeError, match="a launch on cuda:1, tensors on cuda:0"):
+                scale.scale_(x, factor)
+            with torch.cuda.device_of(x):
+                scale.scale_(x, factor)
+        assert x.tolist() == [6, 6, 6, 6]
+        assert torch.cuda.current_device() == 0
 
 
 def test_the_simulated_gpu_adds_wide_products() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,7 +19,15 @@ from benchmarks.logits_path import OPS, OURS, Exact, Inputs, call, candidates, e
 from benchmarks.measure import peak_bytes
 from benchmarks.shapes import GEMMA, GPT2, QWEN, Shape
 from benchmarks.simulated_gpu import simulated
-from conspo_kernels import conspo_loss, linear_conspo_loss, linear_weighted_score_loss, token_logprobs
+from conspo_kernels import (
+    conspo_loss,
+    linear_conspo_loss,
+    linear_token_logprobs,
+    linear_weighted_logprob_loss,
+    linear_weighted_score_loss,
+    token_logprobs,
+    weighted_score_loss,
+)
 from conspo_kernels.__main__ import main
 
 pytestmark = pytest.mark.gpu
@@ -27,6 +35,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda")
 TIMED = [op for op in OPS.values() if not op.known]  # what Triton has
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+needs_second_device = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs a GPU")  # another one
 
 
 @pytest.fixture(autouse=True)
@@ -226,6 +235,55 @@ def test_another_stream() -> None:
     with torch.cuda.stream(stream):
         result = batch.step()
     stream.synchronize()
+    assert all(torch.equal(ours, other) for ours, other in zip(result, expected, strict=True))
+
+
+SKIPPING = ("conspo_loss", "synchronize", "weighted_score_loss", "weighted_logprob_loss", "token_logprobs")
+
+
+@needs_second_device
+@pytest.mark.parametrize("call", SKIPPING)
+@pytest.mark.parametrize("mode", ["store", "recompute", "frozen"])
+def test_tokens_are_left_out_on_the_device_of_the_tensors(call: str, mode: str) -> None:
+    """Whichever device is the current one: rewards, weights and offsets on the CPU say which tokens take part."""
+    hidden, weight, labels, _rewards, _mode = LinearBatch.make(mode)
+    masked = labels.index_fill(1, torch.zeros(1, dtype=torch.int64, device=DEVICE), -100)
+    rewards, weights = torch.tensor([1.0, 0.0, 1.0, 1.0]), torch.tensor([0.5, 0.0, 0.0, -0.5])
+    more: dict[str, Any] = {"workspace_mib": 512 if mode == "store" else 2.0**-10, "implementation": "triton"}
+
+    def step() -> tuple[Tensor, ...]:
+        if call == "conspo_loss":
+            loss = linear_conspo_loss(hidden, weight, labels, rewards, 2, **more)
+        elif call == "synchronize":
+            loss = linear_conspo_loss(hidden, weight, masked, rewards.to(DEVICE), 2, synchronize=True, **more)
+        elif call == "weighted_score_loss":
+            loss = linear_weighted_score_loss(hidden, weight, labels, weights, **more)
+        elif call == "weighted_logprob_loss":
+            loss = linear_weighted_logprob_loss(hidden, weight, labels, weights[:, None].expand(4, 3), **more)
+        else:
+            loss = linear_token_logprobs(hidden, weight, masked, synchronize=True, **more).sum()
+        return loss, *torch.autograd.grad(loss, [x for x in (hidden, weight) if x.requires_grad])
+
+    expected = step()
+    with torch.cuda.device(1):
+        result = step()
+    assert all(torch.equal(ours, other) for ours, other in zip(result, expected, strict=True))
+
+
+@needs_second_device
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_logits_beside_another_current_device(packed: bool) -> None:
+    batch, weights = Batch.make("cpu", packed), torch.tensor([0.5, 0.0, 0.0, -0.5])
+
+    def step() -> tuple[Tensor, ...]:
+        leaf = batch.logits.detach().requires_grad_()
+        loss = weighted_score_loss(leaf, batch.labels, weights, cu_seqlens=batch.offsets, implementation="triton")
+        loss = loss + token_logprobs(leaf, batch.labels, return_entropy=True, implementation="triton")[1].sum()
+        return *batch.step(), loss, torch.autograd.grad(2 * loss, leaf)[0]
+
+    expected = step()
+    with torch.cuda.device(1):
+        result = step()
     assert all(torch.equal(ours, other) for ours, other in zip(result, expected, strict=True))
 
 
