@@ -12,7 +12,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conspo_kernels import conspo_loss, conspo_loss_from_scores, sequence_scores, token_logprobs
+from conspo_kernels import (
+    conspo_loss,
+    conspo_loss_from_scores,
+    linear_conspo_loss,
+    linear_weighted_score_loss,
+    sequence_scores,
+    token_logprobs,
+    weighted_score_loss,
+)
+from conspo_kernels.backends import registry
 from conspo_kernels.inputs.groups import GroupLayout
 from conspo_kernels.inputs.tokens import sequence_offsets
 from conspo_kernels.ops.token_logprob import token_logprob
@@ -42,9 +51,10 @@ def test_opcheck_known_gradient(implementation: str, device: torch.device) -> No
     coefficients = torch.rand(2, 3, device=device)
     for op in (OPS.token_logprob_known.default, OPS.token_logprob_known_.default):
         opcheck(op, (logits, labels, coefficients, transform, implementation))
-    opcheck(OPS.scale_.default, (torch.rand(4, device=device), torch.tensor(2.0, device=device)))
+    factor = torch.tensor(2.0, device=device)
+    opcheck(OPS.scale_.default, (torch.rand(4, device=device), factor, implementation))
     buffer, gradient = torch.rand(2, 4, device=device).unbind()
-    opcheck(OPS.add_scaled_.default, (buffer.clone(), gradient.clone(), torch.tensor(2.0, device=device)))
+    opcheck(OPS.add_scaled_.default, (buffer.clone(), gradient.clone(), factor, implementation))
     values, x = (torch.rand(3, device=device, requires_grad=True) for _ in range(2))
     weights, counts = torch.tensor([0.0, 1.0, -2.0], device=device), torch.tensor([1, 0, 3], device=device)
     opcheck(OPS.weighted_sum.default, (values, weights, counts, *(None,) * 7, implementation))
@@ -118,6 +128,27 @@ def test_fake_tensors_and_modes_see_the_op() -> None:
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(logits)
         assert token_logprobs(fake, mode.from_tensor(LABELS)).shape == (2, 3)
+
+
+def test_an_explicit_name_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No op of a forward or a backward asks for another backend than the one that was named."""
+    for name in ("native", "triton"):
+        monkeypatch.setitem(registry.BACKENDS, name, ".absent")
+    registry.forget_choices()
+    logits, hidden, weight = (torch.randn(*size, requires_grad=True) for size in ((2, 3, 17), (2, 3, 4), (17, 4)))
+    labels, rewards = LABELS.clamp_min(0), torch.tensor([1.0, 0.0])
+    more: dict[str, Any] = {"implementation": "torch"}
+    try:
+        conspo_loss(logits, labels, rewards, torch.tensor([5, 5]), shift=True, **more).backward()
+        weighted_score_loss(logits * 1, labels, rewards - 0.5, inplace=True, **more).backward()
+        linear_conspo_loss(hidden, weight, labels, rewards, 2, **more).backward()
+        linear_conspo_loss(hidden, weight.detach(), labels, rewards, 2, **more).backward()
+        linear_weighted_score_loss(
+            hidden, weight, labels, rewards - 0.5, weight_grad=torch.zeros(17, 4), **more
+        ).backward()
+    finally:
+        monkeypatch.undo()
+        registry.forget_choices()
 
 
 FUNCTIONS: dict[str, Callable[[Tensor, str], Tensor]] = {

@@ -21,17 +21,17 @@ def _fake_scale(*_: object) -> None:
 
 
 @op(_fake_scale, mutates=("gradient",))
-def scale_(gradient: Tensor, factor: Tensor) -> None:
+def scale_(gradient: Tensor, factor: Tensor, implementation: str) -> None:
     """gradient *= factor (0-d), at no cost where the factor is 1; it counts as a modification even then."""
     with device_guard(gradient):
-        kernels_for("scale", "auto", gradient.device).scale_(gradient, factor)
+        kernels_for("scale", implementation, gradient.device).scale_(gradient, factor)
 
 
 @op(_fake_scale, mutates=("target",))
-def add_scaled_(target: Tensor, source: Tensor, factor: Tensor) -> None:
+def add_scaled_(target: Tensor, source: Tensor, factor: Tensor, implementation: str) -> None:
     """target += source * factor (0-d)."""
     with device_guard(target):
-        kernels_for("scale", "auto", target.device).add_scaled_(target, source, factor)
+        kernels_for("scale", implementation, target.device).add_scaled_(target, source, factor)
 
 
 def _fake(values: Tensor, *_: object) -> Tensor:
@@ -40,7 +40,7 @@ def _fake(values: Tensor, *_: object) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    values, weights, counts, _hidden, _weight, _bias, *gradients, ctx.weight_grad, _implementation = inputs
+    values, weights, counts, _hidden, _weight, _bias, *gradients, ctx.weight_grad, ctx.implementation = inputs
     # A graph through the values: then no gradient is known.
     ctx.save_for_backward(*((weights, counts) if values.requires_grad else (None, None)), *gradients)
     ctx.used = False
@@ -60,11 +60,11 @@ def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
         if gradient is None:
             given.append(None)
         elif i == 1 and ctx.weight_grad is not None:
-            add_scaled_(ctx.weight_grad, gradient.detach(), grad_value)
+            add_scaled_(ctx.weight_grad, gradient.detach(), grad_value, ctx.implementation)
             given.append(None)
         else:
             gradient = gradient.detach()
-            scale_(gradient, grad_value)
+            scale_(gradient, grad_value, ctx.implementation)
             given.append(without_derivative(gradient))
     return grad_values, None, None, *given, None, None, None, None, None
 
