@@ -26,9 +26,11 @@ from conspo_kernels import (
     linear_weighted_logprob_loss,
     linear_weighted_score_loss,
     token_logprobs,
+    transfer,
     weighted_score_loss,
 )
 from conspo_kernels.__main__ import main
+from conspo_kernels.distributed import groups
 
 pytestmark = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()
@@ -285,6 +287,29 @@ def test_logits_beside_another_current_device(packed: bool) -> None:
     with torch.cuda.device(1):
         result = step()
     assert all(torch.equal(ours, other) for ours, other in zip(result, expected, strict=True))
+
+
+def test_ids_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What goes to other ranks is first copied by the host: its owner may fill that memory again at once."""
+    copied: list[int] = []
+    scores, rewards = torch.randn(4, device=DEVICE), torch.tensor([1.0, 0.0, 0.0, 1.0], pin_memory=True)
+    ids = torch.tensor([3, 5, 3, 5], pin_memory=True)
+
+    class OneRank:
+        size, rank = staticmethod(lambda: 1), staticmethod(lambda: 0)
+
+    def staged(x: Tensor, dtype: torch.dtype) -> Tensor:
+        copied.append(x.data_ptr())
+        return stage(x, dtype)
+
+    stage = transfer.staged
+    monkeypatch.setattr(transfer, "staged", staged)
+    monkeypatch.setattr(groups.dist, "all_gather", lambda parts, x, group: parts[0].copy_(x))
+    gathered = groups.gather(scores, rewards, None, ids, OneRank())  # type: ignore[arg-type]
+    assert gathered.groups is not None
+    assert torch.equal(gathered.groups.cpu(), ids)
+    assert torch.equal(gathered.rewards.cpu(), rewards)
+    assert ids.data_ptr() in copied
 
 
 def test_cuda_graph() -> None:

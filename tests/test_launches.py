@@ -7,7 +7,9 @@ in a CUDA graph as far as the library is concerned.
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from test_compiled import python
 from torch import Tensor
 
 import conspo_kernels as ck
+from conspo_kernels.linear import gemm
 
 ROLLOUTS, LENGTH, HIDDEN, VOCAB, GROUP = 8, 5, 64, 50_257, 4
 LABELS = torch.zeros(ROLLOUTS, LENGTH, dtype=torch.int64, device=DEVICE)
@@ -158,6 +161,52 @@ def test_gemms_do_not_sum_in_16_bits(allowed: bool, monkeypatch: pytest.MonkeyPa
     narrow = [it for it in launches if it.name == "mm" and set(it.dtypes) == {torch.bfloat16}]
     assert narrow
     assert not any(it.reduced for it in narrow)
+
+
+def test_products_of_two_threads_do_not_sum_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first that ends does not switch the setting back on under the other."""
+    settings = SimpleNamespace(allow_bf16_reduced_precision_reduction=True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    second_is_in, first_is_over = threading.Event(), threading.Event()
+    seen: list[bool] = []
+    x = torch.empty(1, 1, dtype=torch.bfloat16)
+
+    def second(a: Tensor) -> Tensor:
+        second_is_in.set()
+        assert first_is_over.wait(10)
+        seen.append(settings.allow_bf16_reduced_precision_reduction)
+        return a
+
+    def first(a: Tensor) -> Tensor:
+        other.start()
+        assert second_is_in.wait(10)
+        seen.append(settings.allow_bf16_reduced_precision_reduction)
+        return a
+
+    other = threading.Thread(target=lambda: gemm._summed_in_fp32(second, x))
+    gemm._summed_in_fp32(first, x)
+    first_is_over.set()
+    other.join()
+    assert seen == [False, False]
+    assert settings.allow_bf16_reduced_precision_reduction
+
+
+def test_gemms_leave_both_flags_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Newer versions of torch set two at once: whether cuBLAS may split a sum comes with it."""
+
+    class Settings:
+        flags = (True, False)
+        allow_bf16_reduced_precision_reduction = property(
+            lambda self: self.flags[0],
+            lambda self, value: setattr(self, "flags", (value, True) if isinstance(value, bool) else value),
+        )
+        allow_bf16_reduced_precision_reduction_split_k = property(lambda self: self.flags[1])
+
+    settings, seen = Settings(), []
+    monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    gemm._summed_in_fp32(lambda a: seen.append(settings.flags) or a, torch.empty(1, 1, dtype=torch.bfloat16))
+    assert seen == [(False, False)]
+    assert settings.flags == (True, False)
 
 
 def test_the_gradient_of_weight_is_added_unrounded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..transfer import to_device
+
 
 class Gathered(NamedTuple):
     """Of all ranks, in rank order; of this rank those from `start` to `stop`."""
@@ -41,7 +43,7 @@ def gather(
     columns = [_bits(scores), _bits(rewards), *(_bits(x) for x in (counts, groups) if x is not None)]
     packed = torch.zeros(len(columns), most, dtype=torch.int64, device=device)
     for row, column in zip(packed, columns, strict=True):
-        row[: sizes[rank]] = column.to(device, non_blocking=True)
+        row[: sizes[rank]] = to_device(column, device)
     of_all_ranks = [torch.empty_like(packed) for _ in range(group.size())]
     dist.all_gather(of_all_ranks, packed, group=group)
     joined = torch.cat([part[:, :size] for part, size in zip(of_all_ranks, sizes, strict=True)], dim=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,17 +24,44 @@ def slices(total: int, size: int) -> Iterator[slice]:
         yield slice(start, min(start + size, total))
 
 
+class _Switch:
+    """A setting of the process that is off while a product of any thread needs it off.
+
+    Autograd has a thread per device: one that puts the setting back must not do so under another's product.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name, self.users = name, 0
+        self.lock = threading.Lock()
+        self.before: tuple[bool, ...] = ()
+
+    def __enter__(self) -> None:
+        settings = torch.backends.cuda.matmul
+        with self.lock:
+            if self.users == 0:
+                # Newer versions of torch set a second flag with the first: whether a long sum may be split at all.
+                names = [self.name, f"{self.name}_split_k"]
+                self.before = tuple(getattr(settings, name) for name in names if hasattr(settings, name))
+                self._set(False, *self.before[1:])
+            self.users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.users -= 1
+            if self.users == 0:
+                self._set(*self.before)
+
+    def _set(self, *flags: bool) -> None:
+        setattr(torch.backends.cuda.matmul, self.name, flags if len(flags) > 1 else flags[0])
+
+
+SWITCHES = {dtype: _Switch(name) for dtype, name in REDUCTIONS.items()}
+
+
 def _summed_in_fp32(product: Callable[..., Tensor], *matrices: Tensor, **options: Any) -> Tensor:
     """A product on a GPU. Where cuBLAS splits a long sum, its parts are not added in 16 bits, as torch allows."""
-    name = REDUCTIONS.get(matrices[-1].dtype)
-    settings = torch.backends.cuda.matmul
-    if name is None or not getattr(settings, name):
+    with SWITCHES.get(matrices[-1].dtype, contextlib.nullcontext()):
         return product(*matrices, **options)
-    setattr(settings, name, False)
-    try:
-        return product(*matrices, **options)
-    finally:
-        setattr(settings, name, True)
 
 
 def gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tensor:
