@@ -2,7 +2,8 @@
 
 CONSPO_BUILD says what is built:
 
-    auto (default)   the CPU extension where torch and a C++ compiler are found; else a pure Python package, and why
+    auto (default)   the CPU extension where torch, a C++ compiler and Python's headers are found; else a pure Python
+                     package, and why
     cpu              the CPU extension, or fail
     none             a pure Python package
 
@@ -12,7 +13,9 @@ compiles on the way.
 
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -29,6 +32,22 @@ if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:
 ROOT = Path(__file__).resolve().parent
 NOTE = "conspo_kernels/not_built.txt"
 CHOICES = ("auto", "cpu", "none")
+COMPILERS = ("c++", "g++", "clang++")  # where CXX names none: what torch takes, and what it may be called else
+
+# OpenMP is what ATen's at::parallel_for is made of; the run-time library is the one that torch has loaded already.
+OPENMP = [] if platform.system() == "Darwin" else ["-fopenmp"]
+
+PYTHON_HEADERS = (
+    "the headers of this Python are missing: Debian and Ubuntu have them in python3-dev, Fedora in python3-devel"
+)
+
+# What a C++ compiler may lack, by the header that it does not find then.
+MISSING = {
+    "Python.h": PYTHON_HEADERS,
+    "pyconfig.h": PYTHON_HEADERS,
+    "omp.h": "the compiler has no OpenMP: Debian and Ubuntu have Clang's in libomp-dev",
+    "vector": "the compiler has no C++ standard library: Debian and Ubuntu have it in g++",
+}
 
 
 def extension_tools():
@@ -44,13 +63,28 @@ def extension_tools():
     return cpp_extension
 
 
+def without_blank_variables():
+    """A variable that is set to nothing is not set; torch and setuptools would run a compiler without a name."""
+    for name in ("CXX", "CC", "LDSHARED", "LDCXXSHARED", "AR", "CONSPO_BUILD"):
+        if not os.environ.get(name, "set").strip():
+            del os.environ[name]
+
+
 def obstacle():
     """Why the extension cannot be built here, or None."""
     if platform.system() == "Windows":
         return "the sources want GCC or Clang"
-    compiler = os.environ.get("CXX", "c++").split()[-1]
-    if not any(shutil.which(name) for name in (compiler, "g++", "clang++")):
-        return f"no C++ compiler: {compiler}, g++ and clang++ are not on the path"
+    if "CXX" not in os.environ:
+        found = next((name for name in COMPILERS if shutil.which(name)), None)
+        if found is None:
+            return f"no C++ compiler: {', '.join(COMPILERS[:-1])} and {COMPILERS[-1]} are not on the path"
+        os.environ["CXX"] = found  # torch would run c++ whether it is there or not
+    compiler = shlex.split(os.environ["CXX"])
+    if not shutil.which(compiler[0]):
+        return f"no C++ compiler: {compiler[0]}, which CXX names, is not on the path"
+    reason = obstacle_of_compiler(compiler)
+    if reason is not None:
+        return reason
     try:
         extension_tools()
     except ImportError as error:
@@ -58,13 +92,31 @@ def obstacle():
     return None
 
 
+def obstacle_of_compiler(compiler):
+    """What the compiler cannot find of what every source includes, or None. Takes a fraction of a second."""
+    folders = dict.fromkeys([sysconfig.get_path("include"), sysconfig.get_path("platinclude"), f"{sys.prefix}/include"])
+    flags = [flag for name in ("CPPFLAGS", "CFLAGS", "CXXFLAGS") for flag in shlex.split(os.environ.get(name, ""))]
+    headers = ["vector", "Python.h", *(["omp.h"] if OPENMP else [])]
+    command = [*compiler, *flags, *(f"-I{folder}" for folder in folders), *OPENMP, "-fsyntax-only", "-x", "c++", "-"]
+    source = "".join(f"#include <{header}>\n" for header in headers)
+    result = subprocess.run(
+        command, input=source, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C"}, check=False
+    )
+    if result.returncode == 0:
+        return None
+    errors = [line for line in result.stderr.splitlines() if "error" in line] or result.stderr.splitlines()
+    first = errors[0].strip() if errors else f"exit status {result.returncode}"
+    for header, reason in MISSING.items():
+        if f"{header}: No such file" in first or f"{header}' file not found" in first:  # GCC's words, and Clang's
+            return f"{reason} ({header})"
+    return f"the C++ compiler {shlex.join(compiler)} does not compile three lines: {first}"
+
+
 def extension():
     """What setuptools needs to build conspo_kernels._C."""
     cpp_extension = extension_tools()
     sources = ["csrc/module.cpp", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))]
     headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-    # OpenMP is what ATen's at::parallel_for is made of; the run-time library is the one that torch has loaded already.
-    openmp = [] if platform.system() == "Darwin" else ["-fopenmp"]
     # As system headers, torch's own warnings are not ours.
     system = [flag for path in cpp_extension.include_paths() for flag in ("-isystem", path)]
     warnings = ["-Wall", "-Wextra", *system]
@@ -78,8 +130,8 @@ def extension():
                 "conspo_kernels._C",
                 sources,
                 depends=headers,
-                extra_compile_args=["-O3", "-fvisibility=hidden", *arithmetic, *warnings, *openmp],
-                extra_link_args=openmp,
+                extra_compile_args=["-O3", "-fvisibility=hidden", *arithmetic, *warnings, *OPENMP],
+                extra_link_args=OPENMP,
             )
         ],
         "cmdclass": {"build_ext": cpp_extension.BuildExtension.with_options(use_ninja=bool(shutil.which("ninja")))},
@@ -101,6 +153,7 @@ def without_extension(reason):
 
 
 def options():
+    without_blank_variables()
     wanted = os.environ.get("CONSPO_BUILD", "auto")
     if wanted not in CHOICES:
         sys.exit(f"CONSPO_BUILD must be one of {', '.join(CHOICES)}, got {wanted!r}")

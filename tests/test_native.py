@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -247,8 +248,7 @@ def test_wrong_instruction_set() -> None:
 
 
 def setup(build: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
-    variables = {**os.environ, **environment}
-    variables.pop("CONSPO_BUILD", None)
+    variables = {name: value for name, value in os.environ.items() if name != "CONSPO_BUILD"} | environment
     if build is not None:
         variables["CONSPO_BUILD"] = build
     return subprocess.run(
@@ -276,6 +276,62 @@ def test_what_is_built() -> None:
     assert "CONSPO_BUILD must be one of auto, cpu, none, got 'gpu'" in wrong.stderr
 
 
+@pytest.mark.parametrize("name", ["CXX", "CC", "CONSPO_BUILD"])
+@pytest.mark.parametrize("blank", ["", " "])
+def test_a_variable_that_is_set_to_nothing_is_not_set(name: str, blank: str) -> None:
+    result = setup(None, **{name: blank})
+    assert result.returncode == 0, result.stderr
+    assert "NOT built" not in result.stderr
+    assert result.stdout.strip() == "conspo-kernels"
+
+
+@pytest.mark.parametrize("words", [[], ["-O1"]], ids=["a name", "a name and a flag"])
+def test_a_compiler_that_cxx_names_and_that_is_not_there(words: list[str]) -> None:
+    """Whether another one is there or not: it is the named one that torch would run."""
+    result = setup(None, CXX=" ".join(["no-such-compiler", *words]))
+    assert result.returncode == 0
+    assert "the CPU extension is NOT built: no C++ compiler: no-such-compiler, which CXX names" in result.stderr
+
+
+def test_a_compiler_with_a_launcher_and_flags() -> None:
+    result = setup(None, CXX="env c++ -O1")
+    assert result.returncode == 0, result.stderr
+    assert "NOT built" not in result.stderr
+
+
+def compiler_without(header: str, folder: Path) -> str:
+    """A C++ compiler that does not find a header, in the words of this machine's own."""
+    script = folder / "compiler"
+    script.write_text(f"#!/bin/sh\nsed 's|<{header}>|<no-such-folder/{header}>|' | exec c++ \"$@\"\n")
+    script.chmod(0o755)
+    return str(script)
+
+
+@pytest.mark.parametrize(
+    ("header", "package"), [("Python.h", "python3-dev"), ("omp.h", "libomp-dev"), ("vector", r"in g\+\+")]
+)
+def test_a_compiler_without_headers_says_which_package_has_them(tmp_path: Path, header: str, package: str) -> None:
+    """ "auto" builds nothing and says why; CONSPO_BUILD=cpu fails before it compiles anything."""
+    compiler = compiler_without(header, tmp_path)
+    automatic = setup(None, CXX=compiler)
+    assert automatic.returncode == 0
+    assert "the CPU extension is NOT built" in automatic.stderr
+    explicit = setup("cpu", CXX=compiler)
+    assert explicit.returncode != 0
+    for result in (automatic, explicit):
+        assert re.search(rf"{package}.*\({header}\)", result.stderr)
+        assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_a_compiler_that_compiles_nothing_is_quoted(tmp_path: Path) -> None:
+    compiler = tmp_path / "compiler"
+    compiler.write_text("#!/bin/sh\necho 'error: no licence' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    result = setup(None, CXX=str(compiler))
+    assert result.returncode == 0
+    assert "does not compile three lines: error: no licence" in result.stderr
+
+
 def test_an_installation_without_the_kernels_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is built without a compiler, and what `info` prints of it."""
     command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
@@ -284,6 +340,6 @@ def test_an_installation_without_the_kernels_says_why(tmp_path: Path, monkeypatc
     monkeypatch.setattr(native, "__file__", str(tmp_path / "conspo_kernels" / "backends" / "native.py"))
     monkeypatch.setattr(native, "BUILT", False)
     said = (
-        "this installation has no native extension: no C++ compiler: no-such-compiler, g++ and clang++ are not on the "
+        "this installation has no native extension: no C++ compiler: no-such-compiler, which CXX names, is not on the "
     )
     assert native._load() == said + "path"
