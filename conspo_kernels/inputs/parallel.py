@@ -30,6 +30,8 @@ class Parallel:
         grad_reduction: what the trainer does with gradients across `data` and `context`: "mean" (DDP, FSDP: this rank's
             gradients are multiplied by the number of ranks) or "sum".
 
+    A copy has the same groups. A group lives in its process, so a value with one cannot be pickled.
+
     Raises:
         TypeError, ValueError: a field is of the wrong kind.
     """
@@ -45,6 +47,21 @@ class Parallel:
         if start is not self.vocab_start:
             object.__setattr__(self, "vocab_start", start)
         check.parallel(self.data, self.context, self.vocab, self.vocab_start, self.grad_reduction)
+
+    def __copy__(self) -> Parallel:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Parallel:
+        return self  # an average of a model, or its reference, is split as the model is
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        groups = [name for name in ("data", "context", "vocab") if getattr(self, name) is not None]
+        if groups:
+            raise TypeError(
+                f"Parallel({', '.join(f'{name}=...' for name in groups)}) cannot be pickled, as a process group lives "
+                "in its process: make the module without it and pass `parallel` at the call, or save its state_dict()"
+            )
+        return type(self), (None, None, None, self.vocab_start, self.grad_reduction)
 
     @property
     def data_factor(self) -> float:
