@@ -6,7 +6,7 @@ the logits or the hidden states.
 
 Shapes: s rollouts, t tokens. Rewards are 0 or 1 (a verifier's); a rollout is right where its reward exceeds 0.5.
     logprobs, old_logprobs    [s, t] of the policy that is trained, and of the one that sampled
-    mask                      [s, t] 1 at response tokens, 0 elsewhere
+    mask                      [s, t] 1 at response tokens, 0 elsewhere: there log-probabilities may be anything
     rewards                   [s]
     group_size                each so many consecutive rollouts share a prompt
 """
@@ -31,19 +31,28 @@ def coefficients(objective: Objective, logprobs: Tensor, *batch: Any, **constant
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
+def response_only(per_token: Tensor, mask: Tensor) -> Tensor:
+    """[s, t]: 0 but at response tokens, whatever stands elsewhere; a product with the mask makes NaN of infinity."""
+    return torch.where(mask.bool(), per_token, 0.0)
+
+
 def rollout_means(per_token: Tensor, mask: Tensor) -> Tensor:
     """[s]: the mean over a rollout's response tokens, 0 where it has none."""
-    return (per_token * mask).sum(1) / mask.sum(1).clamp(min=1)
+    return response_only(per_token, mask).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def token_mean(per_token: Tensor, mask: Tensor) -> Tensor:
     """The mean over the response tokens of all rollouts."""
-    return (per_token * mask).sum() / mask.sum().clamp(min=1)
+    return response_only(per_token, mask).sum() / mask.sum().clamp(min=1)
 
 
-def ratios(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
-    """[s, t]: probability now over probability when it was sampled."""
-    return (logprobs - old_logprobs).exp()
+def ratios(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
+    """[s, t]: probability now over probability when it was sampled; 1 but at response tokens.
+
+    `token_logprobs` gives 0 elsewhere, an inference engine what it likes: the exponential of the difference overflows,
+    and the gradient of an infinite ratio is NaN, whatever it is multiplied by later.
+    """
+    return response_only(logprobs - old_logprobs, mask).exp()
 
 
 def advantages(rewards: Tensor, group_size: int, scaled: bool = True) -> Tensor:
@@ -67,7 +76,7 @@ def grpo(
 
     Source: Shao et al., DeepSeekMath, arXiv:2402.03300, without its KL term.
     """
-    per_token = clipped(ratios(logprobs, old_logprobs), advantages(rewards, group_size), clip, clip)
+    per_token = clipped(ratios(logprobs, old_logprobs, mask), advantages(rewards, group_size), clip, clip)
     return -rollout_means(per_token, mask).mean()
 
 
@@ -90,7 +99,7 @@ def dapo(
     """
     if dynamic_sampling:
         mask = mask * informative(rewards, group_size)[:, None]
-    per_token = clipped(ratios(logprobs, old_logprobs), advantages(rewards, group_size), clip_low, clip_high)
+    per_token = clipped(ratios(logprobs, old_logprobs, mask), advantages(rewards, group_size), clip_low, clip_high)
     return -token_mean(per_token, mask)
 
 
@@ -105,8 +114,8 @@ def dr_grpo(
 
     Source: Liu et al., Understanding R1-Zero-Like Training, arXiv:2503.20783.
     """
-    per_token = clipped(ratios(logprobs, old_logprobs), advantages(rewards, group_size, scaled=False), clip, clip)
-    return -(per_token * mask).sum() / (mask.shape[0] * max_length)
+    per_token = clipped(ratios(logprobs, old_logprobs, mask), advantages(rewards, group_size, scaled=False), clip, clip)
+    return -response_only(per_token, mask).sum() / (mask.shape[0] * max_length)
 
 
 def gmpo(
@@ -131,7 +140,7 @@ def cispo(
 
     Source: MiniMax, MiniMax-M1, arXiv:2506.13585; the ceiling of 5 is ScaleRL's, arXiv:2510.13786.
     """
-    weight = ratios(logprobs, old_logprobs).clamp(max=ceiling).detach()
+    weight = ratios(logprobs, old_logprobs, mask).clamp(max=ceiling).detach()
     return -token_mean(weight * advantages(rewards, group_size) * logprobs, mask)
 
 
@@ -145,7 +154,7 @@ def sapo(
     """
     advantage = advantages(rewards, group_size)
     tau = torch.where(advantage > 0, tau_positive, tau_negative)
-    gate = torch.sigmoid(tau * (ratios(logprobs, old_logprobs) - 1)) * 4 / tau
+    gate = torch.sigmoid(tau * (ratios(logprobs, old_logprobs, mask) - 1)) * 4 / tau
     return -rollout_means(gate * advantage, mask).mean()
 
 
@@ -205,7 +214,7 @@ def clipped_ratio_scores(
 
     Source: arXiv:2605.12969, its reading of GRPO.
     """
-    ratio = ratios(logprobs, old_logprobs)
+    ratio = ratios(logprobs, old_logprobs, mask)
     right = (rewards > 0.5)[:, None]
     return rollout_means(torch.where(right, ratio.clamp(max=1 + clip_high), ratio.clamp(min=1 - clip_low)), mask)
 

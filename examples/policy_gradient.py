@@ -31,7 +31,9 @@ def step(
     with torch.no_grad():
         logprobs = linear_token_logprobs(hidden, weight, labels, response_mask=mask)
     logprobs.requires_grad_()
-    value = loss((logprobs - old_logprobs).exp(), advantages[:, None], mask.float())
+    # Under the mask ours are 0 and an inference engine's are not: an exponential of those could overflow, and be NaN.
+    ratio = torch.where(mask, logprobs - old_logprobs, 0).exp()
+    value = loss(ratio, advantages[:, None], mask.float())
     (coefficients,) = torch.autograd.grad(value, logprobs)
     linear_weighted_logprob_loss(hidden, weight, labels, coefficients, response_mask=mask).backward()
     return value.item()

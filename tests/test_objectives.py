@@ -6,6 +6,7 @@ import importlib.util
 import types
 from typing import Any
 
+import policy_gradient
 import pytest
 import torch
 from objectives import (
@@ -67,13 +68,43 @@ def weighted_score_gap(
 def test_grpo_is_a_weighted_score_gap(size: int) -> None:
     """Claim 1 of arXiv:2605.12969, 250 random groups of each size: ratios, clips and lengths at random."""
     batch = Batch(size, groups=250, size=size)
-    assert 0.2 < ((ratios(batch.logprobs, batch.old) - 1).abs() > 0.2).double().mean() < 0.6  # the clip acts
+    ratio = ratios(batch.logprobs, batch.old, torch.ones_like(batch.old))
+    assert 0.2 < ((ratio - 1).abs() > 0.2).double().mean() < 0.6  # the clip acts
     assert 0.3 < informative(batch.rewards, size).double().mean() < 1
     grpo, gap = batch.gradient(OBJECTIVES["grpo"]), batch.gradient(weighted_score_gap)
     assert grpo.abs().max() > 0
     assert (grpo - gap).abs().max() <= 1e-12 * grpo.abs().max()
     other = batch.gradient(weighted_score_gap, clip=0.25)
     assert (grpo - other).abs().max() > 1e-3 * grpo.abs().max()  # the comparison can fail
+
+
+@pytest.mark.parametrize("filling", [-1e4, -torch.inf, torch.nan], ids=str)
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_what_stands_under_the_mask_is_nothing(name: str, filling: float) -> None:
+    """Ours are 0 there, an inference engine's old ones are what it likes: exp(0 - old) overflows."""
+    batch = Batch(2, groups=4, size=8)
+    others, constants = (batch.mask, batch.rewards, batch.size), REQUIRED.get(name, {})
+    expected = coefficients(OBJECTIVES[name], batch.logprobs, batch.old, *others, **constants)
+    old = batch.old.masked_fill(batch.mask == 0, filling)
+    ours = batch.logprobs.masked_fill(batch.mask == 0, 0.0)
+    result = coefficients(OBJECTIVES[name], ours, old, *others, **constants)
+    for value, exact in zip(result, expected, strict=True):
+        torch.testing.assert_close(value, exact, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("loss", [policy_gradient.grpo, policy_gradient.dapo, policy_gradient.cispo])
+def test_the_recipe_with_what_an_engine_has_under_the_mask(loss: Any) -> None:
+    hidden, weight = torch.randn(4, 6, 8, requires_grad=True), torch.randn(31, 8, requires_grad=True)
+    labels, mask = torch.randint(31, (4, 6)), torch.arange(6).expand(4, 6) < torch.tensor([6, 2, 4, 1])[:, None]
+    results = []
+    for filling in (0.0, -1e4, torch.nan):
+        hidden.grad = weight.grad = None
+        old = torch.full((4, 6), -3.0).masked_fill(~mask, filling)
+        value = policy_gradient.step(loss, hidden, weight, labels, mask, old, torch.tensor([1.0, -1.0, 0.5, -0.5]))
+        results.append((torch.tensor(value), hidden.grad, weight.grad))
+    for other in results[1:]:
+        for x, exact in zip(other, results[0], strict=True):
+            torch.testing.assert_close(x, exact, rtol=0, atol=0)
 
 
 def test_on_policy_grpo_is_reinforce_on_scores() -> None:
