@@ -3,9 +3,9 @@
 One group of eight rollouts, two of them right, at the parameters that sampled them (all ratios are 1). The credit of a
 rollout is -dloss/ds, s its mean log-probability: what its tokens are pushed by, up or down. Left, one right rollout
 moves while all others stay; right, one wrong rollout moves. GRPO's credit is the same wherever it is; ConSPO's follows
-the gap.
+the gap, the more sharply the smaller tau is. At the paper's tau of 10 it is nearly flat.
 
-    python examples/credit.py --out runs/credit.svg
+    python examples/credit.py --out docs/pictures/credit.png
 """
 
 from __future__ import annotations
@@ -22,17 +22,18 @@ from torch import Tensor
 
 matplotlib.use("Agg")  # before pyplot is imported: there may be no display
 import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
 
 GROUP, RIGHT = 8, 2
 OTHERS = -1.0  # score of the rollouts that stay, nats per token
 REWARDS = torch.tensor([1.0] * RIGHT + [0.0] * (GROUP - RIGHT), dtype=torch.float64)
 GAPS = torch.linspace(-2, 3, 201, dtype=torch.float64)  # score of the one that moves minus that of the others
+PAPER = {"tau": 10.0, "margin": 0.01}  # arXiv:2605.12969, section 5.1
 CURVES: dict[str, tuple[Callable[..., Tensor], dict[str, float]]] = {
     "GRPO": (grpo, {}),
-    "ConSPO, tau 1, margin 0": (conspo, {"tau": 1.0}),
-    "ConSPO, tau 1, margin 1": (conspo, {"tau": 1.0, "margin": 1.0}),
-    "ConSPO, tau 0.3, margin 0": (conspo, {"tau": 0.3}),
+    "ConSPO, tau 10 (the paper's)": (conspo, PAPER),
+    "ConSPO, tau 1": (conspo, {**PAPER, "tau": 1.0}),
+    "ConSPO, tau 0.3": (conspo, {**PAPER, "tau": 0.3}),
+    "ConSPO, tau 0.1": (conspo, {**PAPER, "tau": 0.1}),
 }
 
 
@@ -51,29 +52,23 @@ def credit(objective: Callable[..., Tensor], constants: dict[str, float], mover:
     return -gradient.view(len(GAPS), GROUP)[:, mover] * len(GAPS)
 
 
-def _name_at_their_ends(ax: Axes, curves: dict[str, Tensor]) -> None:
-    """Names beside the last points, moved apart where they would cover each other."""
-    low, high = ax.get_ylim()
-    place = -torch.inf
-    for color, (name, values) in sorted(enumerate(curves.items()), key=lambda item: item[1][1][-1].item()):
-        place = max(values[-1].item(), place + 0.06 * (high - low))
-        ax.text(GAPS[-1].item() + 0.08, place, name, color=f"C{color}", fontsize=8.5, va="center")
-    ax.set_xlim(GAPS[0].item(), GAPS[-1].item())
-    ax.spines[["top", "right"]].set_visible(False)
-
-
 def plot(path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), constrained_layout=True)
     moves = ((0, "a right rollout moves"), (RIGHT, "a wrong rollout moves"))
     for (mover, title), ax in zip(moves, axes, strict=True):
-        curves = {name: credit(objective, constants, mover) for name, (objective, constants) in CURVES.items()}
-        for color, (name, values) in enumerate(curves.items()):
-            ax.plot(GAPS, values, color=f"C{color}", linestyle="--" if name == "GRPO" else "-")
-        _name_at_their_ends(ax, curves)
-        ax.axhline(0, color="0.7", linewidth=0.8)
+        # scores of a group deviate by less than a nat
+        ax.axvspan(-1, 1, color="0.94", linewidth=0, zorder=-2)
+        for color, (name, (objective, constants)) in enumerate(CURVES.items()):
+            style, width = "--" if name == "GRPO" else "-", 3.0 if constants == PAPER else 1.6
+            ax.plot(GAPS, credit(objective, constants, mover), style, color=f"C{color}", linewidth=width, label=name)
+        ax.axhline(0, color="0.7", linewidth=0.8, zorder=-1)
+        ax.set_xlim(GAPS[0].item(), GAPS[-1].item())
+        ax.spines[["top", "right"]].set_visible(False)
         ax.set_title(title)
         ax.set_xlabel("its score minus that of the others (nats per token)")
         ax.set_ylabel("credit, -dloss/dscore")
+    names = axes[0].get_legend_handles_labels()
+    figure.legend(*names, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, metadata={"Date": None}))
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""The paper's first claim as a theorem that runs, and the objectives beside TRL's own code."""
+"""The objectives beside TRL's own code and the library's, and what each says of itself."""
 
 from __future__ import annotations
 
@@ -9,73 +9,13 @@ from typing import Any
 import policy_gradient
 import pytest
 import torch
-from objectives import (
-    OBJECTIVES,
-    Objective,
-    clipped_ratio_scores,
-    coefficients,
-    informative,
-    ratios,
-    rollout_means,
-)
+from logprob_batch import LENGTH, Batch
+from objectives import OBJECTIVES, coefficients, informative, rollout_means
 from torch import Tensor
 
 import conspo_kernels as ck
 
-LENGTH = 7  # the most tokens that a response of `Batch` may have
-REQUIRED: dict[str, dict[str, Any]] = {"dr_grpo": {"max_length": LENGTH}}  # constants that no objective has by itself
-
-
-class Batch:
-    """Random log-probabilities of ragged rollouts, old ones that the clip acts on, and rewards of 0 and 1."""
-
-    def __init__(self, seed: int, groups: int, size: int, length: int = LENGTH) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def draw(*shape: int) -> Tensor:
-            return torch.rand(*shape, generator=generator, dtype=torch.float64)
-
-        shape = (groups * size, length)
-        self.size = size
-        self.logprobs = -3 * draw(*shape)
-        self.old = self.logprobs + 0.6 * (draw(*shape) - 0.5)
-        self.mask = (torch.arange(length) < (1 + draw(groups * size, 1) * length).long()).double()
-        self.rewards = (draw(groups, size) < draw(groups, 1)).double().flatten()
-
-    def gradient(self, objective: Objective, **constants: Any) -> Tensor:
-        return coefficients(
-            objective, self.logprobs, self.old, self.mask, self.rewards, self.size, **constants
-        )[1]  # fmt: skip
-
-
-def weighted_score_gap(
-    logprobs: Tensor, old: Tensor, mask: Tensor, rewards: Tensor, size: int, clip: float = 0.2
-) -> Tensor:
-    """-mean_g c_g (mean score of the right - mean score of the wrong), c_g = p (1 - p) / (std_g r + 1e-4).
-
-    p: the fraction of right rollouts of the group. The scores are means of clipped ratios.
-    """
-    scores = clipped_ratio_scores(logprobs, old, mask, rewards, clip, clip).view(-1, size)
-    rewards = rewards.view(-1, size)
-    p = rewards.mean(1)
-    weight = p * (1 - p) / (rewards.std(1) + 1e-4)
-    right, wrong = rewards.sum(1).clamp(min=1), (1 - rewards).sum(1).clamp(min=1)
-    gap = (scores * rewards).sum(1) / right - (scores * (1 - rewards)).sum(1) / wrong
-    return -(weight * gap).mean()
-
-
-@pytest.mark.parametrize("size", [2, 5, 8, 16])
-def test_grpo_is_a_weighted_score_gap(size: int) -> None:
-    """Claim 1 of arXiv:2605.12969, 250 random groups of each size: ratios, clips and lengths at random."""
-    batch = Batch(size, groups=250, size=size)
-    ratio = ratios(batch.logprobs, batch.old, torch.ones_like(batch.old))
-    assert 0.2 < ((ratio - 1).abs() > 0.2).double().mean() < 0.6  # the clip acts
-    assert 0.3 < informative(batch.rewards, size).double().mean() < 1
-    grpo, gap = batch.gradient(OBJECTIVES["grpo"]), batch.gradient(weighted_score_gap)
-    assert grpo.abs().max() > 0
-    assert (grpo - gap).abs().max() <= 1e-12 * grpo.abs().max()
-    other = batch.gradient(weighted_score_gap, clip=0.25)
-    assert (grpo - other).abs().max() > 1e-3 * grpo.abs().max()  # the comparison can fail
+REQUIRED: dict[str, dict[str, Any]] = {"dr_grpo": {"max_length": LENGTH}}  # constants without a default
 
 
 @pytest.mark.parametrize("filling", [-1e4, -torch.inf, torch.nan], ids=str)
@@ -250,17 +190,3 @@ def test_equals_trl(name: str) -> None:
     exact_value, exact = trl_gradient(name, batch)
     assert (value - exact_value).abs() <= 1e-6 * exact_value.abs()
     assert (gradient - exact).abs().max() <= 1e-6 * exact.abs().max()
-
-
-def test_credit_follows_the_gap_in_conspo_and_not_in_grpo() -> None:
-    """The curves of examples/credit.py, against the closed form of ConSPO's weights."""
-    from credit import CURVES, GAPS, GROUP, OTHERS, RIGHT, credit
-
-    flat = credit(*CURVES["GRPO"], 0)
-    torch.testing.assert_close(flat, flat[:1].expand_as(flat), rtol=1e-12, atol=0)
-    assert flat[0] > 0
-    tau, wrong = 0.3, GROUP - RIGHT
-    others = OTHERS + tau * torch.tensor(wrong, dtype=torch.float64).log()  # tau logsumexp_j s_j / tau
-    q = torch.sigmoid((others - (OTHERS + GAPS)) / tau)
-    torch.testing.assert_close(credit(*CURVES["ConSPO, tau 0.3, margin 0"], 0), q / RIGHT, rtol=1e-10, atol=0)
-    assert (credit(*CURVES["ConSPO, tau 1, margin 1"], RIGHT).diff() < 0).all()  # a likelier wrong one is pushed harder
