@@ -188,7 +188,7 @@ def disco(
 
 def conspo(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, rewards: Tensor, group_size: int, *,
-    tau: float = 1.0, margin: float = 0.0,
+    tau: float = 10.0, margin: float = 0.0,
 ) -> Tensor:  # fmt: skip
     """ConSPO from log-probabilities; `conspo_loss` is this and takes logits. Without a margin: margin 0.
 
@@ -221,7 +221,7 @@ def clipped_ratio_scores(
 
 def conspo_of_clipped_ratios(
     logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, rewards: Tensor, group_size: int, *,
-    tau: float = 1.0, margin: float = 0.0, clip: float = 0.2,
+    tau: float = 10.0, margin: float = 0.0, clip: float = 0.2,
 ) -> Tensor:  # fmt: skip
     """ConSPO's contrast of GRPO's scores."""
     scores = clipped_ratio_scores(logprobs, old_logprobs, mask, rewards, clip, clip)

@@ -59,7 +59,7 @@ RULES = {
     "values": Rule(ours=set(), foreign={"torch"}),
     "registration": Rule(ours=set(), foreign={"torch"}),
     "transfer": Rule(ours=set(), foreign={"torch"}),
-    "distributed": Rule(ours={"distributed"}, foreign={"torch"}),
+    "distributed": Rule(ours={"distributed", "transfer"}, foreign={"torch"}),
     "inputs": Rule(ours={"inputs", "backends.registry", *LEAVES}, foreign={"torch"}),
     "backends.native": Rule(
         ours={"backends.contract", "backends.eager", "objective", "values", EXTENSION}, foreign=ANYTHING
