@@ -54,7 +54,7 @@ class ConSPOSteps(_Trainer):
     _tag_names = ("trl", "conspo")
     _name = "ConSPO"
     _paper = {  # noqa: RUF012  as TRL has it
-        "title": "Contrastive Sequence-level Policy Optimization (ConSPO)",
+        "title": "Revisiting Reinforcement Learning with Verifiable Rewards from a Contrastive Perspective",
         "id": "2605.12969",
         "citation": "@misc{conspo, author = {Zhang and others}, year = 2026, eprint = {arXiv:2605.12969}}",
     }
