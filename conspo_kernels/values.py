@@ -113,12 +113,7 @@ class Statistics(NamedTuple):
         return cls(logprobs, torch.empty_like(logprobs) if with_entropy else None, row_max, log_sum)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Statistics:
-        return self.map_all(lambda *tensors: [function(x) for x in tensors])
-
-    def map_all(self, function: Callable[..., list[Tensor]]) -> Statistics:
-        """By a function of all of them at once."""
-        present = iter(function(*(x for x in self if x is not None)))
-        return Statistics(*(None if x is None else next(present) for x in self))  # type: ignore[arg-type]
+        return Statistics(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
     def copied_to(self, out: Statistics) -> Statistics:
         for mine, other in zip(self, out, strict=True):

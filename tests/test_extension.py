@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
 from conspo_kernels.backends import registry
-from conspo_kernels.backends.eager import group_infonce, label_alignment, scale, selection, sequence_score
+from conspo_kernels.backends.eager import group_infonce, label_alignment, scale, sequence_score
 from conspo_kernels.contrast import Contrast
 from conspo_kernels.objective import ContrastSettings, GroupLoss, GroupLosses, Rollouts, Segments
 from conspo_kernels.reference import reference_loss
@@ -88,7 +88,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     package.obstacle = lambda device: None  # type: ignore[attr-defined]
     package.token_logprob, package.group_infonce = ToyTokenLogprob, ToyGroupInfoNCE  # type: ignore[attr-defined]
     package.sequence_score, package.scale = sequence_score, scale  # type: ignore[attr-defined]
-    package.label_alignment, package.selection = label_alignment, selection  # type: ignore[attr-defined]
+    package.label_alignment = label_alignment  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "toy_backend", package)
     monkeypatch.setitem(registry.BACKENDS, "toy", "toy_backend")
     CALLS.clear()

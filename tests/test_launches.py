@@ -93,7 +93,7 @@ CALLS: dict[str, tuple[int, Callable[[], Tensor]]] = {
         20, lambda: ck.linear_conspo_loss(*head(), LABELS, ON_CPU, GROUP, workspace_mib=2, **AS)
     ),
     "linear_conspo_loss, rollouts left out": (
-        20, lambda: ck.linear_conspo_loss(*head(), LABELS, ON_CPU * REACHED, GROUP, workspace_mib=2, **AS)
+        28, lambda: ck.linear_conspo_loss(*head(), LABELS, ON_CPU * REACHED, GROUP, workspace_mib=2, **AS)
     ),
     "linear_conspo_loss, frozen": (
         20, lambda: ck.linear_conspo_loss(*head(True), LABELS, REWARDS, GROUP, workspace_mib=2, **AS)

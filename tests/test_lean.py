@@ -152,17 +152,19 @@ def test_coefficients(offsets: list[int] | None) -> None:
     torch.testing.assert_close(*sums)
 
 
-def test_selection() -> None:
-    from conspo_kernels.backends.eager import selection as eager_selection
-    from conspo_kernels.backends.triton import selection
+def test_tokens_that_take_part_are_gathered_and_put_back() -> None:
+    from conspo_kernels.linear.tiles import Tokens
 
     for total, places in ((9, [0, 3, 8]), (2000, list(range(1, 2000, 3))), (5, []), (4, [3])):
         where = torch.tensor(places, dtype=torch.int64, device=DEVICE)
-        tensors = [torch.randn(total, device=DEVICE) for _ in range(4)] + [torch.arange(total, device=DEVICE)]
-        gathered = [x.gather(tensors, where) for x in (selection, eager_selection)]
-        spread = [x.spread(gathered[1], where, total) for x in (selection, eager_selection)]
-        for ours, other in zip((*gathered[0], *spread[0]), (*gathered[1], *spread[1]), strict=True):
-            assert torch.equal(ours, other)
+        hidden = torch.randn(total, 3, device=DEVICE)
+        tensors = [torch.randn(total, device=DEVICE), torch.arange(total, device=DEVICE)]
+        tokens = Tokens(hidden, tensors[1][places], where)
+        for x, gathered in zip((hidden, *tensors), (tokens.hidden_rows(), *tokens.compact(*tensors)), strict=True):
+            assert torch.equal(gathered, x[places])
+            expected = torch.zeros_like(x)
+            expected[places] = x[places]
+            assert torch.equal(tokens.spread(gathered), expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows", "columns", "empty"])

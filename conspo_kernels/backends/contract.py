@@ -78,19 +78,6 @@ class SequenceScore(Protocol):
         """The sum (0-d) of weights times values, of any one shape, without those whose weight (or count) is zero."""
 
 
-class Selection(Protocol):
-    """Gathers and spreads the tokens that take part.
-
-    Tensors are one-dimensional and contiguous.  places: [n] int64, indices of these tokens, rising.
-    """
-
-    def gather(self, tensors: list[Tensor], places: Tensor) -> list[Tensor]:
-        """[N] each -> [n] each, those at the places."""
-
-    def spread(self, tensors: list[Tensor], places: Tensor, total: int) -> list[Tensor]:
-        """[n] each -> [total] each, zero elsewhere."""
-
-
 class GroupInfoNCE(Protocol):
     """The objective of `objective.py` and its gradient; everything is on the device of the scores."""
 
@@ -108,7 +95,7 @@ class Scale(Protocol):
 
 
 # What a backend offers, for the type checker: each backend assigns its modules to a variable of this type.
-Ops = tuple[TokenLogprob, SequenceScore, GroupInfoNCE, Scale, LabelAlignment, Selection]
+Ops = tuple[TokenLogprob, SequenceScore, GroupInfoNCE, Scale, LabelAlignment]
 
 
 class Backend(Protocol):

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..objective import ContrastSettings, GroupLoss, Rollouts
 from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 from . import contract
-from .eager import label_alignment, scale, selection
+from .eager import label_alignment, scale
 from .eager import sequence_score as eager_sequence_score
 
 BUILT = importlib.util.find_spec(".._C", __package__) is not None
@@ -145,6 +145,5 @@ _: tuple[
     contract.GroupInfoNCE,
     contract.Scale,
     contract.LabelAlignment,
-    contract.Selection,
 ]
-_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
+_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment)

@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 
 import torch
 
-from .contract import GroupInfoNCE, LabelAlignment, Scale, Selection, SequenceScore, TokenLogprob
+from .contract import GroupInfoNCE, LabelAlignment, Scale, SequenceScore, TokenLogprob
 
 logger = logging.getLogger("conspo_kernels")
 
@@ -71,8 +71,6 @@ def kernels_for(op: Literal["sequence_score"], implementation: str, device: torc
 def kernels_for(op: Literal["group_infonce"], implementation: str, device: torch.device) -> GroupInfoNCE: ...
 @overload
 def kernels_for(op: Literal["label_alignment"], implementation: str, device: torch.device) -> LabelAlignment: ...
-@overload
-def kernels_for(op: Literal["selection"], implementation: str, device: torch.device) -> Selection: ...
 @overload
 def kernels_for(op: Literal["scale"], implementation: str, device: torch.device) -> Scale: ...
 def kernels_for(op: str, implementation: str, device: torch.device) -> Any:

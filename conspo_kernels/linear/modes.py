@@ -59,7 +59,7 @@ def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) ->
     statistics = _empty(run, with_entropy)
     for rows, _hidden, z, _grad in _row_tiles(run, batch_invariant):
         run.kernels.forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
-    return statistics.map_all(run.tokens.spread)
+    return statistics.map(run.tokens.spread)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
@@ -69,7 +69,7 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
     run.kernels.forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
-    return statistics.map_all(tokens.spread), stored
+    return statistics.map(tokens.spread), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
@@ -82,7 +82,7 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Ten
         logit_rows = _logit_rows(run, z, rows)
         run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
         gemms.gemm(operand(grad, head.weight), head.weight, grad_hidden[rows])
-    return tokens.spread(logprobs)[0], tokens.spread_rows(grad_hidden)
+    return tokens.spread(logprobs), tokens.spread(grad_hidden)
 
 
 def backward_store(
@@ -104,7 +104,7 @@ def backward_store(
     if weight_sum is not None:
         weight_sum.add(slice(None), True, dz.t(), hidden)
     return Gradients(
-        None if grad_hidden is None else tokens.spread_rows(grad_hidden),
+        None if grad_hidden is None else tokens.spread(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         grad_bias,
     )
@@ -151,7 +151,7 @@ def backward_recompute(
         if weight_sum is not None:
             weight_sum.result()
     return Gradients(
-        None if hidden_sum is None else tokens.spread_rows(hidden_sum.result()),
+        None if hidden_sum is None else tokens.spread(hidden_sum.result()),
         grad_weight,
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
@@ -183,8 +183,8 @@ def forward_known(
             gemms.gemm(dz, head.weight, grad_hidden[rows])
         if weight_sum is not None:
             weight_sum.add(slice(None), rows.start == 0, dz.t(), hidden)
-    return tokens.spread(logprobs)[0], Gradients(
-        None if grad_hidden is None else tokens.spread_rows(grad_hidden),
+    return tokens.spread(logprobs), Gradients(
+        None if grad_hidden is None else tokens.spread(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )

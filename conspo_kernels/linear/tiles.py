@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import Selection
 from ..values import IGNORED
 from . import gemm as gemms
 from .tiling import Problem
@@ -32,18 +31,14 @@ class Head(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """hidden: [N, H] of all tokens.  labels: [n] of those that take part.  places: [n] int64, their indices; None: all.
-
-    selection: gathers and spreads numbers of tokens.
-    """
+    """hidden: [N, H] of all tokens.  labels: [n] of those that take part.  places: [n] int64, their indices; None: all."""
 
     hidden: Tensor
     labels: Tensor
     places: Tensor | None
-    selection: Selection | None = None
 
     @classmethod
-    def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None, selection: Selection) -> Tokens:
+    def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None) -> Tokens:
         """labels [N] on the CPU: the tokens with a label take part. Elsewhere: those at `places`, or all for None."""
         if labels.device.type == "cpu":
             active = labels != IGNORED
@@ -51,8 +46,8 @@ class Tokens(NamedTuple):
         elif places is not None and places.shape[0] == labels.shape[0]:
             places = None
         if places is not None:
-            (labels,) = selection.gather([labels.contiguous()], places)
-        return cls(hidden, labels, places, selection)
+            labels = labels.index_select(0, places)
+        return cls(hidden, labels, places)
 
     @property
     def number(self) -> int:
@@ -66,22 +61,15 @@ class Tokens(NamedTuple):
 
     def compact(self, *tensors: Tensor) -> list[Tensor]:
         """[N] each -> [n] each, of those that take part."""
-        if self.places is None or self.selection is None:
-            return list(tensors)
-        return self.selection.gather([x.contiguous() for x in tensors], self.places)
-
-    def spread(self, *tensors: Tensor) -> list[Tensor]:
-        """[n] each back to [N] each, zero where no part is taken."""
-        if self.places is None or self.selection is None:
-            return list(tensors)
-        return self.selection.spread(list(tensors), self.places, self.hidden.shape[0])
+        places = self.places
+        return list(tensors) if places is None else [x.index_select(0, places) for x in tensors]
 
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """[r, H] of those that take part."""
         return self.hidden[rows] if self.places is None else self.hidden.index_select(0, self.places[rows])
 
-    def spread_rows(self, x: Tensor) -> Tensor:
-        """[n, H] back to [N, H], zero where no part is taken."""
+    def spread(self, x: Tensor) -> Tensor:
+        """[n] or [n, H] back to [N] or [N, H], zero where no part is taken."""
         if self.places is None:
             return x
         return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.places, x)

@@ -36,11 +36,9 @@ def run_of(
     implementation: str,
 ) -> Run:
     """The arguments of an op as the modes take them."""
-    with device_guard(hidden):  # labels are gathered by a kernel
-        tokens = Tokens.from_labels(hidden, labels, places, kernels_for("selection", implementation, hidden.device))
     return Run(
         kernels=kernels_for("token_logprob", implementation, hidden.device),
-        tokens=tokens,
+        tokens=Tokens.from_labels(hidden, labels, places),
         head=Head(weight, bias, logits_dtype),
         transform=LogitTransform.from_numbers(transform),
         workspace=workspace,

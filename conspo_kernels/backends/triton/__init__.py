@@ -11,9 +11,9 @@ import torch
 
 if TYPE_CHECKING:  # that the modules keep the contract
     from .. import contract
-    from . import group_infonce, label_alignment, scale, selection, sequence_score, token_logprob
+    from . import group_infonce, label_alignment, scale, sequence_score, token_logprob
 
-    _: contract.Ops = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
+    _: contract.Ops = (token_logprob, sequence_score, group_infonce, scale, label_alignment)
 
 executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx.compiled`
 INSTALLED = importlib.util.find_spec("triton") is not None
