@@ -31,7 +31,7 @@ class Head(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """hidden: [N, H] of all tokens.  labels: [n] of those that take part.  places: [n] int64, their indices; None: all."""
+    """hidden [N, H]; of the tokens that take part labels [n], and places [n] int64, their indices. None: all."""
 
     hidden: Tensor
     labels: Tensor
