@@ -15,7 +15,7 @@ from conspo_kernels.backends.eager import label_alignment as eager_alignment
 from conspo_kernels.backends.eager import sequence_score as eager_scores
 from conspo_kernels.backends.eager import token_logprob as eager_kernels
 from conspo_kernels.inputs import autocast
-from conspo_kernels.linear.tiling import GEMMS, Problem, gemm_operations, moved_bytes, workspace_of
+from conspo_kernels.linear.tiling import Problem, workspace_of
 from conspo_kernels.objective import ContrastSettings, Rollouts, Segments, equal_segments
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 
@@ -171,6 +171,7 @@ def test_tokens_that_take_part_are_gathered_and_put_back() -> None:
 def test_scaling(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over its own elements alone, by a grid that does not grow with it."""
     from conspo_kernels.backends.triton import scale
+    from conspo_kernels.ops.weighted_sum import add_scaled_
 
     monkeypatch.setattr(scale, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(scale, "PROGRAMS", 2)
@@ -187,7 +188,7 @@ def test_scaling(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(whole, expected)
     target = torch.randn(3, 5, 70, device=DEVICE)
     total = target + 0.5 * whole
-    scale.add_scaled_(target, whole, torch.tensor(0.5, device=DEVICE))
+    add_scaled_(target, whole, torch.tensor(0.5, device=DEVICE))
     torch.testing.assert_close(target, total)
     scale.num_programs.cache_clear()
 
@@ -208,6 +209,8 @@ def test_the_grid_of_scaling_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_of_known_weights() -> None:
     """At the default workspace of an H100 (79.2 GiB) they take at most 8 % of the GEMMs' time, by the model."""
+    from benchmarks.costs import GEMMS, gemm_operations, moved_bytes
+
     problem, bandwidth, flops = Problem(8192, 151_936, 4096, 2), 3.0e12, 798e12
     share = {
         workspace: moved_bytes(problem, "known", workspace).total / bandwidth

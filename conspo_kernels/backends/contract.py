@@ -90,9 +90,6 @@ class Scale(Protocol):
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient *= factor (0-d), at no cost where the factor is 1."""
 
-    def add_scaled_(self, target: Tensor, source: Tensor, factor: Tensor) -> None:
-        """target += source * factor (0-d); target and source have one shape and one dtype."""
-
 
 # What a backend offers, for the type checker: each backend assigns its modules to a variable of this type.
 Ops = tuple[TokenLogprob, SequenceScore, GroupInfoNCE, Scale, LabelAlignment]

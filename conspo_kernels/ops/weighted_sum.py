@@ -28,10 +28,9 @@ def scale_(gradient: Tensor, factor: Tensor, implementation: str) -> None:
 
 
 @op(_fake_scale, mutates=("target",))
-def add_scaled_(target: Tensor, source: Tensor, factor: Tensor, implementation: str) -> None:
-    """target += source * factor (0-d)."""
-    with device_guard(target):
-        kernels_for("scale", implementation, target.device).add_scaled_(target, source, factor)
+def add_scaled_(target: Tensor, source: Tensor, factor: Tensor) -> None:
+    """target += source * factor (0-d); target and source have one shape and one dtype."""
+    target.addcmul_(source, factor.to(source.dtype))
 
 
 def _fake(values: Tensor, *_: object) -> Tensor:
@@ -60,7 +59,7 @@ def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
         if gradient is None:
             given.append(None)
         elif i == 1 and ctx.weight_grad is not None:
-            add_scaled_(ctx.weight_grad, gradient.detach(), grad_value, ctx.implementation)
+            add_scaled_(ctx.weight_grad, gradient.detach(), grad_value)
             given.append(None)
         else:
             gradient = gradient.detach()

@@ -9,11 +9,3 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
     """gradient *= factor (0-d), at no cost where the factor is 1 and can be looked at without waiting."""
     if factor.device.type != "cpu" or factor.item() != 1:
         gradient.mul_(factor)
-
-
-def add_scaled_(target: Tensor, source: Tensor, factor: Tensor) -> None:
-    """target += source * factor (0-d)."""
-    if factor.device.type == "cpu":
-        target.add_(source, alpha=factor.item())
-    else:
-        target.addcmul_(source, factor.to(source.dtype))
