@@ -144,6 +144,13 @@ def test_gradcheck_of_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert " 0 failed" in done.stdout
 
 
+def test_compiled_needs_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ptx_executor", None)  # as where it cannot be imported
+    with pytest.raises(SystemExit, match="2"):
+        main(["gradcheck", "--compiled", "sm_90"])
+    assert "--compiled needs a checkout" in capsys.readouterr().err
+
+
 def test_every_function_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Triton in one dtype only: the interpreter takes its time, and the tests of the public functions run the rest."""
     dtypes = ["fp64", "fp32", "bf16", "fp16"] if implementation != "triton" or HAS_CUDA else ["bf16"]

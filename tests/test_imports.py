@@ -23,13 +23,13 @@ MAX_FUNCTION_LINES = 60  # of its code: a docstring and the lines of its signatu
 MAX_PUBLIC_LINES = 15  # of a public function's body
 LONGER_FILES: frozenset[str] = frozenset()  # files of the package allowed above MAX_LINES
 SHAPELESS_NAMES = {"util", "utils", "helper", "helpers"}
-SOURCES = (PACKAGE, "benchmarks", "examples", "tests")
+SOURCES = (PACKAGE, "benchmarks", "examples", "ptx_executor", "tests")
 
 ROOT = PACKAGE  # the package's __init__, as a module that imports or is imported
 EXTENSION = "_C"
 CORE = {"torch", "numpy"}  # the dependencies every installation has
 ANYTHING = {"*"}
-EDGES = {"integrations", "gradcheck", "ptx", "__main__"}
+EDGES = {"integrations", "gradcheck", "__main__"}
 PUBLIC = {"loss", "logprobs", "two_phase", "modules", "trust_region"}
 # What the layers hand to one another, how an op is registered, and how tensors get from the host to a device.
 LEAVES = {"values", "registration", "transfer"}
@@ -50,8 +50,7 @@ class Rule(NamedTuple):
 RULES = {
     ROOT: Rule(ours=PUBLIC | {"margin"}, foreign=set(), names={"ConSPOOutput", "Parallel"}),
     "__main__": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
-    "gradcheck": Rule(ours=ANYTHING, foreign=CORE | {"triton"}),
-    "ptx": Rule(ours={"ptx", "backends.registry", "backends.triton"}, foreign=CORE | {"triton"}),
+    "gradcheck": Rule(ours=ANYTHING, foreign=CORE | {"triton", "ptx_executor"}),
     "reference": Rule(ours=set(), foreign={"torch"}),
     "margin": Rule(ours=set(), foreign={"torch"}),
     "objective": Rule(ours=set(), foreign={"torch"}),

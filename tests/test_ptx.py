@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conspo_kernels.ptx import Fault
-from conspo_kernels.ptx.arithmetic import ERRORS, Perturbation, f32_to_bf16, f64_to_bf16, fma32, fma64
-from conspo_kernels.ptx.execute import Program
-from conspo_kernels.ptx.memory import Memory, region_of
+from ptx_executor import Fault
+from ptx_executor.arithmetic import ERRORS, Perturbation, f32_to_bf16, f64_to_bf16, fma32, fma64
+from ptx_executor.execute import Program
+from ptx_executor.memory import Memory, region_of
 
 MODULE = """
 .visible .entry program(.param .u64 .ptr .global .align 16 in, .param .u64 .ptr .global .align 16 out)

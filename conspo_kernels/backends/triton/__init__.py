@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # that the modules keep the contract
 
     _: contract.Ops = (token_logprob, sequence_score, group_infonce, scale, label_alignment)
 
-executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx.compiled`
+executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx_executor`
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
