@@ -13,12 +13,11 @@ from .inputs.parallel import Parallel, parallel_from
 from .inputs.scalars import plain
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
-from .objective import ContrastSettings, GroupLoss, Role, Rollouts, ScoreObjective, Segments, equal_segments
+from .objective import GroupLoss, Role, Segments, equal_segments
 from .ops import check_implementation
 from .ops.group_infonce import group_infonce
 from .ops.placement import beside
 from .ops.ranks import gather_rollouts, name_of, sum_over_ranks
-from .ops.score_objective import score_objective
 from .ops.sequence_infonce import sequence_infonce
 from .scores import response_counts, rollout_scores
 from .sources import Source
@@ -50,7 +49,7 @@ class Contrasted(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """The settings of the objective.  objective: replaces ConSPO's own, and then tau and margin are not used."""
+    """The settings of the objective."""
 
     tau: float
     margin: float | Tensor
@@ -60,7 +59,6 @@ class Contrast(NamedTuple):
     parallel: Parallel
     implementation: str
     return_metrics: bool
-    objective: ScoreObjective | None = None
 
     @classmethod
     def from_arguments(
@@ -73,7 +71,6 @@ class Contrast(NamedTuple):
         parallel: Any,
         implementation: Any,
         return_metrics: Any,
-        objective: ScoreObjective | None = None,
     ) -> Contrast:
         check.flags(return_metrics=return_metrics)
         check_implementation(implementation)
@@ -81,7 +78,7 @@ class Contrast(NamedTuple):
         check.objective(tau, margin, reward_threshold, reduction, num_groups)
         return cls(
             tau, margin, reward_threshold, reduction, num_groups, parallel_from(parallel), implementation,
-            return_metrics, objective,
+            return_metrics,
         )  # fmt: skip
 
     def evaluate(
@@ -95,24 +92,17 @@ class Contrast(NamedTuple):
             scores, rewards, groups, counts, local_indices = self._gathered(scores, rewards, groups, counts)
         layout = GroupLayout.from_arguments(groups, scores.shape[0])
         margin, denominator = self._constants(scores)
-        if self.objective is None:
-            loss, weights, roles = group_infonce(
-                scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin,
-                denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
-            )  # fmt: skip
-        else:
-            loss, weights, roles = score_objective(
-                self.objective,
-                Rollouts(scores, rewards.detach(), counts, _segments(layout, scores.device), layout.size),
-                ContrastSettings(self.tau, margin, self.reward_threshold, self.reduction, denominator),
-            )
+        loss, weights, roles = group_infonce(
+            scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin,
+            denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
+        )  # fmt: skip
         return self._contrasted(GroupLoss(loss, weights, roles), layout, scores, counts, local_indices)
 
     def evaluate_tokens(
         self, logprobs: Tensor, tokens: TokenLayout, rewards: Tensor, groups: int | Tensor, counts: Tensor | None
     ) -> tuple[Contrasted, Tensor]:
         """The loss of log-probabilities [B, T], and the scores [S].  counts: needed where tokens are left out."""
-        fused = self.objective is None and self.parallel.data is None and self.parallel.context is None
+        fused = self.parallel.data is None and self.parallel.context is None
         if not fused:
             scores, own_counts = rollout_scores(logprobs, tokens, self.parallel, self.implementation)
             return self.evaluate(scores, rewards, groups, own_counts if counts is None else counts), scores
@@ -218,8 +208,8 @@ def _selected(
     if not source.skips_tokens:
         return _Selected(tokens)
     on_cpu = tokens.labels.device.type == "cpu"
-    # A rollout that is left out has no tokens any more; metrics and other objectives need the number that it had.
-    asked = contrast.return_metrics or contrast.objective is not None
+    # Count tokens before dropping rollouts: metrics report all of them.
+    asked = contrast.return_metrics
     counts = response_counts(tokens, contrast.parallel) if on_cpu or asked else None
     whole = contrast.parallel.data is None
     live = live_rollouts(rewards, tokens.num_rollouts, counts, contrast.reward_threshold, groups, whole)

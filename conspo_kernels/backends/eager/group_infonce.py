@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-
-from ...objective import ContrastSettings, GroupLoss, Rollouts, evaluate, group_infonce
+from ...objective import ContrastSettings, GroupLoss, Rollouts, evaluate
 
 
 def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
     """Loss, weights and roles of scores [S]."""
-    objective = functools.partial(group_infonce, tau=settings.tau, margin=settings.margin)
-    return evaluate(objective, rollouts, settings)
+    return evaluate(rollouts, settings)
