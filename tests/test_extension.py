@@ -138,9 +138,8 @@ def test_an_unknown_implementation_names_the_known_ones(toy: str) -> None:
 
 def score_gap(scores: Tensor, rewards: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
     _, group = ids.unique(return_inverse=True)
-    kinds = [
-        torch.stack([(group == k) & kind for k in range(int(group.max()) + 1)]) for kind in (rewards > 0, rewards <= 0)
-    ]
+    members = group == torch.arange(int(group.max()) + 1)[:, None]
+    kinds = (members & (rewards > 0), members & (rewards <= 0))
     right, wrong = (torch.where(kind, scores, 0).sum(1) / kind.sum(1).clamp(min=1) for kind in kinds)
     valid = kinds[0].any(1) & kinds[1].any(1)
     losses = torch.where(valid, wrong - right, 0)

@@ -58,7 +58,6 @@ RULES = {
     "values": Rule(ours=set(), foreign={"torch"}),
     "registration": Rule(ours=set(), foreign={"torch"}),
     "transfer": Rule(ours=set(), foreign={"torch"}),
-    "distributed": Rule(ours={"distributed", "transfer"}, foreign={"torch"}),
     "inputs": Rule(ours={"inputs", "backends.registry", *LEAVES}, foreign={"torch"}),
     "backends.native": Rule(
         ours={"backends.contract", "backends.eager", "objective", "values", EXTENSION}, foreign=ANYTHING
@@ -71,7 +70,7 @@ RULES = {
     "backends": Rule(ours={"objective", "values"}, foreign={"torch"}),
     "linear": Rule(ours={"linear", "backends.contract", "values"}, foreign={"torch"}),
     "ops": Rule(
-        ours={"ops", "linear", "backends.contract", "backends.registry", "distributed", "objective", *LEAVES},
+        ours={"ops", "linear", "backends.contract", "backends.registry", "objective", *LEAVES},
         foreign=CORE,
     ),
     "sources": Rule(ours={"ops", "inputs", "values"}, foreign={"torch"}),
@@ -347,7 +346,7 @@ GOOD_TREE = {
     "inputs/tokens.py": "from . import check\nfrom ..registration import op\n",
     "ops/__init__.py": "",
     "ops/token.py": (
-        "import torch\nfrom ..registration import op\nfrom ..distributed.vocab import merge\n"
+        "import torch\nfrom ..registration import op\n"
         "from ..backends.registry import kernels_for\nfrom ..linear.modes import forward\n"
     ),
     "linear/__init__.py": "",
@@ -361,8 +360,7 @@ GOOD_TREE = {
     "backends/eager/__init__.py": "",
     "backends/eager/token.py": "import torch\nfrom ...objective import q\n",
     "backends/native.py": "from .. import _C\nimport torch\n",
-    "distributed/__init__.py": "from .vocab import merge\n",
-    "distributed/vocab.py": "import torch.distributed as dist\n",
+    "ops/ranks.py": "import torch.distributed as dist\n",
     "integrations/__init__.py": "",
     "integrations/trl.py": "from .. import conspo_loss\nimport torch\ndef trainer():\n    import trl\n    return trl\n",
 }
@@ -374,7 +372,7 @@ PLANTED = {
     "margin knows numpy": ("margin.py", "import numpy", "import numpy"),
     "check knows ops": ("inputs/check.py", "from ..ops import token", "import ops.token"),
     "metrics knows objective": ("metrics.py", f"from {PACKAGE}.objective import q", "import objective"),
-    "distributed knows ops": ("distributed/vocab.py", "from ..ops import token", "import ops.token"),
+    "values know ops": ("values.py", "from .ops import token", "import ops.token"),
     "backend knows an op": ("backends/triton/token.py", "from ...ops.token import token", "import ops.token"),
     "backend knows inputs": ("backends/eager/token.py", "from ...inputs import tokens", "import inputs.tokens"),
     "eager knows triton": ("backends/eager/token.py", "import triton", "import triton"),

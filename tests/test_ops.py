@@ -54,7 +54,7 @@ def test_opcheck_known_gradient(implementation: str, device: torch.device) -> No
     factor = torch.tensor(2.0, device=device)
     opcheck(OPS.scale_.default, (torch.rand(4, device=device), factor, implementation))
     buffer, gradient = torch.rand(2, 4, device=device).unbind()
-    opcheck(OPS.add_scaled_.default, (buffer.clone(), gradient.clone(), factor, implementation))
+    opcheck(OPS.add_scaled_.default, (buffer.clone(), gradient.clone(), factor))
     values, x = (torch.rand(3, device=device, requires_grad=True) for _ in range(2))
     weights, counts = torch.tensor([0.0, 1.0, -2.0], device=device), torch.tensor([1, 0, 3], device=device)
     opcheck(OPS.weighted_sum.default, (values, weights, counts, *(None,) * 7, implementation))
