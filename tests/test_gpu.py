@@ -30,7 +30,7 @@ from conspo_kernels import (
     weighted_score_loss,
 )
 from conspo_kernels.__main__ import main
-from conspo_kernels.distributed import groups
+from conspo_kernels.ops import ranks
 
 pytestmark = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()
@@ -304,11 +304,11 @@ def test_ids_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     stage = transfer.staged
     monkeypatch.setattr(transfer, "staged", staged)
-    monkeypatch.setattr(groups.dist, "all_gather", lambda parts, x, group: parts[0].copy_(x))
-    gathered = groups.gather(scores, rewards, None, ids, OneRank())  # type: ignore[arg-type]
-    assert gathered.groups is not None
-    assert torch.equal(gathered.groups.cpu(), ids)
-    assert torch.equal(gathered.rewards.cpu(), rewards)
+    monkeypatch.setattr(ranks, "resolved", lambda _: OneRank())
+    monkeypatch.setattr(ranks.dist, "all_gather", lambda parts, x, group: parts[0].copy_(x))
+    _scores, all_rewards, _counts, all_ids, _indices = ranks.gather_rollouts(scores, rewards, None, ids, "", 1.0)
+    assert torch.equal(all_ids.cpu(), ids)
+    assert torch.equal(all_rewards.cpu(), rewards)
     assert ids.data_ptr() in copied
 
 
