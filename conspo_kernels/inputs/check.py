@@ -134,7 +134,10 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
     for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
         _same_device(name, value, "hidden", hidden)
         if value.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
+            raise ValueError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}: cast one of them (for fp32 "
+                "logits of 16-bit operands pass logits_dtype=torch.float32, for an fp32 head hidden.float())"
+            )
     if workspace_mib is not None:
         _positive("workspace_mib", workspace_mib)
 
