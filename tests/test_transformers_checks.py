@@ -21,13 +21,14 @@ from rollouts import (
 from tiny_models import STATE_SPACE, VOCAB, lora, multimodal, tiny_model
 from torch import Tensor, nn
 
-from conspo_kernels import linear_token_logprobs
+from conspo_kernels import conspo_weights, linear_conspo_scores, linear_token_logprobs
 from conspo_kernels.integrations import transformers_check
 from conspo_kernels.integrations.required import required
 from conspo_kernels.integrations.transformers import (
     check_head,
     check_packing,
     conspo_loss_of,
+    head_inputs,
     packed,
 )
 
@@ -330,6 +331,26 @@ def test_packing_is_checked_for_the_attention_in_use() -> None:
 def test_batches_that_do_not_go_together(change: dict[str, Tensor | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         conspo_loss_of(tiny_model("Llama"), padded_batch() | change, REWARDS, 2)
+
+
+@pytest.mark.parametrize("padding", [1, 5])
+def test_a_packed_tail_of_padding_says_so(padding: int) -> None:
+    """Its positions are 0, so that each of its tokens seems to begin a rollout."""
+    model, flat = tiny_model("Llama"), packed(padded_batch())
+    expected = conspo_loss_of(model, flat, REWARDS, 2)
+    tail = {
+        name: torch.nn.functional.pad(flat[name], (0, padding), value=-100 if name == "labels" else 0)
+        for name in ("input_ids", "labels", "position_ids")
+    }
+    message = (
+        rf"rewards must have shape \[{4 + padding}\] .* got \[4\]. If .* padding .* cu_seq_lens_q .* attention_mask"
+    )
+    with pytest.raises(ValueError, match=message):
+        conspo_loss_of(model, tail, REWARDS, 2)
+    with pytest.raises(ValueError, match="padding at the end of packed tokens"):
+        conspo_weights(linear_conspo_scores(**head_inputs(model, tail)), REWARDS, 2)
+    cure = tail | {"cu_seq_lens_q": flat["cu_seq_lens_q"]}
+    torch.testing.assert_close(conspo_loss_of(model, cure, REWARDS, 2), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_packing_what_is_not_per_token_raises() -> None:

@@ -243,7 +243,10 @@ def rewards(value: Any, num_rollouts: int) -> None:
     _tensor("rewards", value)
     if value.is_complex() or (value.is_floating_point() and value.dtype not in LOGIT_DTYPES):
         raise ValueError(f"rewards must be fp16, bf16, fp32, fp64, int or bool, got {value.dtype}")
-    _shape("rewards", value, (num_rollouts,), "one per rollout")
+    why = "one per rollout"
+    if value.dim() == 1 and value.shape[0] < num_rollouts:
+        why += "; padding at the end of packed tokens is none if it lies behind the last of cu_seqlens"
+    _shape("rewards", value, (num_rollouts,), why)
 
 
 def groups(value: Any, num_rollouts: int) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from conspo_kernels import ConSPOOutput, linear_conspo_loss
 
-from .transformers_batch import from_unpadded, packed, rollout_tokens
+from .transformers_batch import check_rewards, from_unpadded, packed, rollout_tokens
 from .transformers_check import check_head, check_packing, check_terms, checked_head, checked_packing
 from .transformers_head import CausalLMHead, as_weight, causal_lm_head, last_hidden_states
 
@@ -142,9 +142,9 @@ def conspo_loss_of(
 
     Source: arXiv:2605.12969, v3.
     """
-    return linear_conspo_loss(
-        rewards=rewards, groups=groups, return_metrics=return_metrics, **head_inputs(model, batch), **options
-    )
+    inputs = head_inputs(model, batch)
+    check_rewards(batch, inputs["cu_seqlens"], rewards)
+    return linear_conspo_loss(rewards=rewards, groups=groups, return_metrics=return_metrics, **inputs, **options)
 
 
 class InForward(nn.Module):
