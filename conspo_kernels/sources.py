@@ -165,6 +165,8 @@ class LogitsSource(NamedTuple):
         del keep
         if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.shard is not None:
             return None  # with a split vocabulary the gradient needs the statistics of all ranks first
+        if torch.compiler.is_compiling():
+            return None  # compiled, its product with what comes in would be one more pass over all logits
         z = self.logits.detach()
         arguments = (tokens.labels, coefficients, self.settings.transform.to_numbers(), self.settings.implementation)
         if self.inplace:

@@ -12,6 +12,15 @@ def no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
     raise NotImplementedError("conspo_kernels has no second derivative: the gradient has no gradient of its own")
 
 
+def traced(x: Tensor | None) -> bool:
+    """Whether a compiler traces the op that x comes to.
+
+    A traced backward overwrites nothing that the forward saved: inductor cannot prove such a tensor to be its own, and
+    would read and write all of it once more.
+    """
+    return isinstance(x, FakeTensor | FunctionalTensor)
+
+
 class _WithoutDerivative(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
@@ -22,6 +31,6 @@ class _WithoutDerivative(torch.autograd.Function):
 
 def without_derivative(gradient: Tensor) -> Tensor:
     """The gradient; under `create_graph=True`, when grad mode is on in backward, one whose own backward raises."""
-    if not torch.is_grad_enabled() or isinstance(gradient, FakeTensor | FunctionalTensor):
+    if not torch.is_grad_enabled() or traced(gradient):
         return gradient
     return _WithoutDerivative.apply(gradient.detach().requires_grad_())

@@ -9,8 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..backends.registry import kernels_for
 from ..linear import modes
@@ -19,7 +17,7 @@ from ..linear.tiles import Head, Tokens
 from ..linear.tiling import workspace_of
 from ..registration import device_guard, op
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
-from .derivative import without_derivative
+from .derivative import traced, without_derivative
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
 from .token_logprob import statistics_like, tensors_of
 
@@ -116,8 +114,8 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(row_max)
     stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again
-    # A traced backward may not overwrite what the forward returned.
-    backward = linear_logprob_backward if _traced(stored) else linear_logprob_backward_
+    overwrites = stored is not None and not traced(stored)
+    backward = linear_logprob_backward_ if overwrites else linear_logprob_backward
     upstream = [grad_logprobs] if grad_entropy is None else [grad_logprobs, grad_entropy]
     with torch.no_grad():
         grads = backward(
@@ -191,10 +189,6 @@ def linear_logprob(
         return *tensors_of(forward(labels)), stored
     size, scale = weight.shape[0], LogitTransform.from_numbers(transform).scale
     return *tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group)), stored
-
-
-def _traced(stored: Tensor | None) -> bool:
-    return isinstance(stored, FakeTensor | FunctionalTensor)
 
 
 def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.registry import kernels_for
 from ..registration import device_guard, op
 from ..values import LogitRows, LogitTransform, Statistics, Upstream
-from .derivative import no_second_derivative
+from .derivative import no_second_derivative, traced
 from .ranks import local_labels, statistics_over_ranks
 
 
@@ -52,7 +52,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
         grad_logprobs = torch.zeros_like(row_max)
     upstream = [grad_logprobs] if grad_entropy is None else [grad_logprobs, grad_entropy]
     arguments = (labels, [row_max, log_sum, entropy], upstream, ctx.transform, ctx.implementation)
-    if not ctx.inplace_backward:
+    if not ctx.inplace_backward or traced(logits):
         return token_logprob_backward(logits, *arguments), *others
     # The op counts as a modification of the logits: autograd raises in any other backward that saved them.
     token_logprob_backward_(logits, *arguments)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..backends.registry import kernels_for
 from ..registration import device_guard, op
-from .derivative import without_derivative
+from .derivative import traced, without_derivative
 
 
 def _fake_scale(*_: object) -> None:
@@ -61,6 +61,8 @@ def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
         elif i == 1 and ctx.weight_grad is not None:
             add_scaled_(ctx.weight_grad, gradient.detach(), grad_value)
             given.append(None)
+        elif traced(gradient):
+            given.append(gradient * grad_value)
         else:
             gradient = gradient.detach()
             scale_(gradient, grad_value, ctx.implementation)
