@@ -320,7 +320,8 @@ def test_type_errors(function: Callable[..., Any], arguments: dict[str, Any], me
 
 
 OTHERS = (
-    "overwritten", "_reverse_mode", "no_second_derivative", "statistics_over_ranks", "_backward", "shard_of", "__reduce__",
+    "overwritten", "_reverse_mode", "no_second_derivative", "statistics_over_ranks", "_backward", "shard_of",
+    "__reduce__",
 )  # fmt: skip
 
 

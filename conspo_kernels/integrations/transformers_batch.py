@@ -65,8 +65,8 @@ def check_rewards(batch: Mapping[str, Any], cu_seqlens: Tensor | None, rewards: 
     if isinstance(rewards, Tensor) and rewards.dim() == 1 and len(rewards) < begun:
         raise ValueError(
             f"rewards must have shape [{begun}] (one per rollout: batch['position_ids'] begin anew at {begun} places), "
-            f"got {list(rewards.shape)}. If the batch ends in padding whose positions are 0, each of its tokens is such "
-            f"a place: pass cu_seq_lens_q of the {len(rewards)} rollouts, leave the padding out, or pass a padded batch "
+            f"got {list(rewards.shape)}. If the batch ends in padding whose positions are 0, each of its tokens is one "
+            f"more: pass cu_seq_lens_q of the {len(rewards)} rollouts, leave the padding out, or pass a padded batch "
             "with attention_mask"
         )
 
