@@ -262,9 +262,9 @@ def simulated() -> Iterator[Memory]:
     """Within, "cuda" is a device of this machine. Triton has to be interpreting: TRITON_INTERPRET=1 from the start."""
     from triton.runtime.interpreter import GridExecutor
 
-    from conspo_kernels import registration
     from conspo_kernels.backends import registry
     from conspo_kernels.backends.triton import launch
+    from conspo_kernels.ops import registration
 
     memory = Memory()
     ops = Ops(memory)

@@ -10,17 +10,17 @@ from torch import Tensor
 from .inputs import check
 from .inputs.groups import GroupLayout, live_rollouts
 from .inputs.parallel import Parallel, parallel_from
-from .inputs.scalars import plain
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
 from .objective import GroupLoss, Role, Segments, equal_segments
 from .ops import check_implementation
+from .ops.devices import beside
 from .ops.group_infonce import group_infonce
-from .ops.placement import beside
 from .ops.ranks import gather_rollouts, name_of, sum_over_ranks
 from .ops.sequence_infonce import sequence_infonce
 from .scores import response_counts, rollout_scores
 from .sources import Source
+from .values import python_number
 
 
 class ConSPOOutput(NamedTuple):
@@ -74,7 +74,7 @@ class Contrast(NamedTuple):
     ) -> Contrast:
         check.flags(return_metrics=return_metrics)
         check_implementation(implementation)
-        tau, margin, reward_threshold, num_groups = map(plain, (tau, margin, reward_threshold, num_groups))
+        tau, margin, reward_threshold, num_groups = map(python_number, (tau, margin, reward_threshold, num_groups))
         check.objective(tau, margin, reward_threshold, reduction, num_groups)
         return cls(
             tau, margin, reward_threshold, reduction, num_groups, parallel_from(parallel), implementation,
@@ -85,7 +85,7 @@ class Contrast(NamedTuple):
         self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None = None
     ) -> Contrasted:
         """The loss of scores [S].  counts: [S] response tokens, where they are known."""
-        groups = plain(groups)
+        groups = python_number(groups)
         self._check(scores.shape[0], scores.device, rewards, groups)
         local_indices = None
         if self.parallel.data is not None:
@@ -230,7 +230,7 @@ def contrast_loss(
     source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
 ) -> Tensor | ConSPOOutput:
     """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
-    groups = plain(groups)
+    groups = python_number(groups)
     if source.synchronize:
         check.rewards(rewards, tokens.num_rollouts)
         rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups

@@ -14,15 +14,14 @@ from torch import Tensor
 from .inputs import check
 from .inputs.autocast import autocast_dtype, cast, cast_weight
 from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
-from .inputs.scalars import plain
 from .inputs.tokens import ON_ALL_RANKS, Predictions, TokenLayout
 from .ops import check_implementation
+from .ops.devices import token_places
 from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
 from .ops.linear_logprob import default_workspace, linear_logprob
-from .ops.placement import token_places
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
-from .values import LogitTransform
+from .values import LogitTransform, python_number
 
 
 class LogitSettings(NamedTuple):
@@ -37,7 +36,7 @@ class LogitSettings(NamedTuple):
         cls, temperature: Any, logit_scale: Any, softcap: Any, parallel: Any, implementation: Any
     ) -> LogitSettings:
         check_implementation(implementation)
-        temperature, logit_scale, softcap = map(plain, (temperature, logit_scale, softcap))
+        temperature, logit_scale, softcap = map(python_number, (temperature, logit_scale, softcap))
         check.logit_transform(temperature, logit_scale, softcap)
         return cls(LogitTransform(temperature, logit_scale, softcap), parallel_from(parallel), implementation)
 
@@ -208,7 +207,7 @@ class HiddenSource(NamedTuple):
         batch_invariant: bool = False,
         synchronize: bool = False,
     ) -> HiddenSource:
-        workspace_mib = plain(workspace_mib)
+        workspace_mib = python_number(workspace_mib)
         check.linear(hidden, weight, bias, workspace_mib)
         if weight_grad is not None:
             check.weight_grad(weight_grad, weight)

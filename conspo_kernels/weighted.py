@@ -11,7 +11,7 @@ from .contrast import ConSPOOutput
 from .inputs import check
 from .inputs.parallel import Parallel
 from .inputs.tokens import TokenLayout
-from .ops.placement import beside
+from .ops.devices import beside
 from .ops.ranks import name_of, sum_over_ranks
 from .ops.sequence_score import masked_coefficients, sequence_score_backward, token_coefficients
 from .ops.weighted_sum import weighted_sum

@@ -26,11 +26,10 @@ from conspo_kernels import (
     linear_weighted_logprob_loss,
     linear_weighted_score_loss,
     token_logprobs,
-    transfer,
     weighted_score_loss,
 )
 from conspo_kernels.__main__ import main
-from conspo_kernels.ops import ranks
+from conspo_kernels.ops import devices, ranks
 
 pytestmark = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()
@@ -302,8 +301,8 @@ def test_ids_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         copied.append(x.data_ptr())
         return stage(x, dtype)
 
-    stage = transfer.staged
-    monkeypatch.setattr(transfer, "staged", staged)
+    stage = devices.staged
+    monkeypatch.setattr(devices, "staged", staged)
     monkeypatch.setattr(ranks, "resolved", lambda _: OneRank())
     monkeypatch.setattr(ranks.dist, "all_gather", lambda parts, x, group: parts[0].copy_(x))
     _scores, all_rewards, _counts, all_ids, _indices = ranks.gather_rollouts(scores, rewards, None, ids, "", 1.0)

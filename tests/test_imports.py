@@ -31,8 +31,6 @@ CORE = {"torch", "numpy"}  # the dependencies every installation has
 ANYTHING = {"*"}
 EDGES = {"integrations", "gradcheck", "__main__"}
 PUBLIC = {"loss", "logprobs", "two_phase", "modules", "trust_region"}
-# What the layers hand to one another, how an op is registered, and how tensors get from the host to a device.
-LEAVES = {"values", "registration", "transfer"}
 
 
 class Rule(NamedTuple):
@@ -56,9 +54,8 @@ RULES = {
     "objective": Rule(ours=set(), foreign={"torch"}),
     "metrics": Rule(ours=set(), foreign={"torch"}),
     "values": Rule(ours=set(), foreign={"torch"}),
-    "registration": Rule(ours=set(), foreign={"torch"}),
-    "transfer": Rule(ours=set(), foreign={"torch"}),
-    "inputs": Rule(ours={"inputs", "backends.registry", *LEAVES}, foreign={"torch"}),
+    "inputs.check": Rule(ours={"inputs", "values"}, foreign={"torch"}),
+    "inputs": Rule(ours={"inputs", "ops", "backends.registry", "values"}, foreign={"torch"}),
     "backends.native": Rule(
         ours={"backends.contract", "backends.eager", "objective", "values", EXTENSION}, foreign=ANYTHING
     ),
@@ -70,7 +67,7 @@ RULES = {
     "backends": Rule(ours={"objective", "values"}, foreign={"torch"}),
     "linear": Rule(ours={"linear", "backends.contract", "values"}, foreign={"torch"}),
     "ops": Rule(
-        ours={"ops", "linear", "backends.contract", "backends.registry", "objective", *LEAVES},
+        ours={"ops", "linear", "backends.contract", "backends.registry", "objective", "values"},
         foreign=CORE,
     ),
     "sources": Rule(ours={"ops", "inputs", "values"}, foreign={"torch"}),
@@ -79,10 +76,22 @@ RULES = {
     "integrations": Rule(ours={ROOT, "integrations"}, foreign=ANYTHING, lazy=True),
     # The public functions, and the modules they share.
     "*": Rule(
-        ours={*PUBLIC, "options", "contrast", "weighted", "scores", "sources", "ops", "inputs", "objective", "metrics"},
+        ours={
+            *PUBLIC,
+            "options",
+            "contrast",
+            "weighted",
+            "scores",
+            "sources",
+            "ops",
+            "inputs",
+            "objective",
+            "metrics",
+            "values",
+        },
         foreign={"torch", "typing_extensions"},
     ),
-}
+}  # fmt: skip
 
 
 class Import(NamedTuple):
@@ -334,7 +343,6 @@ GOOD_TREE = {
     "contrast.py": "from typing import NamedTuple\nfrom .metrics import means\nfrom .ops.token import token\n",
     "sources.py": "from .inputs.tokens import TokenLayout\nfrom .ops.token import token\n",
     "values.py": "from torch import Tensor\n",
-    "registration.py": "import torch\n",
     "margin.py": "import math\n",
     "metrics.py": "import torch\n",
     "objective.py": "from __future__ import annotations\nimport torch.nn.functional as F\n",
@@ -343,10 +351,11 @@ GOOD_TREE = {
     "gradcheck/command.py": "from .. import ops, reference\nfrom ..backends.eager.token import forward\n",
     "inputs/__init__.py": "",
     "inputs/check.py": "from torch import Tensor\n",
-    "inputs/tokens.py": "from . import check\nfrom ..registration import op\n",
+    "inputs/tokens.py": "from . import check\nfrom ..ops.registration import op\n",
     "ops/__init__.py": "",
+    "ops/registration.py": "import torch\n",
     "ops/token.py": (
-        "import torch\nfrom ..registration import op\n"
+        "import torch\nfrom .registration import op\n"
         "from ..backends.registry import kernels_for\nfrom ..linear.modes import forward\n"
     ),
     "linear/__init__.py": "",

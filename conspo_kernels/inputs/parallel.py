@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..values import python_number
 from . import check
-from .scalars import plain
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Parallel:
     grad_reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        start = plain(self.vocab_start)
+        start = python_number(self.vocab_start)
         if start is not self.vocab_start:
             object.__setattr__(self, "vocab_start", start)
         check.parallel(self.data, self.context, self.vocab, self.vocab_start, self.grad_reduction)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import kernels_for
-from ..registration import device_guard, op
-from ..transfer import to_device
-from ..values import IGNORED
+from ..ops.devices import to_device
+from ..ops.registration import device_guard, op
+from ..values import IGNORED, python_number
 from . import check
-from .scalars import plain
 
 NOT_CHECKED = -1  # as a vocabulary's size: labels only say which tokens count
 ON_ALL_RANKS = 2**62  # larger than any: the rest of the vocabulary is on other ranks
@@ -67,7 +66,7 @@ class TokenLayout(NamedTuple):
         check.flags(shift=shift)
         if split:
             check.no_shift_over_ranks(shift)
-        ignore_index = plain(ignore_index)
+        ignore_index = python_number(ignore_index)
         check.ignore_index(ignore_index)
         check.tokens(labels, response_mask, name, shape, tensor)
         check.cu_seqlens(cu_seqlens, shape, needed_for or ("shift=True" if shift else None))

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from ..backends.registry import kernels_for
 from ..objective import ContrastSettings, GroupLoss, Rollouts, Segments, equal_segments
-from ..registration import device_guard, op
-from ..transfer import to_device
 from ..values import check_factor, check_margin
-from .derivative import without_derivative
+from .devices import to_device
+from .registration import device_guard, op, without_derivative
 
 
 def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,9 +14,9 @@ from torch import Tensor
 from ..backends.registry import kernels_for
 from ..linear import modes
 from ..linear.modes import Needs
-from ..registration import device_guard, op
 from ..values import LogitRows, LogitTransform
 from .linear_logprob import fake_gradients, or_empty, run_of
+from .registration import device_guard, op
 
 
 def _run(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, implementation: str) -> Tensor:

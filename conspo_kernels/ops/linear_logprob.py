@@ -15,10 +15,9 @@ from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
 from ..linear.tiling import workspace_of
-from ..registration import device_guard, op
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
-from .derivative import traced, without_derivative
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
+from .registration import device_guard, op, traced, without_derivative
 from .token_logprob import statistics_like, tensors_of
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from ..registration import op
-from ..transfer import to_device
 from ..values import ELSEWHERE, IGNORED, Statistics
+from .devices import to_device
+from .registration import op
 
 
 def name_of(group: ProcessGroup | None) -> str:

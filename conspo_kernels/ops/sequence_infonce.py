@@ -12,9 +12,8 @@ from torch import Tensor
 
 from ..backends.registry import kernels_for
 from ..objective import equal_segments
-from ..registration import device_guard, op
-from .derivative import without_derivative
 from .group_infonce import RolloutGroups, score_gradient, score_groups
+from .registration import device_guard, op, without_derivative
 from .sequence_score import sequence_score_backward
 
 

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import kernels_for
-from ..registration import device_guard, op
-from .derivative import without_derivative
+from .registration import device_guard, op, without_derivative
 
 
 def _fake(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import kernels_for
-from ..registration import device_guard, op
 from ..values import LogitRows, LogitTransform, Statistics, Upstream
-from .derivative import no_second_derivative, traced
 from .ranks import local_labels, statistics_over_ranks
+from .registration import device_guard, no_second_derivative, op, traced
 
 
 def statistics_like(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import kernels_for
-from ..registration import device_guard, op
-from .derivative import traced, without_derivative
+from .registration import device_guard, op, traced, without_derivative
 
 
 def _fake_scale(*_: object) -> None:

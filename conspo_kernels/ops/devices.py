@@ -1,12 +1,33 @@
-"""conspo::placed: a tensor on another device or in another dtype, as an op, so that torch.compile sees no transfer."""
+"""Tensors from the host to a device, or to another dtype: without waiting, without a race, and, where torch.compile has
+to see no transfer, as ops.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..registration import op
-from ..transfer import to_device
+from .registration import op
+
+PINNED = frozenset({"cuda"})  # devices that copy asynchronously from pinned memory
+
+
+def staged(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A copy in pinned memory."""
+    return torch.empty(x.shape, dtype=dtype, device="cpu", pin_memory=True).copy_(x)
+
+
+def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """x on a device; x itself where it is there already.
+
+    A copy from pageable memory may make the driver wait for the device. One from the caller's pinned memory is
+    under way when the call returns, and a caller who fills that memory again changes what arrives. So the host first
+    copies into pinned memory of its own, which torch's allocator does not hand out again before the copy is over.
+    """
+    dtype = x.dtype if dtype is None else dtype
+    if x.device.type == "cpu" and device.type in PINNED:
+        return staged(x, dtype).to(device, non_blocking=True)
+    return x.to(device, dtype)
 
 
 def beside(x: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:

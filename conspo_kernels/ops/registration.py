@@ -3,6 +3,8 @@
 torch.compile, fake tensors and dispatch modes see `torch.ops.conspo.<name>`, with schema, fake and autograd. Its
 dispatch costs tens of microseconds a call, which plain eager tensors need not pay: for them the same forward,
 `setup_context` and backward run as a `torch.autograd.Function`.
+
+Second derivatives raise: a gradient would otherwise be a constant in silence.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -117,3 +121,31 @@ def _function(
 
     members = {"forward": staticmethod(forward_and_context), "backward": staticmethod(backward)}
     return type(name, (torch.autograd.Function,), members)
+
+
+def no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
+    raise NotImplementedError("conspo_kernels has no second derivative: the gradient has no gradient of its own")
+
+
+def traced(x: Tensor | None) -> bool:
+    """Whether a compiler traces the op that x comes to.
+
+    A traced backward overwrites nothing that the forward saved: inductor cannot prove such a tensor to be its own, and
+    would read and write all of it once more.
+    """
+    return isinstance(x, FakeTensor | FunctionalTensor)
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return gradient.view_as(gradient)
+
+    backward = staticmethod(no_second_derivative)
+
+
+def without_derivative(gradient: Tensor) -> Tensor:
+    """The gradient; under `create_graph=True`, when grad mode is on in backward, one whose own backward raises."""
+    if not torch.is_grad_enabled() or traced(gradient):
+        return gradient
+    return _WithoutDerivative.apply(gradient.detach().requires_grad_())
