@@ -17,7 +17,7 @@ from torch import Tensor
 from conspo_kernels import __version__
 from conspo_kernels.__main__ import main
 from conspo_kernels.backends import native
-from conspo_kernels.backends.registry import kernels_for
+from conspo_kernels.backends.registry import backend_for
 from conspo_kernels.gradcheck import cases as gradcheck_cases
 from conspo_kernels.values import LogitRows
 
@@ -44,7 +44,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def plant(monkeypatch: pytest.MonkeyPatch, implementation: str, op: str, function: str, wrong: Any) -> None:
     """Replace a function of a backend by wrong(the function)."""
-    kernels: Any = kernels_for(op, implementation, torch.device("cpu"))
+    kernels: Any = getattr(backend_for(implementation, torch.device("cpu")), op)
     replacement = wrong(getattr(kernels, function))
     monkeypatch.setattr(kernels, function, staticmethod(replacement) if isinstance(kernels, type) else replacement)
 

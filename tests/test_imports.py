@@ -141,12 +141,12 @@ def absolute(module: str, is_package: bool, level: int, name: str) -> str | None
 
 
 def literal(argument: ast.expr) -> str:
-    """The module a call imports; of f"..backends.{name}" the package, "" where even that is computed."""
+    """The module a call imports; of f"..backends.{name}" or f".{name}" the package, "" where even that is computed."""
     match argument:
         case ast.Constant(str(text)):
             return text
         case ast.JoinedStr([ast.Constant(str(text)), *_]):
-            return text.rpartition(".")[0]
+            return text.rpartition(".")[0] or "." * (len(text) - len(text.lstrip(".")))
     return ""
 
 
@@ -348,7 +348,7 @@ GOOD_TREE = {
     "objective.py": "from __future__ import annotations\nimport torch.nn.functional as F\n",
     "reference.py": "import math, torch\n",
     "gradcheck/__init__.py": "",
-    "gradcheck/command.py": "from .. import ops, reference\nfrom ..backends.eager.token import forward\n",
+    "gradcheck/command.py": "from .. import ops, reference\nfrom ..backends.eager import forward\n",
     "inputs/__init__.py": "",
     "inputs/check.py": "from torch import Tensor\n",
     "inputs/tokens.py": "from . import check\nfrom ..ops.registration import op\n",
@@ -366,8 +366,7 @@ GOOD_TREE = {
     "backends/triton/__init__.py": "",
     "backends/triton/rows.py": "import triton\n",
     "backends/triton/token.py": "import triton.language as tl\nfrom .rows import row\n",
-    "backends/eager/__init__.py": "",
-    "backends/eager/token.py": "import torch\nfrom ...objective import q\n",
+    "backends/eager.py": "import torch\nfrom ..objective import q\n",
     "backends/native.py": "from .. import _C\nimport torch\n",
     "ops/ranks.py": "import torch.distributed as dist\n",
     "integrations/__init__.py": "",
@@ -375,7 +374,7 @@ GOOD_TREE = {
 }
 
 PLANTED = {
-    "objective knows a backend": ("objective.py", "from .backends.eager import token", "import backends.eager.token"),
+    "objective knows a backend": ("objective.py", "from .backends.eager import token", "import backends.eager"),
     "reference knows ours": ("reference.py", "from .objective import q", "import objective"),
     "reference knows the package": ("reference.py", f"import {PACKAGE}", f"import {ROOT}"),
     "margin knows numpy": ("margin.py", "import numpy", "import numpy"),
@@ -383,22 +382,22 @@ PLANTED = {
     "metrics knows objective": ("metrics.py", f"from {PACKAGE}.objective import q", "import objective"),
     "values know ops": ("values.py", "from .ops import token", "import ops.token"),
     "backend knows an op": ("backends/triton/token.py", "from ...ops.token import token", "import ops.token"),
-    "backend knows inputs": ("backends/eager/token.py", "from ...inputs import tokens", "import inputs.tokens"),
-    "eager knows triton": ("backends/eager/token.py", "import triton", "import triton"),
-    "eager knows another backend": ("backends/eager/token.py", "from ..triton import token", "backends.triton.token"),
+    "backend knows inputs": ("backends/eager.py", "from ..inputs import tokens", "import inputs.tokens"),
+    "eager knows triton": ("backends/eager.py", "import triton", "import triton"),
+    "eager knows another backend": ("backends/eager.py", "from .triton import token", "backends.triton.token"),
     "triton outside its backend": ("ops/token.py", "import triton", "import triton"),
     "op knows inputs": ("ops/token.py", "from ..inputs.tokens import TokenLayout", "import inputs.tokens"),
-    "op knows a backend": ("ops/token.py", "from ..backends.eager import token", "import backends.eager.token"),
+    "op knows a backend": ("ops/token.py", "from ..backends.eager import token", "import backends.eager"),
     "op knows a public function": ("ops/token.py", "from ..loss import conspo_loss", "import loss"),
     "linear knows an op": ("linear/modes.py", "from ..ops.token import token", "import ops.token"),
     "inputs know the objective": ("inputs/tokens.py", "from ..objective import q", "import objective"),
-    "source knows a backend": ("sources.py", "from .backends.eager.token import forward", "backends.eager.token"),
+    "source knows a backend": ("sources.py", "from .backends.eager import forward", "backends.eager"),
     "source knows the objective": ("sources.py", "from .objective import q", "import objective"),
-    "public function knows a backend": ("loss.py", "from .backends.eager import token", "backends.eager.token"),
+    "public function knows a backend": ("loss.py", "from .backends.eager import token", "backends.eager"),
     "public function knows the reference": ("loss.py", "from .reference import loss", "import reference"),
     "public function knows an integration": ("loss.py", "from .integrations import trl", "import integrations.trl"),
     "shared module knows linear": ("contrast.py", "from .linear import modes", "import linear.modes"),
-    "inside a function": ("loss.py", "def f():\n    from .backends.eager import token", "import backends.eager.token"),
+    "inside a function": ("loss.py", "def f():\n    from .backends.eager import token", "import backends.eager"),
     "inside a method": ("loss.py", "class A:\n    def f(self):\n        import pandas", "import pandas"),
     "for a type checker": ("inputs/check.py", "if TYPE_CHECKING:\n    from ..ops import token", "import ops.token"),
     "caught": ("loss.py", "try:\n    import liger_kernel\nexcept ImportError:\n    pass", "import liger_kernel"),
@@ -407,7 +406,7 @@ PLANTED = {
     "by a call, composed": ("loss.py", 'import_module(f".backends.{op}_x", __package__)', "import backends"),
     "by a call, computed": ("ops/token.py", "import_module(name, __package__)", "run time"),
     "out of the package": ("loss.py", "from .. import benchmarks", "outside the package"),
-    "extension by another": ("backends/eager/token.py", f"from ... import {EXTENSION}", f"import {EXTENSION}"),
+    "extension by another": ("backends/eager.py", f"from .. import {EXTENSION}", f"import {EXTENSION}"),
     "optional in the core": ("inputs/check.py", "import tqdm", "import tqdm"),
     "integration knows inside": ("integrations/trl.py", "from ..ops import token", "import ops.token"),
     "integration at load time": ("integrations/trl.py", "import trl", "imports trl outside a function"),

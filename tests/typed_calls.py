@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 import conspo_kernels as ck
+from conspo_kernels.backends import eager, native, triton
+from conspo_kernels.backends.contract import Backend
 
 
 def losses(logits: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
@@ -48,3 +50,8 @@ def modules(logits: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rewa
         hidden, weight, labels, rewards, 4, return_metrics=True
     )
     return loss + output.loss
+
+
+def backends() -> tuple[Backend, ...]:
+    """They keep the contract."""
+    return (eager, native, triton)

@@ -1,4 +1,4 @@
-"""What a backend offers: one module (or object) per op, with the functions of these protocols.
+"""What a backend offers: `Backend`, a module (or object) per op with the functions of these protocols.
 
 A backend sees checked tensors on one device. Labels are indices or `IGNORED`; no mask, shift or packing reaches it but
 the offsets of rollouts. Names: b sequences, t positions, v vocabulary, s rollouts, k groups.
@@ -91,12 +91,23 @@ class Scale(Protocol):
         """gradient *= factor (0-d), at no cost where the factor is 1."""
 
 
-# What a backend offers, for the type checker: each backend assigns its modules to a variable of this type.
-Ops = tuple[TokenLogprob, SequenceScore, GroupInfoNCE, Scale, LabelAlignment]
-
-
 class Backend(Protocol):
-    """A folder of `backends`, or a module."""
+    """A folder of `backends`, or a module: an object per op."""
+
+    @property
+    def token_logprob(self) -> TokenLogprob: ...
+
+    @property
+    def sequence_score(self) -> SequenceScore: ...
+
+    @property
+    def group_infonce(self) -> GroupInfoNCE: ...
+
+    @property
+    def label_alignment(self) -> LabelAlignment: ...
+
+    @property
+    def scale(self) -> Scale: ...
 
     def obstacle(self, device: torch.device) -> str | None:
         """Why the backend cannot run on a device, or None."""

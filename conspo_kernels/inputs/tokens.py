@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..ops.devices import to_device
 from ..ops.registration import device_guard, op
 from ..values import IGNORED, python_number
@@ -169,7 +169,7 @@ def aligned_labels(
     if labels.dim() == 1:
         given, mask = labels[None], None if response_mask is None else response_mask[None]
     with device_guard(labels):
-        kernels = kernels_for("label_alignment", implementation, labels.device)
+        kernels = backend_for(implementation, labels.device).label_alignment
         aligned = kernels.align(given, mask, offsets, shift, ignore_index)
     if vocab_size != NOT_CHECKED and labels.device.type == "cpu" and aligned.numel():
         smallest, largest = torch.aminmax(aligned)

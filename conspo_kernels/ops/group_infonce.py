@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..objective import ContrastSettings, GroupLoss, Rollouts, Segments, equal_segments
 from ..values import check_factor, check_margin
 from .devices import to_device
@@ -122,7 +122,7 @@ def score_groups(
     margin, num_groups = margin.to(dtype), None if num_groups is None else num_groups.to(dtype)
     rewards = to_device(groups.rewards, device).contiguous()
     with device_guard(scores):
-        return kernels_for("group_infonce", implementation, device).forward(
+        return backend_for(implementation, device).group_infonce.forward(
             Rollouts(scores.contiguous(), rewards, counts, groups.segments(device), groups.size),
             ContrastSettings(tau, margin, reward_threshold, reduction, num_groups),
         )

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs
 from ..values import LogitRows, LogitTransform
@@ -21,7 +21,7 @@ from .registration import device_guard, op
 
 def _run(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, implementation: str) -> Tensor:
     with device_guard(rows.logits):
-        kernels = kernels_for("token_logprob", implementation, rows.logits.device)
+        kernels = backend_for(implementation, rows.logits.device).token_logprob
         return kernels.forward_backward(grad_logits, rows, coefficients.contiguous())
 
 

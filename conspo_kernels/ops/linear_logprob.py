@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
@@ -34,7 +34,7 @@ def run_of(
 ) -> Run:
     """The arguments of an op as the modes take them."""
     return Run(
-        kernels=kernels_for("token_logprob", implementation, hidden.device),
+        kernels=backend_for(implementation, hidden.device).token_logprob,
         tokens=Tokens.from_labels(hidden, labels, places),
         head=Head(weight, bias, logits_dtype),
         transform=LogitTransform.from_numbers(transform),

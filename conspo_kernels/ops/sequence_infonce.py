@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..objective import equal_segments
 from .group_infonce import RolloutGroups, score_gradient, score_groups
 from .registration import device_guard, op, without_derivative
@@ -90,7 +90,7 @@ def sequence_infonce(
         Others: as of `group_infonce`.
     """
     with device_guard(logprobs):
-        kernels = kernels_for("sequence_score", implementation, logprobs.device)
+        kernels = backend_for(implementation, logprobs.device).sequence_score
         scores, own_counts = kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
     loss, weights, roles = score_groups(
         scores, own_counts if counts is None else counts,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from .registration import device_guard, op, without_derivative
 
 
@@ -48,7 +48,7 @@ def sequence_score(
         counts: [S] int32, response tokens.
     """
     with device_guard(logprobs):
-        kernels = kernels_for("sequence_score", implementation, logprobs.device)
+        kernels = backend_for(implementation, logprobs.device).sequence_score
         return kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
 
 
@@ -67,7 +67,7 @@ def sequence_score_backward(
 ) -> Tensor:
     """The gradient with respect to the log-probabilities, [B, T].  factor: 0-d, of all weights but those of zero."""
     with device_guard(weights):
-        kernels = kernels_for("sequence_score", implementation, weights.device)
+        kernels = backend_for(implementation, weights.device).sequence_score
         return kernels.backward(weights.contiguous(), counts, labels.contiguous(), offsets, factor)
 
 
@@ -88,7 +88,7 @@ def token_coefficients(
         wanted: [B, T] int64, the labels whose coefficient is not zero, else `IGNORED`.
     """
     with device_guard(weights):
-        kernels = kernels_for("sequence_score", implementation, weights.device)
+        kernels = backend_for(implementation, weights.device).sequence_score
         return kernels.coefficients(weights.contiguous(), labels.contiguous(), offsets)
 
 
@@ -100,5 +100,5 @@ def _fake_masked(coefficients: Tensor, labels: Tensor, *_: object) -> tuple[Tens
 def masked_coefficients(coefficients: Tensor, labels: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
     """Coefficients [B, T], zero where ignored whatever they are there; and the labels of those that are not zero."""
     with device_guard(coefficients):
-        kernels = kernels_for("sequence_score", implementation, coefficients.device)
+        kernels = backend_for(implementation, coefficients.device).sequence_score
         return kernels.masked(coefficients.contiguous(), labels.contiguous())

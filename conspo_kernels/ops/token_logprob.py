@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..values import LogitRows, LogitTransform, Statistics, Upstream
 from .ranks import local_labels, statistics_over_ranks
 from .registration import device_guard, no_second_derivative, op, traced
@@ -83,7 +83,7 @@ def token_logprob(
         logprobs, entropy, row_max, log_sum: [B, T] fp32, or fp64 for fp64 logits; 0 where ignored.
     """
     del inplace_backward
-    kernels = kernels_for("token_logprob", implementation, logits.device)
+    kernels = backend_for(implementation, logits.device).token_logprob
     logit_transform = LogitTransform.from_numbers(transform)
 
     def forward(labels: Tensor) -> Statistics:
@@ -145,4 +145,4 @@ def _write_gradient(
     incoming = Upstream(*(x.contiguous() for x in upstream))
     saved = Statistics(row_max, None if incoming.entropy is None else entropy, row_max, log_sum)
     with device_guard(rows.logits):
-        kernels_for("token_logprob", implementation, rows.logits.device).backward(grad_logits, rows, saved, incoming)
+        backend_for(implementation, rows.logits.device).token_logprob.backward(grad_logits, rows, saved, incoming)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from .registration import device_guard, op, traced, without_derivative
 
 
@@ -23,7 +23,7 @@ def _fake_scale(*_: object) -> None:
 def scale_(gradient: Tensor, factor: Tensor, implementation: str) -> None:
     """gradient *= factor (0-d), at no cost where the factor is 1; it counts as a modification even then."""
     with device_guard(gradient):
-        kernels_for("scale", implementation, gradient.device).scale_(gradient, factor)
+        backend_for(implementation, gradient.device).scale.scale_(gradient, factor)
 
 
 @op(_fake_scale, mutates=("target",))
@@ -94,5 +94,5 @@ def weighted_sum(
     """
     del x, weight, bias, grad_x, grad_weight, grad_bias, weight_grad
     with device_guard(values):
-        kernels = kernels_for("sequence_score", implementation, values.device)
+        kernels = backend_for(implementation, values.device).sequence_score
         return kernels.weighted_sum(values.contiguous(), weights.contiguous(), counts)
