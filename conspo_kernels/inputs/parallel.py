@@ -25,7 +25,7 @@ class Parallel:
             the same S rollouts, each its own tokens of them, or none.
         vocab: the ranks over which the vocabulary is spread (tensor parallelism). Labels are of the whole vocabulary,
             and the same on all of these ranks, as the results are. Parts may differ in size. Logits that are a DTensor,
-            sharded along the vocabulary, say so themselves.
+            sharded along the vocabulary, say so themselves; logits that were gathered are not spread.
         vocab_start: the entry of the vocabulary at which this rank's part begins.
         grad_reduction: what the trainer does with gradients across `data` and `context`: "mean" (DDP, FSDP: this rank's
             gradients are multiplied by the number of ranks) or "sum".

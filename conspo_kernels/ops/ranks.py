@@ -18,6 +18,10 @@ from ..values import ELSEWHERE, IGNORED, Statistics
 from .devices import to_device
 from .registration import op
 
+# Sums of exponentials that are one, rounded: parts of one vocabulary may agree so in one row of 10^5, but not in four.
+SAME, TELLING_ROWS = 1e-5, 4
+NOT_FLAT = 0.999  # sum of exp(logit - max) over the size of the vocabulary, below which logits differ
+
 
 def name_of(group: ProcessGroup | None) -> str:
     return "" if group is None else group.group_name
@@ -43,7 +47,13 @@ def statistics_over_ranks(
     local = local_labels(labels, start, size)
     part = forward(torch.where(local == ELSEWHERE, 0, local))
     ignored = labels == IGNORED
-    whole, owners = _whole_statistics(part, local >= 0, ignored, scale, resolved(group))
+    ranks = resolved(group)
+    whole, owners, alike = _whole_statistics(part, local >= 0, ignored, size, scale, ranks)
+    if labels.device.type == "cpu" and alike:
+        raise ValueError(
+            f"the {ranks.size()} ranks of parallel.vocab must have their own parts of the vocabulary, got the same "
+            "logits on all: logits that were gathered, or a whole weight, need parallel.vocab=None"
+        )
     if labels.device.type == "cpu" and (bad := ~ignored & (owners != 1)).any():
         position = tuple(bad.nonzero()[0].tolist())
         if owners[position] > 1:
@@ -59,19 +69,20 @@ def statistics_over_ranks(
 
 
 def _whole_statistics(
-    part: Statistics, mine: Tensor, ignored: Tensor, scale: float, group: ProcessGroup
-) -> tuple[Statistics, Tensor]:
+    part: Statistics, mine: Tensor, ignored: Tensor, size: int, scale: float, group: ProcessGroup
+) -> tuple[Statistics, Tensor, Tensor]:
     """Those of whole rows, from those of this rank's part of the vocabulary. Two collectives.
 
     scale: what a max is multiplied by to be a logit, as in `LogitTransform`.  mine: [..] bool, the label is
-    in this part (else its log-probability is of no meaning).  ignored: [..] bool, no token.
-    Also returns how many ranks have the label: 0 if it is outside of the vocabulary, 2 if their parts overlap.
+    in this part (else its log-probability is of no meaning).  ignored: [..] bool, no token.  size: of this part.
+    Also returns how many ranks have the label: 0 if it is outside of the vocabulary, 2 if their parts overlap; and
+    whether all ranks have the same logits, `_alike`. Then, and where a label is not on one rank, logprobs are NaN.
     """
     logprobs, entropy, part_max, part_log_sum = part
     row_max = part_max.clone()
     dist.all_reduce(row_max, dist.ReduceOp.MAX, group=group)
     below = torch.where(part_max == row_max, 0.0, part_max - row_max) * scale  # -inf - -inf is no distance
-    total = torch.exp(below + part_log_sum)
+    total = own_total = torch.exp(below + part_log_sum)
     label = torch.where(mine, logprobs + part_log_sum + below, 0.0)
     sums = [total, label, mine.to(total.dtype)]
     if entropy is not None:
@@ -82,8 +93,19 @@ def _whole_statistics(
     total, label, owners, *moments = stacked.unbind()
     log_sum = total.log()
     entropy = torch.where(ignored, 0.0, log_sum - moments[0] / total) if moments else None
-    logprobs = torch.where(owners == 1, label - log_sum, torch.nan)
-    return Statistics(torch.where(ignored, 0.0, logprobs), entropy, row_max, log_sum), owners
+    alike = _alike(part_max == row_max, own_total, total, ~ignored & (own_total < NOT_FLAT * size), group.size())
+    logprobs = torch.where((owners == 1) & ~alike, label - log_sum, torch.nan)
+    return Statistics(torch.where(ignored, 0.0, logprobs), entropy, row_max, log_sum), owners, alike
+
+
+def _alike(same_max: Tensor, own_total: Tensor, total: Tensor, telling: Tensor, number: int) -> Tensor:
+    """0-d bool: in every row that tells, maximum and sum are the same on all ranks.
+
+    Then the logits are, and no parts of one vocabulary. It costs no collective; where they are the same, every rank
+    comes to the same answer. telling: [..] bool; rows of equal logits, as a new head makes them, are alike in truth.
+    """
+    same = same_max & ((total - number * own_total).abs() <= SAME * total)
+    return (same | ~telling).all() & (telling.sum() >= TELLING_ROWS) & (number > 1)
 
 
 def _fake_sum(x: Tensor, *_: object) -> Tensor:
