@@ -23,9 +23,17 @@ def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     A copy from pageable memory may make the driver wait for the device. One from the caller's pinned memory is
     under way when the call returns, and a caller who fills that memory again changes what arrives. So the host first
     copies into pinned memory of its own, which torch's allocator does not hand out again before the copy is over.
+
+    Raises:
+        ValueError: a CUDA graph is being captured: the host's copy is no part of it.
     """
     dtype = x.dtype if dtype is None else dtype
     if x.device.type == "cpu" and device.type in PINNED:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a CUDA graph would replay the values of its capture: rewards, groups, weights, coefficients and "
+                f"cu_seqlens must be on {device} while it is captured, got one of shape {list(x.shape)} on the CPU"
+            )
         return staged(x, dtype).to(device, non_blocking=True)
     return x.to(device, dtype)
 
