@@ -211,6 +211,7 @@ class HiddenSource(NamedTuple):
         check.linear(hidden, weight, bias, workspace_mib)
         if weight_grad is not None:
             check.weight_grad(weight_grad, weight)
+            weight = weight.view_as(weight)  # whose node says in backward whether the gradient was asked for
         check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
         shape, dtype = tuple(hidden.shape[:-1]), autocast_dtype(hidden.device)
         if dtype is not None:

@@ -17,7 +17,7 @@ from ..linear.tiles import Head, Tokens
 from ..linear.tiling import workspace_of
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
-from .registration import device_guard, op, traced, without_derivative
+from .registration import asked_for, device_guard, op, traced, without_derivative
 from .token_logprob import statistics_like, tensors_of
 
 
@@ -95,7 +95,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         # Not saved: the first backward overwrites the logits, and lets go of them; the backward of another micro-batch
         # may have added to `weight_grad` meanwhile.
         ctx.stored = stored if ctx.mode == "store" else None
-        ctx.weight_grad = weight_grad
+        ctx.weight_grad, ctx.weight_node = weight_grad, weight.grad_fn
     ctx.mark_non_differentiable(row_max, log_sum, stored, *(() if with_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
@@ -110,6 +110,8 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
         (stored,) = ctx.saved_tensors
         return without_derivative(scaled_rows(stored, grad_logprobs)), None, None, *others
     hidden, weight, bias, labels, places, row_max, log_sum, entropy = ctx.saved_tensors
+    if ctx.weight_grad is not None and not traced(row_max):
+        needs[1] = needs[1] and asked_for(ctx.weight_node)
     if grad_logprobs is None:
         grad_logprobs = torch.zeros_like(row_max)
     stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.autograd.graph import Node
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -134,6 +135,14 @@ def traced(x: Tensor | None) -> bool:
     would read and write all of it once more.
     """
     return isinstance(x, FakeTensor | FunctionalTensor)
+
+
+def asked_for(node: Node | None) -> bool:
+    """Whether the backward that runs computes the gradient of the tensor that a node made.
+
+    `ctx.needs_input_grad` says what could be asked for: `autograd.grad(loss, hidden)` asks for less.
+    """
+    return node is None or torch._C._will_engine_execute_node(node)
 
 
 class _WithoutDerivative(torch.autograd.Function):

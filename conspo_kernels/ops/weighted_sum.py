@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import backend_for
-from .registration import device_guard, op, traced, without_derivative
+from .registration import asked_for, device_guard, op, traced, without_derivative
 
 
 def _fake_scale(*_: object) -> None:
@@ -38,9 +38,10 @@ def _fake(values: Tensor, *_: object) -> Tensor:
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     del output
-    values, weights, counts, _hidden, _weight, _bias, *gradients, ctx.weight_grad, ctx.implementation = inputs
+    values, weights, counts, _hidden, weight, _bias, *gradients, ctx.weight_grad, ctx.implementation = inputs
     # A graph through the values: then no gradient is known.
     ctx.save_for_backward(*((weights, counts) if values.requires_grad else (None, None)), *gradients)
+    ctx.weight_node = None if weight is None else weight.grad_fn
     ctx.used = False
 
 
@@ -58,7 +59,8 @@ def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
         if gradient is None:
             given.append(None)
         elif i == 1 and ctx.weight_grad is not None:
-            add_scaled_(ctx.weight_grad, gradient.detach(), grad_value)
+            if traced(gradient) or asked_for(ctx.weight_node):
+                add_scaled_(ctx.weight_grad, gradient.detach(), grad_value)
             given.append(None)
         elif traced(gradient):
             given.append(gradient * grad_value)
