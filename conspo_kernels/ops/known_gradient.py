@@ -15,6 +15,7 @@ from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs
 from ..values import LogitRows, LogitTransform
+from . import flops
 from .linear_logprob import fake_gradients, or_empty, run_of
 from .registration import device_guard, op
 
@@ -60,7 +61,7 @@ def _fake_linear_known(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return torch.empty_like(coefficients), hidden_grad, weight_grad, bias_grad
 
 
-@op(_fake_linear_known)
+@op(_fake_linear_known, flops=flops.known)
 def linear_logprob_known(
     hidden: Tensor,
     weight: Tensor,

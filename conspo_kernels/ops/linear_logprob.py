@@ -16,6 +16,7 @@ from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
 from ..linear.tiling import workspace_of
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
+from . import flops
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
 from .registration import asked_for, device_guard, op, traced, without_derivative
 from .token_logprob import statistics_like, tensors_of
@@ -130,7 +131,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     return *given, *others
 
 
-@op(_fake, setup_context=_setup_context, backward=_backward)
+@op(_fake, setup_context=_setup_context, backward=_backward, flops=flops.forward)
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -199,7 +200,7 @@ def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 # Two ops for all backwards; they differ in whether stored logits are overwritten. Without them and without weight_grad
 # both are functional.
-@op(_fake_backward, mutates=("weight_grad",))
+@op(_fake_backward, mutates=("weight_grad",), flops=flops.backward)
 def linear_logprob_backward(
     stored: Tensor | None,
     weight_grad: Tensor | None,
@@ -227,7 +228,7 @@ def linear_logprob_backward(
     return _gradients(run, stored, False, weight_grad, statistics, upstream, needs)
 
 
-@op(_fake_backward, mutates=("stored", "weight_grad"))
+@op(_fake_backward, mutates=("stored", "weight_grad"), flops=flops.backward)
 def linear_logprob_backward_(
     stored: Tensor | None,
     weight_grad: Tensor | None,

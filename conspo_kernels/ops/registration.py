@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd.graph import Node
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -33,6 +35,7 @@ _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
+FORMULAS: dict[Any, Callable[..., int]] = {}  # operations of an op by its arguments
 _NO_GUARD = contextlib.nullcontext()
 
 
@@ -47,11 +50,13 @@ def op(
     mutates: Sequence[str] = (),
     setup_context: Callable[..., None] | None = None,
     backward: Callable[..., Any] | None = None,
+    flops: Callable[..., int] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Register a function of tensors and numbers as `conspo::<its name>`.
 
     fake: shapes and dtypes of the results.  mutates: names of the arguments that are written to.  setup_context,
-    backward: as of `torch.library.register_autograd`; without them the op has no gradient.
+    backward: as of `torch.library.register_autograd`; without them the op has no gradient.  flops: its operations, a
+    formula of its arguments as of `torch.utils.flop_counter.register_flop_formula(..., get_raw=True)`.
     """
 
     def register(forward: Callable[P, R]) -> Callable[P, R]:
@@ -62,6 +67,8 @@ def op(
         if backward is not None:
             registered.register_autograd(backward, setup_context=setup_context)
             function = _function(name, forward, setup_context, backward)
+        if flops is not None:
+            FORMULAS[registered._opoverload.overloadpacket] = flops
         written = [i for i, argument in enumerate(registered._opoverload._schema.arguments) if argument.name in mutates]
 
         names = forward.__code__.co_varnames[: forward.__code__.co_argcount]
@@ -72,6 +79,8 @@ def op(
                 args += tuple(kwargs.pop(name) for name in names[len(args) :])
                 assert not kwargs, f"{name} got {', '.join(kwargs)}"
             if not _eager(args):
+                if flops is not None and not torch.compiler.is_compiling():
+                    _tell_flop_counters()
                 return registered(*args)
             if function is not None and torch.is_grad_enabled() and _requires_grad(args):
                 return function.apply(*args)
@@ -84,6 +93,24 @@ def op(
         return call
 
     return register
+
+
+def _tell_flop_counters() -> None:
+    """Register FORMULAS, where somebody counts.
+
+    Not when the op is registered: `torch.utils.flop_counter` imports Triton, which has to be imported later, as
+    `gradcheck` first decides whether it interprets. A counter that is active has its own copy of the formulas already.
+    """
+    module = sys.modules.get("torch.utils.flop_counter")
+    if module is None:
+        return
+    for target, formula in FORMULAS.items():
+        if target not in module.flop_registry:
+            module.register_flop_formula(target, get_raw=True)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        formulas = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if formulas is not None:
+            formulas.update((target, formula) for target, formula in FORMULAS.items() if target not in formulas)
 
 
 def _requires_grad(args: tuple[Any, ...]) -> bool:
