@@ -321,7 +321,7 @@ def test_type_errors(function: Callable[..., Any], arguments: dict[str, Any], me
 
 OTHERS = (
     "overwritten", "_reverse_mode", "no_second_derivative", "statistics_over_ranks", "_backward", "shard_of",
-    "__reduce__",
+    "__reduce__", "gather_rollouts", "to_device",
 )  # fmt: skip
 
 
@@ -336,7 +336,7 @@ def raised_at(function: Callable[..., Any], arguments: dict[str, Any]) -> tuple[
 
 
 def test_every_error_of_inputs_and_ops_is_provoked_here() -> None:
-    """But those of `overwritten`, `_reverse_mode`, of ranks and of pickles, which have tests of their own."""
+    """But those of `overwritten`, `_reverse_mode`, of ranks, pickles and CUDA graphs, which have tests of their own."""
     reached = {raised_at(function, arguments) for function, arguments, _ in VALUE_ERRORS + TYPE_ERRORS}
     package = Path(check.__file__).parent.parent
     missing = []
