@@ -9,7 +9,8 @@ For a group with positives P and negatives N, both non-empty, temperature tau an
     d loss / d s_i = -q_i / |P|                                                 for i in P
     d loss / d s_j = (sum_{i in P} q_i / |P|) * softmax_N(s / tau)_j            for j in N
 
-Everything is O(S) in the number of rollouts and runs in the dtype of the scores. Names: s rollouts, k slots of groups.
+Everything is O(S) in the number of rollouts and runs in the dtype of the scores, sums over a group in fp64. Names: s
+rollouts, k slots of groups.
 
 Source: arXiv:2605.12969.
 """
@@ -33,8 +34,9 @@ class Segments(NamedTuple):
     slots: Tensor
 
     def sum(self, values_s: Tensor) -> Tensor:
-        """[S] -> [K] sums, in a fixed order."""
-        return torch.segment_reduce(values_s[self.order], "sum", offsets=self.offsets, initial=0, unsafe=True)
+        """[S] -> [K] sums in a fixed order: one after another, so in fp64."""
+        wide = values_s[self.order].double()
+        return torch.segment_reduce(wide, "sum", offsets=self.offsets, initial=0, unsafe=True).to(values_s.dtype)
 
     def max(self, values_s: Tensor) -> Tensor:
         """[S] -> [K] maxima, -inf where a slot is empty."""
