@@ -93,8 +93,8 @@ class Contrast(NamedTuple):
         layout = GroupLayout.from_arguments(groups, scores.shape[0])
         margin, denominator = self._constants(scores)
         loss, weights, roles = group_infonce(
-            scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin,
-            denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
+            scores, rewards.detach().resolve_neg(), counts, layout.order, layout.offsets, layout.slots, layout.size,
+            margin, denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
         )  # fmt: skip
         return self._contrasted(GroupLoss(loss, weights, roles), layout, scores, counts, local_indices)
 
@@ -110,9 +110,9 @@ class Contrast(NamedTuple):
         self._check(num_rollouts, logprobs.device, rewards, groups)
         layout = GroupLayout.from_arguments(groups, num_rollouts)
         loss, scores, own_counts, weights, roles = sequence_infonce(
-            logprobs, tokens.labels, tokens.offsets, rewards.detach(), counts, layout.order, layout.offsets,
-            layout.slots, layout.size, *self._constants(logprobs), self.tau, self.reward_threshold, self.reduction,
-            self.implementation,
+            logprobs, tokens.labels, tokens.offsets, rewards.detach().resolve_neg(), counts, layout.order,
+            layout.offsets, layout.slots, layout.size, *self._constants(logprobs), self.tau, self.reward_threshold,
+            self.reduction, self.implementation,
         )  # fmt: skip
         result = GroupLoss(loss, weights, roles)
         return self._contrasted(result, layout, scores, own_counts if counts is None else counts, None), scores
@@ -181,7 +181,7 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
     In eager mode on the CPU: what the host knows is an argument of a launch, and costs none of its own.
     """
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().resolve_neg()
     if torch.compiler.is_compiling():
         # Dynamo turns a float that is added to a tensor into an input of the graph, and one that fills it into a guard.
         return torch.zeros((), dtype=like.dtype, device=like.device) + value
@@ -251,7 +251,7 @@ def contrast_loss(
 def checked_scores(scores: Tensor) -> Tensor:
     """Scores that a user passed, in fp32 or fp64."""
     check.scores(scores)
-    return scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    return scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32).resolve_neg()
 
 
 def loss_of_scores(contrast: Contrast, scores: Tensor, rewards: Tensor, groups: int | Tensor) -> Tensor | ConSPOOutput:

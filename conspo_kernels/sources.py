@@ -14,10 +14,11 @@ from torch import Tensor
 from .inputs import check
 from .inputs.autocast import autocast_dtype, cast, cast_weight
 from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
-from .inputs.tokens import ON_ALL_RANKS, Predictions, TokenLayout
+from .inputs.tokens import Predictions, TokenLayout
 from .ops import check_implementation
-from .ops.devices import token_places
+from .ops.devices import true_indices
 from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
+from .ops.label_alignment import ON_ALL_RANKS
 from .ops.linear_logprob import default_workspace, linear_logprob
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
@@ -132,6 +133,7 @@ class LogitsSource(NamedTuple):
                     "vocabulary begins, got a ProcessGroup"
                 )
             local, shard = shard_of(logits, -1)
+        local = local.resolve_neg()
         rows = local if local.dim() == 3 else local[None]
         return cls(logits, rows, shard, settings, wanted)
 
@@ -218,6 +220,8 @@ class HiddenSource(NamedTuple):
             hidden, weight = cast(hidden, dtype), cast_weight(weight, dtype)
             bias = None if bias is None else cast(bias, dtype)
         check.logits_dtype(logits_dtype, hidden)
+        hidden, weight = hidden.resolve_neg(), weight.resolve_neg()
+        bias = None if bias is None else bias.resolve_neg()
         workspace = default_workspace(hidden.device) if workspace_mib is None else int(workspace_mib * 2**20)
         return cls(
             hidden.reshape(-1, hidden.shape[-1]), weight, bias, shape, settings, workspace,
@@ -259,7 +263,7 @@ class HiddenSource(NamedTuple):
         if self.synchronize:
             active = tokens.active.cpu()
             keep = active if keep is None else active & keep
-        return None if keep is None else token_places(keep.flatten(), self.hidden.device)
+        return None if keep is None else true_indices(keep.flatten(), self.hidden.device)
 
     def logprobs(
         self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False

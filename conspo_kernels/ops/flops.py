@@ -1,6 +1,6 @@
 """Operations of the fused-linear ops, as `torch.utils.flop_counter` counts them: those of the GEMMs that a mode makes.
 
-A formula takes the arguments of its op. Names: n tokens that take part, v vocabulary, h hidden size.
+A formula takes the named arguments of its op. Names: n tokens that take part, v vocabulary, h hidden size.
 """
 
 from __future__ import annotations
@@ -17,43 +17,37 @@ from ..values import IGNORED
 from .registration import traced
 
 
-def _taking_part(labels: Tensor, places: Tensor | None, upstream: list[Tensor] | None = None) -> int:
+def _taking_part(it: Any, *upstream: Tensor | None) -> int:
     """How many tokens the GEMMs have, as `Tokens.from_labels` chooses them. Fake labels have no values: all of them."""
-    if labels.device.type != "cpu":
-        return labels.shape[0] if places is None else places.shape[0]
-    if traced(labels):
-        return labels.shape[0]
-    active = labels != IGNORED
-    for_nothing = [] if upstream is None else [x == 0 for x in upstream]
-    return int((active & ~torch.stack(for_nothing).all(0)).sum() if for_nothing else active.sum())
+    if it.labels.device.type != "cpu":
+        return it.labels.shape[0] if it.indices is None else it.indices.shape[0]
+    if traced(it.labels):
+        return int(it.labels.shape[0])
+    active = it.labels != IGNORED
+    gradients = [x != 0 for x in upstream if x is not None]
+    return int((active & torch.stack(gradients).any(0)).sum() if gradients else active.sum())
 
 
-def _product(n: int, hidden: Tensor, weight: Tensor) -> int:
-    return 2 * n * weight.shape[0] * hidden.shape[1]
+def _product(n: int, it: Any) -> int:
+    return 2 * n * it.weight.shape[0] * it.hidden.shape[1]
 
 
-def forward(*args: Any, out_val: object = None) -> int:
+def forward(it: Any) -> int:
     """Of `linear_logprob`: logits, and in mode "frozen" the gradient of hidden. Invariant tiles are padded."""
-    del out_val
-    hidden, weight, _bias, labels, places, _weight_grad, logits_dtype, _transform, _entropy, mode, workspace, *_ = args
-    n = rows = _taking_part(labels, places)
-    if args[-1]:  # batch_invariant
-        problem = Tokens(hidden, labels, places).problem(Head(weight, None, logits_dtype))
-        size = fixed_tile(problem, workspace).rows
+    n = rows = _taking_part(it)
+    if it.batch_invariant:
+        problem = Tokens(it.hidden, it.labels, it.indices).problem(Head(it.weight, None, it.logits_dtype))
+        size = fixed_tile(problem, it.workspace).rows
         rows = math.ceil(n / size) * size
-    return _product(rows + (n if mode == "frozen" else 0), hidden, weight)
+    return _product(rows + (n if it.mode == "frozen" else 0), it)
 
 
-def backward(*args: Any, out_val: object = None) -> int:
+def backward(it: Any) -> int:
     """Of `linear_logprob_backward`: logits that were not stored, and the gradients of hidden and weight."""
-    del out_val
-    stored, _weight_grad, hidden, weight, _bias, labels, places, _statistics, upstream, needs, *_ = args
-    n = _taking_part(labels, places, upstream if stored is None else None)
-    return ((stored is None) + needs[0] + needs[1]) * _product(n, hidden, weight)
+    n = _taking_part(it, *(() if it.stored is not None else (it.grad_logprobs, it.grad_entropy)))
+    return ((it.stored is None) + it.needs[0] + it.needs[1]) * _product(n, it)
 
 
-def known(*args: Any, out_val: object = None) -> int:
+def known(it: Any) -> int:
     """Of `linear_logprob_known`: logits, and the gradients of hidden and weight."""
-    del out_val
-    hidden, weight, _bias, labels, places, _coefficients, needs, *_ = args
-    return (1 + needs[0] + needs[1]) * _product(_taking_part(labels, places), hidden, weight)
+    return (1 + it.needs[0] + it.needs[1]) * _product(_taking_part(it), it)

@@ -108,11 +108,7 @@ def _alike(same_max: Tensor, own_total: Tensor, total: Tensor, telling: Tensor, 
     return (same | ~telling).all() & (telling.sum() >= TELLING_ROWS) & (number > 1)
 
 
-def _fake_sum(x: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(x)
-
-
-@op(_fake_sum)
+@op(lambda it: torch.empty_like(it.x))
 def sum_over_ranks(x: Tensor, group: str) -> Tensor:
     """The sum over the ranks of a group."""
     total = x.clone()
@@ -120,23 +116,19 @@ def sum_over_ranks(x: Tensor, group: str) -> Tensor:
     return total
 
 
-def _fake_scores(scores: Tensor, counts: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(scores), torch.empty_like(counts)
-
-
-def _setup_scores(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _scores, counts, _group, ctx.factor = inputs
-    ctx.save_for_backward(counts, output[1])
+def _save_scores(ctx: Any, it: Any, output: tuple[Tensor, Tensor]) -> None:
+    ctx.factor = it.factor
+    ctx.save_for_backward(it.counts, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
-def _backward_scores(ctx: Any, grad_scores: Tensor, _grad_counts: object) -> tuple[Any, ...]:
+def _backward_scores(ctx: Any, grad_scores: Tensor, _grad_counts: object) -> dict[str, Tensor | None]:
     local, whole = ctx.saved_tensors
     share = local.to(grad_scores.dtype) / whole.clamp(min=1)
-    return torch.where(local > 0, grad_scores * share * ctx.factor, 0.0), None, None, None
+    return {"scores": torch.where(local > 0, grad_scores * share * ctx.factor, 0.0)}
 
 
-@op(_fake_scores, setup_context=_setup_scores, backward=_backward_scores)
+@op(lambda it: (torch.empty_like(it.scores), torch.empty_like(it.counts)), save=_save_scores, backward=_backward_scores)
 def whole_scores(scores: Tensor, counts: Tensor, group: str, factor: float) -> tuple[Tensor, Tensor]:
     """Scores and counts [S] of rollouts whose tokens are spread over the ranks of a group, from those of this rank.
 
@@ -150,33 +142,31 @@ def whole_scores(scores: Tensor, counts: Tensor, group: str, factor: float) -> t
     return (total / number).to(scores.dtype), number.to(counts.dtype)  # 0/0: NaN, a rollout without response tokens
 
 
-def _fake_gather(
-    scores: Tensor, rewards: Tensor, counts: Tensor | None, ids: Tensor | None, *_: object
-) -> tuple[Tensor, ...]:
-    number = torch.library.get_ctx().new_dynamic_size()
-    device = scores.device
+def _fake_gather(it: Any) -> tuple[Tensor, ...]:
+    number, device = torch.library.get_ctx().new_dynamic_size(), it.scores.device
 
     def like(x: Tensor | None) -> Tensor:
         if x is None:
             return torch.empty(0, dtype=torch.int64, device=device)
         return torch.empty(number, dtype=x.dtype, device=device)
 
-    indices = torch.empty(scores.shape, dtype=torch.int64, device=device)
-    return like(scores), like(rewards), like(counts), like(ids), indices
+    indices = torch.empty(it.scores.shape, dtype=torch.int64, device=device)
+    return like(it.scores), like(it.rewards), like(it.counts), like(it.ids), indices
 
 
-def _setup_gather(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.factor = inputs[5]
-    ctx.save_for_backward(output[4])
-    ctx.mark_non_differentiable(*output[1:])
+def _save_gather(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
+    *others, indices = output
+    ctx.factor = it.factor
+    ctx.save_for_backward(indices)
+    ctx.mark_non_differentiable(*others[1:], indices)
 
 
-def _backward_gather(ctx: Any, grad_scores: Tensor, *_: object) -> tuple[Any, ...]:
+def _backward_gather(ctx: Any, grad_scores: Tensor, *_: object) -> dict[str, Tensor | None]:
     (indices,) = ctx.saved_tensors
-    return grad_scores.index_select(0, indices) * ctx.factor, None, None, None, None, None
+    return {"scores": grad_scores.index_select(0, indices) * ctx.factor}
 
 
-@op(_fake_gather, setup_context=_setup_gather, backward=_backward_gather)
+@op(_fake_gather, save=_save_gather, backward=_backward_gather)
 def gather_rollouts(
     scores: Tensor, rewards: Tensor, counts: Tensor | None, ids: Tensor | None, group: str, factor: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -1,17 +1,18 @@
 """How an op is registered, and how it is called: eager mode goes straight to its autograd Function.
 
 torch.compile, fake tensors and dispatch modes see `torch.ops.conspo.<name>`, with schema, fake and autograd. Its
-dispatch costs tens of microseconds a call, which plain eager tensors need not pay: for them the same forward,
-`setup_context` and backward run as a `torch.autograd.Function`.
+dispatch costs tens of microseconds a call, which plain eager tensors need not pay: for them the same forward, `save`
+and backward run as a `torch.autograd.Function`.
 
 Second derivatives raise: a gradient would otherwise be a constant in silence.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import inspect
 import sys
+from collections import namedtuple
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -33,58 +34,68 @@ PLAIN = frozenset(
 )
 _dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-
-
 FORMULAS: dict[Any, Callable[..., int]] = {}  # operations of an op by its arguments
-_NO_GUARD = contextlib.nullcontext()
-
-
-def device_guard(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Makes the device of x the current one: kernels are launched on the current device."""
-    return torch.cuda.device_of(x) if x.is_cuda else _NO_GUARD
 
 
 def op(
-    fake: Callable[..., Any],
+    fake: Callable[[Any], Any],
     *,
     mutates: Sequence[str] = (),
-    setup_context: Callable[..., None] | None = None,
-    backward: Callable[..., Any] | None = None,
-    flops: Callable[..., int] | None = None,
+    save: Callable[[Any, Any, Any], None] | None = None,
+    backward: Callable[..., dict[str, Tensor | None]] | None = None,
+    flops: Callable[[Any], int] | None = None,
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Register a function of tensors and numbers as `conspo::<its name>`.
+    """Register a function of tensors and numbers, the first of them a tensor, as `conspo::<its name>`.
 
-    fake: shapes and dtypes of the results.  mutates: names of the arguments that are written to.  setup_context,
-    backward: as of `torch.library.register_autograd`; without them the op has no gradient.  flops: its operations, a
-    formula of its arguments as of `torch.utils.flop_counter.register_flop_formula(..., get_raw=True)`.
+    It runs while the device of its first tensor is the current one, on which kernels are launched.
+
+    Args:
+        fake: from the named arguments to results of their shapes and dtypes.
+        mutates: names of the arguments that are written to.
+        save: (ctx, the named arguments, the results): keeps what backward needs.
+        backward: (ctx, the gradients of the results): the gradients of arguments by their names. Without it the op has
+            no gradient.
+        flops: from the named arguments to the number of operations, for `torch.utils.flop_counter`.
     """
 
     def register(forward: Callable[P, R]) -> Callable[P, R]:
-        name = forward.__name__
-        registered = torch.library.custom_op(f"{NAMESPACE}::{name}", forward, mutates_args=mutates)
-        registered.register_fake(fake)
+        name, parameters = forward.__name__, inspect.signature(forward).parameters
+        defaults = [it.default for it in parameters.values() if it.default is not inspect.Parameter.empty]
+        named: Any = namedtuple(name, parameters, defaults=defaults)  # type: ignore[misc]
+        written = [i for i, argument in enumerate(parameters) if argument in mutates]
+
+        @functools.wraps(forward)
+        def on_device(*args: Any) -> Any:
+            if not args[0].is_cuda:
+                return forward(*args)  # type: ignore[call-arg]
+            with torch.cuda.device_of(args[0]):
+                return forward(*args)  # type: ignore[call-arg]
+
+        schema = torch.library.infer_schema(forward, mutates_args=mutates)
+        registered = torch.library.custom_op(
+            f"{NAMESPACE}::{name}", on_device, mutates_args=mutates, schema=schema
+        )  # fmt: skip
+        registered.register_fake(lambda *args, **kwargs: fake(named(*args, **kwargs)))
         function = None
         if backward is not None:
-            registered.register_autograd(backward, setup_context=setup_context)
-            function = _function(name, forward, setup_context, backward)
-        if flops is not None:
-            FORMULAS[registered._opoverload.overloadpacket] = flops
-        written = [i for i, argument in enumerate(registered._opoverload._schema.arguments) if argument.name in mutates]
+            function = _function(named, on_device, save, backward)
+            registered.register_autograd(
+                function.backward, setup_context=lambda ctx, inputs, output: _save(save, ctx, named(*inputs), output)
+            )
 
-        names = forward.__code__.co_varnames[: forward.__code__.co_argcount]
+        if flops is not None:
+            FORMULAS[registered._opoverload.overloadpacket] = lambda *args, **_: flops(named(*args))
 
         @functools.wraps(forward)
         def call(*args: Any, **kwargs: Any) -> Any:
-            if kwargs:
-                args += tuple(kwargs.pop(name) for name in names[len(args) :])
-                assert not kwargs, f"{name} got {', '.join(kwargs)}"
+            args = named(*args, **kwargs)
             if not _eager(args):
                 if flops is not None and not torch.compiler.is_compiling():
                     _tell_flop_counters()
                 return registered(*args)
             if function is not None and torch.is_grad_enabled() and _requires_grad(args):
                 return function.apply(*args)
-            result = forward(*args)  # type: ignore[call-arg]
+            result = on_device(*args)
             for i in written:
                 if args[i] is not None:
                     torch.autograd.graph.increment_version(args[i])
@@ -124,34 +135,37 @@ def _eager(args: tuple[Any, ...]) -> bool:
     """Whether arguments are plain, and no compiler, mode or transform is active that has to see the op."""
     if torch.compiler.is_compiling() or _dispatch_modes() or _transforms() is not None:
         return False
-    return PLAIN.issuperset(map(type, args)) and not _negative(args)
+    return PLAIN.issuperset(map(type, args))
 
 
-def _negative(args: Sequence[Any]) -> bool:
-    """Whether a tensor is a view whose elements are minus what memory holds: the dispatcher gives an op a copy."""
-    for x in args:  # noqa: SIM110 - a generator costs a microsecond
-        if x.is_neg() if isinstance(x, Tensor) else isinstance(x, list) and _negative(x):
-            return True
-    return False
+def _save(save: Callable[..., None] | None, *arguments: Any) -> None:
+    if save is not None:
+        save(*arguments)
 
 
 def _function(
-    name: str, forward: Callable[..., Any], setup_context: Callable[..., None] | None, backward: Callable[..., Any]
-) -> type[torch.autograd.Function]:
+    named: Any, forward: Callable[..., Any], save: Callable[..., None] | None, backward: Callable[..., Any]
+) -> Any:
     """The autograd Function of the parts that the op is registered with."""
 
     # Forward sets up the context itself: with `setup_context`, `apply` binds the arguments by `inspect`, 100 us a call.
-    def forward_and_context(ctx: Any, *args: Any) -> Any:
+    def forward_and_save(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
-        if setup_context is not None:
-            setup_context(ctx, inputs=args, output=output)
+        if save is not None:
+            save(ctx, named(*args), output)
         return output
 
-    members = {"forward": staticmethod(forward_and_context), "backward": staticmethod(backward)}
-    return type(name, (torch.autograd.Function,), members)
+    def by_position(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        # A view whose elements are minus what memory holds: kernels read memory.
+        gradients = tuple(x if x is None else x.resolve_neg() for x in gradients)
+        results = backward(ctx, *gradients)
+        return tuple(None if results.get(x) is None else without_derivative(results[x]) for x in named._fields)
+
+    members = {"forward": staticmethod(forward_and_save), "backward": staticmethod(by_position)}
+    return type(named.__name__, (torch.autograd.Function,), members)
 
 
-def no_second_derivative(ctx, *_):  # type: ignore[no-untyped-def]
+def no_second_derivative(ctx: Any, *_: object) -> Any:
     raise NotImplementedError("conspo_kernels has no second derivative: the gradient has no gradient of its own")
 
 
