@@ -149,7 +149,8 @@ $(VENV)/.installed-dev: $(VENV)/.weights-smollm2
 DOCS := build/docs-env
 $(DOCS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --only-binary :all: -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	$(DOCS)/bin/python -m pip install --only-binary :all: -c constraints.txt mkdocs-material 'mkdocstrings[python]' \
+	  latex2mathml ruff
 	@touch $@
 
 docs: export NO_MKDOCS_2_WARNING = 1
