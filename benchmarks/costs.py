@@ -61,12 +61,13 @@ def moved_bytes(problem: Problem, mode: str, workspace: int, cached: bool = Fals
 
     cached: kernels with known coefficients find a row in the cache when they read it again.
     """
-    n, v, h, itemsize, gathered, _ = problem
+    n, v, h, itemsize, gathered, *_ = problem
     wide = problem.logit_bytes or itemsize
     logit = wide if wide == itemsize else wide - itemsize  # `logit_bytes` has the gradient's copy
     looks = 1 if mode == "none" or (cached and mode in ("known", "frozen")) else 2
     logits = n * v * (looks * logit + (0 if mode == "none" else itemsize))
-    tile, needs_weight = row_tile(problem, workspace), mode != "frozen"
+    needs_weight = mode in ("store", "recompute", "known")
+    tile = row_tile(problem, workspace, mode != "none", needs_weight)
     if mode == "recompute":
         tile = backward_tile(problem, workspace, True, True)
     elif mode == "store":
@@ -98,6 +99,7 @@ class Cost(NamedTuple):
 
 def cost(problem: Problem, mode: str, workspace: int, gpu: str) -> Cost:
     device, known = DEVICES[gpu], GPUS[gpu]
+    problem = problem._replace(multiprocessors=known.multiprocessors)
     in_flight = known.multiprocessors * problem.vocab_size * problem.itemsize
     moved = moved_bytes(problem, mode, workspace, cached=in_flight <= L2_SHARE * device.l2)
     logits, sums, rows = (size / 1e9 for size in moved)

@@ -19,9 +19,10 @@ from .ops import check_implementation
 from .ops.devices import true_indices
 from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
 from .ops.label_alignment import ON_ALL_RANKS
-from .ops.linear_logprob import default_workspace, linear_logprob
+from .ops.linear_logprob import linear_logprob
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
+from .ops.workspace import default_workspace, logits_fit
 from .values import LogitTransform, python_number
 
 
@@ -253,8 +254,8 @@ class HiddenSource(NamedTuple):
             return "frozen"
         if self.weight_grad is not None or self.batch_invariant:
             return "recompute"
-        size = self.hidden.shape[0] * self.weight.shape[0] * self.logits_dtype.itemsize
-        return "store" if size <= self.workspace else "recompute"
+        fits = logits_fit(self.hidden, self.weight, self.bias, self.logits_dtype, self.workspace)
+        return "store" if fits else "recompute"
 
     def _token_indices(self, tokens: TokenLayout, keep: Tensor | None) -> Tensor | None:
         """[n] int64 indices of the tokens to compute. None: all of them, or the op looks at labels on the CPU."""

@@ -14,7 +14,6 @@ from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
-from ..linear.tiling import workspace_of
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
 from . import flops
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
@@ -43,17 +42,6 @@ def run_of(
     )
 
 
-def default_workspace(device: torch.device) -> int:
-    """Bytes for tiles of logits: by the size of a device's memory, not by what is free of it, as sums depend on it."""
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return workspace_of(total)
-
-
-# What `torch.compiler.assume_constant_result` does. That function imports dynamo, and with it Triton, which has to be
-# imported later: `gradcheck` first decides whether Triton interprets.
-default_workspace._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
     """x, or for None a new empty tensor: an op returns tensors only, and no tensor twice."""
     return like.new_empty(0) if x is None else x
@@ -74,7 +62,7 @@ def _fake(it: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     logprobs, entropy, row_max, log_sum = statistics_like(it.hidden, it.labels, it.with_entropy)
     stored = it.hidden.new_empty(0)
     if it.mode == "store":
-        stored = it.hidden.new_empty(it.labels.shape[0], it.weight.shape[0], dtype=it.logits_dtype)
+        stored = Head(it.weight, it.bias, it.logits_dtype).new_logits(it.labels.shape[0], it.weight.shape[0])
     elif it.mode == "frozen":
         stored = torch.empty_like(it.hidden, memory_format=torch.contiguous_format)
         entropy, row_max, log_sum = (logprobs.new_empty(0) for _ in range(3))
