@@ -1,4 +1,4 @@
-"""Equations as the site shows them: LaTeX becomes MathML when the site is built, so a page downloads nothing to show it.
+"""Equations of the site: LaTeX becomes MathML when the site is built, so a page downloads nothing to show it.
 
 `pymdownx.arithmatex` finds `$...$` and `$$...$$` outside of code. GitHub renders the same signs in the sources.
 """
