@@ -73,7 +73,8 @@ RULES = {
     "sources": Rule(ours={"ops", "inputs", "values"}, foreign={"torch"}),
     "options": Rule(ours={"inputs.parallel"}, foreign={"torch"}),
     "integrations.required": Rule(ours=set(), foreign=set(), computed=True),
-    "integrations": Rule(ours={ROOT, "integrations"}, foreign=ANYTHING, lazy=True),
+    # trust_region: the public function and its module have one name.
+    "integrations": Rule(ours={ROOT, "integrations", "trust_region"}, foreign=ANYTHING, lazy=True),
     # The public functions, and the modules they share.
     "*": Rule(
         ours={
