@@ -26,7 +26,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from conspo_kernels.objective import ContrastSettings, GroupLoss, Rollouts, equal_segments
+from conspo_kernels.objective import GroupLoss, Groups, Objective, Rollouts
 from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
 from ptx_executor.driver import CompilingDriver
 
@@ -117,17 +117,17 @@ def call_sequence_score(packed: bool, num_tokens: int = 8) -> tuple[Tensor, Tens
 
 def call_group_infonce(
     ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0, rewards: Tensor | None = None
-) -> tuple[Rollouts, ContrastSettings, GroupLoss]:
-    """Every second rollout is right, unless rewards are given."""
+) -> tuple[Tensor, Rollouts, Objective, GroupLoss]:
+    """Scores, rollouts, objective and result. Every second rollout is right, unless rewards are given."""
     from conspo_kernels.backends.triton import group_infonce as kernels
 
     n = num_groups * size
-    segments = equal_segments(n, size, torch.device("cpu")) if ragged else None
+    groups = Groups(size).sorted(n, torch.device("cpu")) if ragged else Groups(size)
     rewards = torch.arange(n).remainder(2).float() if rewards is None else rewards
     counts = torch.ones(n, dtype=torch.int32)
-    rollouts = Rollouts(-torch.rand(n), rewards, counts, segments, 0 if ragged else size)
-    settings = ContrastSettings(1.0, torch.tensor(margin), 0.5, "mean", None)
-    return rollouts, settings, kernels.forward(rollouts, settings)
+    scores, rollouts = -torch.rand(n), Rollouts(rewards, groups)
+    objective = Objective(1.0, torch.tensor(margin), 0.5, "mean", None)
+    return scores, rollouts, objective, kernels.forward(scores, counts, rollouts, objective)
 
 
 def call_scale() -> tuple[Tensor, Tensor]:

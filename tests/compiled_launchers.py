@@ -15,7 +15,7 @@ from torch import Tensor
 
 from benchmarks.compiled import TARGETS, _amd, _nvidia, offline
 from conspo_kernels.backends.triton import group_infonce, label_alignment, scale, sequence_score, token_logprob
-from conspo_kernels.objective import ContrastSettings, Rollouts
+from conspo_kernels.objective import Groups, Objective, Rollouts
 from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
 
 OFFSETS = torch.tensor([0, 3, 8])
@@ -58,9 +58,11 @@ def contrast(num_rollouts: int, on_device: bool) -> None:
     group_infonce._pointer_or_number = (  # type: ignore[assignment]
         (lambda x: (x, 0.0)) if on_device else (lambda x: (None, 0.0 if x is None else x.item()))
     )
-    rollouts = Rollouts(torch.zeros(num_rollouts), torch.zeros(num_rollouts), None, None, 2)
+    scores, counts = torch.zeros(num_rollouts), torch.ones(num_rollouts, dtype=torch.int32)
+    rollouts = Rollouts(torch.zeros(num_rollouts), Groups(2))
     for reduction, num_groups in (("mean", None), ("mean", torch.tensor(3.0)), ("sum", None), ("none", None)):
-        group_infonce.forward(rollouts, ContrastSettings(1.0, torch.tensor(0.1), 0.5, reduction, num_groups))
+        objective = Objective(1.0, torch.tensor(0.1), 0.5, reduction, num_groups)
+        group_infonce.forward(scores, counts, rollouts, objective)
 
 
 def spread(packed: bool) -> None:

@@ -71,11 +71,11 @@ def score_errors(result: tuple[Any, ...]) -> dict[str, float]:
 
 
 def group_errors(result: tuple[Any, ...]) -> dict[str, float]:
-    rollouts, settings, group_loss = result
+    scores, rollouts, objective, group_loss = result
     assert isinstance(group_loss, GroupLoss)
-    leaf = rollouts.scores.double().requires_grad_()
-    groups = prompt_groups(4, rollouts.rewards, rollouts.counts.tolist(), settings.reward_threshold)
-    losses = group_losses(list(leaf), groups, settings.tau, settings.margin.item())
+    leaf = scores.double().requires_grad_()
+    groups = prompt_groups(4, rollouts.rewards, [1] * len(scores), objective.reward_threshold)
+    losses = group_losses(list(leaf), groups, objective.tau, objective.margin.item())
     loss = torch.stack(list(losses.values())).mean()
     (weights,) = torch.autograd.grad(loss, leaf)
     return {"loss": worst(group_loss.loss, loss.detach()), "weights": worst(group_loss.weights, weights)}

@@ -14,7 +14,7 @@ from torch import Tensor
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
 from conspo_kernels.backends import registry
 from conspo_kernels.backends.eager import group_infonce, label_alignment, scale, sequence_score
-from conspo_kernels.objective import ContrastSettings, GroupLoss, Rollouts
+from conspo_kernels.objective import GroupLoss, Objective, Rollouts
 from conspo_kernels.reference import reference_loss
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 
@@ -75,9 +75,9 @@ class ToyTokenLogprob:
 
 class ToyGroupInfoNCE:
     @staticmethod
-    def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
+    def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
         CALLS.append("group_infonce")
-        return group_infonce.forward(rollouts, settings)
+        return group_infonce.forward(scores, counts, rollouts, objective)
 
 
 @pytest.fixture

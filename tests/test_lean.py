@@ -16,7 +16,7 @@ from conspo_kernels.backends.eager import sequence_score as eager_scores
 from conspo_kernels.backends.eager import token_logprob as eager_kernels
 from conspo_kernels.inputs import autocast
 from conspo_kernels.linear.tiling import Problem, workspace_of
-from conspo_kernels.objective import ContrastSettings, Rollouts, Segments, equal_segments
+from conspo_kernels.objective import Groups, Objective, Rollouts
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -103,28 +103,27 @@ def test_many_groups(reduction: str, ragged: bool, on_device: bool, monkeypatch:
     scores = torch.randn(number, device=DEVICE)
     rewards = torch.randint(0, 2, (number,), device=DEVICE).float()
     rewards[5] = torch.nan
-    segments = None
+    counts = torch.arange(number, device=DEVICE).remainder(7).int()  # a rollout in seven has no response token
+    groups = Groups(size)
     if ragged:
-        equal = equal_segments(number, size, DEVICE)
-        offsets = torch.cat([equal.offsets, torch.full((number - number // size,), number, device=DEVICE)])
-        order = torch.randperm(number).to(DEVICE)
-        segments = Segments(order, offsets, torch.empty_like(order).scatter_(0, order, equal.slots))
+        ids = torch.empty(number, dtype=torch.int64)
+        ids[torch.randperm(number)] = torch.arange(number) // size
+        groups = Groups.of_ids(ids.to(DEVICE))
     for denominator in (None, 7.0):
         if denominator is not None and reduction != "mean":
             continue
-        settings = ContrastSettings(
+        objective = Objective(
             0.5, torch.tensor(0.2, device=DEVICE), 0.5, reduction,
             None if denominator is None else torch.tensor(denominator, device=DEVICE),
         )  # fmt: skip
-        rollouts = Rollouts(scores, rewards, None, segments, 0 if ragged else size)
-        expected = eager_infonce.forward(rollouts, settings)
+        rollouts = Rollouts(rewards, groups)
+        expected = eager_infonce.forward(scores, counts, rollouts, objective)
         results = []
         for few in (1024, 16):
             monkeypatch.setattr(group_infonce, "FEW", few)
-            results.append(group_infonce.forward(rollouts, settings))
+            results.append(group_infonce.forward(scores, counts, rollouts, objective))
             torch.testing.assert_close(results[-1].loss, expected.loss, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(results[-1].weights, expected.weights, rtol=1e-5, atol=1e-7)
-            assert torch.equal(results[-1].roles, expected.roles)
         assert torch.equal(results[0].weights, results[1].weights)
 
 

@@ -29,11 +29,11 @@ from conspo_kernels import (
     weighted_score_loss,
 )
 from conspo_kernels.backends.eager import token_logprob as eager_token_logprob
-from conspo_kernels.inputs.tokens import NOT_CHECKED, aligned_labels
 from conspo_kernels.linear import gemm, modes
 from conspo_kernels.linear.tiles import Head as LinearHead
 from conspo_kernels.linear.tiles import Tokens
 from conspo_kernels.linear.tiling import ALIGNMENT, Problem, Tile, accumulator_bytes, backward_tile, row_tile
+from conspo_kernels.ops.label_alignment import NOT_CHECKED, aligned_labels
 from conspo_kernels.values import IGNORED, LogitTransform
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..objective import ContrastSettings, GroupLoss, Rollouts
+from ..objective import GroupLoss, Objective, Rollouts
 from ..values import LogitRows, Statistics, Upstream
 
 
@@ -81,7 +81,8 @@ class SequenceScore(Protocol):
 class GroupInfoNCE(Protocol):
     """The objective of `objective.py` and its gradient; everything is on the device of the scores."""
 
-    def forward(self, rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss: ...
+    def forward(self, scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+        """scores [S] fp32 or fp64, NaN where counts [S] int32 are 0: without response tokens."""
 
 
 class Scale(Protocol):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import ContrastSettings, GroupLoss, Rollouts
+from ..objective import GroupLoss, Objective, Rollouts
 from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 from . import eager
 from .eager import label_alignment as label_alignment
@@ -127,12 +127,11 @@ class group_infonce:
     """`contract.GroupInfoNCE`: all groups in one pass."""
 
     @staticmethod
-    def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
-        scores, rewards, counts, segments, group_size = rollouts
-        order, offsets = (None, None) if segments is None else segments[:2]
-        num_groups = None if settings.num_groups is None else settings.num_groups.item()
+    def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+        rewards, groups = rollouts
+        num_groups = None if objective.num_groups is None else objective.num_groups.item()
         found = _C.group_infonce_forward(
-            scores, rewards, counts, order, offsets, group_size, settings.margin.item(), num_groups, settings.tau,
-            settings.reward_threshold, REDUCTIONS[settings.reduction],
+            scores, rewards, counts, groups.order, groups.offsets, groups.size, objective.margin.item(), num_groups,
+            objective.tau, objective.reward_threshold, REDUCTIONS[objective.reduction],
         )  # fmt: skip
         return GroupLoss(*found)

@@ -37,7 +37,7 @@ def run_of(
         kernels=backend_for(implementation, hidden.device).token_logprob,
         tokens=Tokens.from_labels(hidden, labels, indices),
         head=Head(weight, bias, logits_dtype),
-        transform=LogitTransform.from_numbers(transform),
+        transform=LogitTransform(*transform),
         workspace=workspace,
     )
 
@@ -184,7 +184,7 @@ def linear_logprob(
 
     if not vocab_group:
         return *tensors_of(forward(labels)), stored
-    size, scale = weight.shape[0], LogitTransform.from_numbers(transform).scale
+    size, scale = weight.shape[0], LogitTransform(*transform).scale
     return *tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group)), stored
 
 

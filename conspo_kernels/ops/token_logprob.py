@@ -82,7 +82,7 @@ def token_logprob(
     """
     del inplace_backward
     kernels = backend_for(implementation, logits.device).token_logprob
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     if not vocab_group:
         return tensors_of(kernels.forward(rows, with_entropy))
     return tensors_of(
@@ -118,7 +118,7 @@ def token_logprob_backward(
     row_max, log_sum, entropy: of forward; the last is needed with `grad_entropy` only.
     """
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     statistics = Statistics(row_max, entropy, row_max, log_sum)
     _write_gradient(gradient, rows, statistics, grad_logprobs, grad_entropy, implementation)
     return gradient
@@ -137,7 +137,7 @@ def token_logprob_backward_(
     implementation: str,
 ) -> None:
     """`token_logprob_backward`, with the gradient written over the logits."""
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     statistics = Statistics(row_max, entropy, row_max, log_sum)
     _write_gradient(logits, rows, statistics, grad_logprobs, grad_entropy, implementation)
 
