@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -140,9 +139,6 @@ class Statistics(NamedTuple):
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, with_entropy: bool) -> Statistics:
         logprobs, row_max, log_sum = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
         return cls(logprobs, torch.empty_like(logprobs) if with_entropy else None, row_max, log_sum)
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Statistics:
-        return Statistics(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
     def copied_to(self, out: Statistics) -> Statistics:
         for mine, other in zip(self, out, strict=True):

@@ -14,7 +14,6 @@ from conspo_kernels.backends.eager import group_infonce as eager_infonce
 from conspo_kernels.backends.eager import label_alignment as eager_alignment
 from conspo_kernels.backends.eager import sequence_score as eager_scores
 from conspo_kernels.backends.eager import token_logprob as eager_kernels
-from conspo_kernels.inputs import autocast
 from conspo_kernels.linear.tiling import Problem, workspace_of
 from conspo_kernels.objective import Groups, Objective, Rollouts
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
@@ -256,19 +255,13 @@ def test_weight_grad_in_phase_two(factor: float, mib: float, dtype: torch.dtype)
     assert torch.equal(buffer, before)
 
 
-def test_autocast_casts_the_head_once() -> None:
-    """Scores without a graph and two losses in one context: one cast of the fp32 head, and its gradient is whole."""
+def test_autocast_with_and_without_a_graph() -> None:
+    """Scores without a graph and two losses in one context: the gradient of the fp32 head is whole."""
     hidden, labels = torch.randn(2, 4, 8, requires_grad=True), torch.randint(50, (2, 4))
     weight, weights = torch.randn(50, 8, requires_grad=True), torch.tensor([0.3, -0.7])
     with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad():
-            first = autocast.cast_weight(weight, torch.bfloat16)
-            ck.linear_conspo_scores(hidden, weight, labels)
-        assert not first.requires_grad
+        ck.linear_conspo_scores(hidden, weight, labels)
         for _ in range(2):
-            kept = autocast.cast_weight(weight, torch.bfloat16)
-            assert kept.data_ptr() == first.data_ptr()
-            assert torch.equal(kept, weight.detach().bfloat16())
             ck.linear_weighted_score_loss(hidden, weight, labels, weights).backward()  # type: ignore[union-attr]
         assert torch.nn.functional.linear(hidden, weight).dtype == torch.bfloat16
     assert weight.grad is not None

@@ -14,7 +14,7 @@ from ..parallel import Parallel
 from ..sources import HiddenSource, LogitsSource, UserValues
 from ..values import accumulated, factor
 from . import check
-from .autocast import autocast_dtype, cast, cast_weight
+from .autocast import autocast_dtype, cast
 
 ONE_RANK = Parallel()
 
@@ -96,7 +96,7 @@ def hidden_source(
         weight = weight.view_as(weight)  # whose node says in backward whether the gradient was asked for
     shape, dtype = tuple(hidden.shape[:-1]), autocast_dtype(hidden.device)
     if dtype is not None:
-        hidden, weight = cast(hidden, dtype), cast_weight(weight, dtype)
+        hidden, weight = cast(hidden, dtype), cast(weight, dtype)
         bias = None if bias is None else cast(bias, dtype)
     check.logits_dtype(logits_dtype, hidden)
     return HiddenSource(

@@ -60,7 +60,7 @@ def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) ->
     tile = _row_tile(run, Needs(False, False, False), batch_invariant)
     for rows, _hidden, z, _grad in _row_tiles(run, tile, batch_invariant):
         run.kernels.forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
-    return statistics.map(run.tokens.spread)
+    return run.tokens.spread_all(statistics)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
@@ -70,7 +70,7 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
     run.kernels.forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
-    return statistics.map(tokens.spread), stored
+    return tokens.spread_all(statistics), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
@@ -243,7 +243,7 @@ def _empty(run: Run, with_entropy: bool) -> Statistics:
 
 def _part(statistics: Statistics, rows: slice) -> Statistics:
     """The statistics of a tile, as the kernels take them: [1, r]."""
-    return statistics.map(lambda x: x[None, rows])
+    return Statistics(*(None if x is None else x[None, rows] for x in statistics))  # type: ignore[arg-type]
 
 
 def _compact(tokens: Tokens, statistics: Statistics, upstream: Upstream) -> tuple[Statistics, Upstream]:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..values import IGNORED
+from ..values import IGNORED, Statistics
 from . import gemm as gemms
 from .tiling import ALIGNMENT, Problem
 
@@ -114,6 +114,11 @@ class Tokens(NamedTuple):
         if self.places is None:
             return x
         return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.places, x)
+
+    def spread_all(self, statistics: Statistics) -> Statistics:
+        if self.places is None:
+            return statistics
+        return Statistics(*(None if x is None else self.spread(x) for x in statistics))  # type: ignore[arg-type]
 
 
 class LogitTiles:
