@@ -12,6 +12,7 @@ import executed
 import pytest
 import torch
 from test_compiled import python
+from versions import ROWS, STEPS
 
 from benchmarks.compiled import CASES
 from ptx_executor.driver import TARGETS
@@ -39,6 +40,16 @@ def test_every_kernel_in_every_case(target: str) -> None:
             expected = ["_forward_kernel", "_backward_kernel"] if case in ("padded", "packed") else ["_kernel"]
             assert row["kernels"] == expected, case
             assert all(error <= 1e-6 for error in errors.values()), (case, row)
+
+
+def test_every_row_of_the_versions_executes_compiled_cases() -> None:
+    """Each Triton writes another PTX: `make versions` runs what it writes for every case, in bf16 and fp32."""
+    steps = [(arguments, variables) for arguments, variables in STEPS.values() if "--compiled" in arguments]
+    ((arguments, variables),) = steps
+    assert "TRITON_INTERPRET" not in variables
+    request = arguments[arguments.index("gradcheck") + 1 :]
+    assert request == ["--implementation", "triton", "--compiled", "sm_90", "--dtype", "bf16", "fp32"]
+    assert {row.triton for row in ROWS.values()} >= {"3.6.0", "3.7.1", "3.8.0", "3.9.0"}
 
 
 def test_planted_faults() -> None:

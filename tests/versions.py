@@ -50,6 +50,11 @@ STEPS: dict[str, tuple[list[str], dict[str, str]]] = {
         [*GRADCHECK, "--implementation", "triton", "--op", "conspo_loss_from_scores", "conspo_loss", "--dtype", "fp32"],
         {"TRITON_INTERPRET": "1"},
     ),
+    "executed": (  # what the row's Triton compiles
+        [*GRADCHECK, "--implementation", "triton", "--compiled", "sm_90", "--dtype", "bf16", "fp32"],
+        {},
+    ),
+    "executed kernels": ([*PYTEST, "tests/test_executed.py"], {}),
     "kernels": ([*PYTEST, "tests/test_launch.py"], {}),
     "compile": ([*PYTEST, "tests/test_compile.py"], {}),
     "ranks": ([*PYTEST, "tests/test_ranks.py"], {}),
