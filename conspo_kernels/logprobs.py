@@ -280,9 +280,8 @@ def weighted_logprob_loss(
     Raises:
         TypeError, ValueError: as `token_logprobs`.
 
-    Cost: one read and one write of the logits where the caches hold a row; tokens whose coefficient is zero are not
-        written to (in a new buffer: zero-filled). With `parallel.vocab` the gradient is left to backward: one read
-        more.
+    Cost: one read and one write of the logits where the caches hold a row. Tokens whose coefficient is zero are not
+        read, only zero-filled. With `parallel.vocab` the gradient is left to backward: one read more.
 
     Source: the chain rule.
     """

@@ -227,8 +227,9 @@ def weighted_score_loss(
     Raises:
         TypeError, ValueError: as `conspo_loss`.
 
-    Cost: one read and one write of the logits where the caches hold a row; rollouts of weight zero are not written to
-        (in a new buffer: zero-filled). With `parallel.vocab` the gradient is left to backward: one read more.
+    Cost: one read and one write of the logits where the caches hold a row. Rollouts of weight zero are zero-filled, and
+        read only where `scores` or metrics are asked for. With `parallel.vocab` the gradient is left to backward: one
+        read more.
 
     Source: arXiv:2605.12969.
     """

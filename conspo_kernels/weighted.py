@@ -27,7 +27,7 @@ def weighted_scores(
     """sum_i weights[i] * s_i over rollouts [S], with its gradient.  phase_one: [S] scores of the weights."""
     parallel, implementation = source.parallel, source.implementation
     coefficients, counts, labels = _coefficients(tokens, weights, parallel, implementation)
-    if source.skips_tokens:
+    if source.skips_tokens or (phase_one is None and not return_metrics):  # nobody asks for the other scores
         tokens = tokens._replace(labels=labels)
     known = source.known_gradient(tokens, coefficients) or KnownGradient(source.logprobs(tokens)[0])
     logprobs = known.logprobs
@@ -103,8 +103,7 @@ def weighted_logprobs(source: Source, tokens: Tokens, coefficients: Tensor) -> T
     coefficients, labels = masked_coefficients(
         coefficients=coefficients, labels=tokens.labels, implementation=implementation
     )
-    if source.skips_tokens:
-        tokens = tokens._replace(labels=labels)
+    tokens = tokens._replace(labels=labels)
     scaled = coefficients * parallel.context_factor if parallel.context_factor != 1 else coefficients
     known = source.known_gradient(tokens, scaled) or KnownGradient(source.logprobs(tokens)[0])
     value = _tied(known.logprobs, scaled, None, known, implementation)
