@@ -49,7 +49,7 @@ def rollout_weights(
 def nats(text: str, spread: float) -> float | None:
     """A factor's level in nats per token: "flat" has none, spreads are those of the scores."""
     number, _, unit = text.partition(" ")
-    return None if text == "flat" else float(number) * (spread if unit == "spreads" else 1.0)
+    return None if text == "flat" else float(number) * (spread if unit.startswith("spread") else 1.0)
 
 
 class Probe:

@@ -1,0 +1,265 @@
+"""The page's tables and figures, from the records. The page's own words stand between them and are written by hand."""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from records import replace_atomically
+
+from . import compare, protocol
+from .protocol import CAUSE, MAIN, SEEDS, SENSITIVITY, Results, Run, Start
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "paper"
+PAPER = {  # averages over its benchmarks, R1-Distill-Qwen-1.5B: figure 3, read off, and sections 5.2 and 5.3
+    "conspo": 44.4, "tau 1": 40.0, "tau 5": 43.2, "tau 20": 43.6, "linear": 42.7, "M 0": 44.1, "M 0.05": 43.0,
+    "alpha 0.1": 43.9, "alpha 1": 43.0,
+}  # fmt: skip
+
+
+def full_plan() -> dict[str, int]:
+    """How many runs each part has that no part before it has, if no grid needs an extension."""
+    inside: dict[str, dict[str, float]] = {}
+    middle = protocol.rate(sum(protocol.START_GRID) // 2)
+    for _ in range(2):  # tuning, then what it decides
+        for unit in [unit for units in protocol.planned(inside).values() for unit in units]:
+            inside[unit.name] = {"result": -abs(unit.lr - middle) if isinstance(unit, Run) else 0.0}
+    seen: set[str] = set()
+    counts = {}
+    for part, units in protocol.planned(inside).items():
+        names = {unit.name for unit in units} - seen
+        counts[part] = len(names)
+        seen |= names
+    return counts
+
+
+def status(results: Results) -> Iterator[str]:
+    """What is there of what the protocol plans."""
+    yield "| part | runs there | planned | core-hours used | expected |"
+    yield "|---|---|---|---|---|"
+    seen: set[str] = set()
+    totals = [0.0] * 4
+    counts = full_plan()
+    for part, units in protocol.planned(results).items():
+        names = list(dict.fromkeys(unit.name for unit in units if unit.name not in seen))
+        seen |= set(names)
+        there = [results[name]["cpu_seconds"] / 3600 for name in names if name in results]
+        row = [len(there), max(len(names), counts[part]), sum(there), protocol.HOURS[part]]
+        totals = [total + value for total, value in zip(totals, row, strict=True)]
+        yield f"| {part} | {row[0]} | {row[1]} | {row[2]:.2f} | {row[3]:.1f} |"
+    yield f"| all | {totals[0]:.0f} | {totals[1]:.0f} | {totals[2]:.2f} | {totals[3]:.1f} |"
+
+
+def points(differences: Sequence[float], digits: int = 1) -> str:
+    """Mean and interval in points."""
+    if not differences:
+        return ""
+    mean, half = 100 * statistics.mean(differences), 100 * compare.half_width(differences)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}" if len(differences) > 1 else f"{mean:+.{digits}f} (one seed)"
+
+
+def directions(results: Results) -> Iterator[str]:
+    """Part 0, by factors: changes of accuracy in points, paired over seeds."""
+    yield f"| points of accuracy | {' | '.join(protocol.STARTS)} |"
+    yield "|---|" + "---|" * len(protocol.STARTS)
+    columns = [changes(results, policy) for policy in protocol.STARTS]
+    if not any(columns):
+        return
+    cells = [points([change[protocol.LINEAR] for change in column], 2) for column in columns]
+    yield f"| linear gap: group weight 1, equal shares | {' | '.join(cells)} |"
+    for name in EFFECTS:
+        cells = [points([effect(change, name) for change in column], 2) for column in columns]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield f"| seeds of {len(protocol.DIRECTION_SEEDS)} | {' | '.join(str(len(column)) for column in columns)} |"
+
+
+Direction = tuple[str, str, str]  # group weight, credit, margin
+Change = dict[Direction, float]  # of accuracy
+
+
+def changes(results: Results, policy: str) -> list[Change]:
+    """One for each seed that is there."""
+    names = [Start(policy, seed).name for seed in protocol.DIRECTION_SEEDS]
+    return [dict(zip(protocol.DIRECTIONS, results[name]["change"], strict=True)) for name in names if name in results]
+
+
+def effects() -> Iterator[tuple[str, list[tuple[Direction, Direction]]]]:
+    """What the table of part 0 shows: the mean of these differences between two directions."""
+    weights, shares = protocol.GROUP_WEIGHTS, protocol.CREDITS
+    yield "GRPO's direction - linear", [(protocol.GRPO, protocol.LINEAR)]
+    yield "ConSPO's, 10 / 0.01 - linear", [(protocol.CONSPO, protocol.LINEAR)]
+    for credit in shares[1:]:
+        yield f"shares at tau {credit} - equal shares", [((w, credit, "0"), (w, "flat", "0")) for w in weights]
+    for weight in weights[1:]:
+        yield f"group weight {weight} - weight 1", [((weight, c, "0"), ("1", c, "0")) for c in shares]
+    for margin in protocol.MARGINS[1:]:
+        pairs = [(("mean q", c, margin), ("mean q", c, "0")) for c in shares[1:]]
+        yield f"margin {margin} - none, in ConSPO's own group weight", pairs
+
+
+def effect(change: Change, name: str) -> float:
+    return statistics.mean(change[one] - change[other] for one, other in EFFECTS[name])
+
+
+EFFECTS = dict(effects())
+
+
+def tuning(results: Results, task: str) -> Iterator[str]:
+    """Accuracy on the validation problems, mean of the tuning seeds, at each rate that was tried."""
+    runs = {method: protocol.tuning(task, method, results)[0] for method in MAIN}
+    rates = sorted({run.lr for some in runs.values() for run in some if run.name in results})
+    if not rates:
+        return
+    yield f"| validation accuracy | {' | '.join(f'{lr:g}' for lr in rates)} |"
+    yield "|---|" + "---|" * len(rates)
+    for method, some in runs.items():
+        best = protocol.tuning(task, method, results)[1]
+        cells = []
+        for lr in rates:
+            found = list(compare.values(results, [run for run in some if run.lr == lr]).values())
+            text = f"{statistics.mean(found):.1%}" if found else ""
+            text += f" ({len(found)} of {len(protocol.tuning_seeds(task))} seeds)" * (
+                0 < len(found) < len(protocol.tuning_seeds(task))
+            )
+            cells.append(f"**{text}**" if best is not None and lr == protocol.rate(best) else text)
+        yield f"| {method} | {' | '.join(cells)} |"
+
+
+def finals(results: Results, task: str, method: str, shift: int = 0) -> list[Run]:
+    """A method's runs at its best rate times 2^shift; none before that rate is known."""
+    return list(protocol.finals(task, [method], (shift,), results))
+
+
+def main_table(results: Results, task: str) -> Iterator[str]:
+    """Part 1: every method at its best rate and at the two beside it."""
+    conspo = finals(results, task, "conspo")
+    differences = {method: compare.paired(results, finals(results, task, method), conspo) for method in MAIN}
+    differences = {method: d for method, d in differences.items() if method != "conspo" and len(d) > 1}
+    p_values = {method: compare.sign_flip(d) for method, d in differences.items()}
+    corrected = compare.holm({method: p for method, p in p_values.items() if method != "grpo"})
+    yield "| method | rate | seeds | accuracy | minus ConSPO, points | p | at half the rate | at twice |"
+    yield "|---|---|---|---|---|---|---|---|"
+    lines = []
+    for method in MAIN:
+        runs = finals(results, task, method)
+        found = list(compare.values(results, runs).values())
+        if not found:
+            continue
+        p = {"grpo": f"**{p_values.get('grpo', 1):.3f}**"}.get(method, f"{corrected.get(method, 1):.3f}")
+        beside = [list(compare.values(results, finals(results, task, method, shift)).values()) for shift in (-1, 1)]
+        cells = [
+            method, f"{runs[0].lr:g}", f"{len(found)} of {len(SEEDS)}", f"{statistics.mean(found):.1%}",
+            points(differences.get(method, [])), p if method in differences else "",
+            *(f"{statistics.mean(x):.1%} ({len(x)})" if x else "" for x in beside),
+        ]  # fmt: skip
+        lines.append((statistics.mean(found), f"| {' | '.join(cells)} |"))
+    yield from (line for _mean, line in sorted(lines, reverse=True))
+
+
+def cause_runs(results: Results, method: str, updates: str) -> dict[float, list[Run]]:
+    """A method's runs of part 2, by rate."""
+    runs = [run for run in protocol.cause(results) if run.method == method and run.updates == updates]
+    return {lr: [run for run in runs if run.lr == lr] for lr in sorted({run.lr for run in runs})}
+
+
+def cause_table(results: Results) -> Iterator[str]:
+    """Part 2: accuracy by score, bound, use of the batch and rate, with the seeds that are there."""
+    for updates in ("mini-batches", "repetition"):
+        rates = list(cause_runs(results, "conspo", updates))
+        yield f"| {updates} | {' | '.join(f'{lr:g}' for lr in rates)} |"
+        yield "|---|" + "---|" * len(rates)
+        for method in [*CAUSE, "grpo"]:
+            cells = []
+            for runs in cause_runs(results, method, updates).values():
+                found = list(compare.values(results, runs).values())
+                cells.append(f"{statistics.mean(found):.1%} ({len(found)})" if found else "")
+            if any(cells):
+                yield f"| {method} | {' | '.join(cells)} |"
+        yield ""
+
+
+def sensitivity_table(results: Results) -> Iterator[str]:
+    """Part 3: one constant at a time, beside the paper's values."""
+    runs: dict[str, list[Run]] = {}
+    for run in protocol.sensitivity(results):
+        runs.setdefault(run.method, []).append(run)
+    differences = {name: compare.paired(results, some, runs["conspo"]) for name, some in runs.items()}
+    tested = {name: compare.sign_flip(d) for name, d in differences.items() if name != "conspo" and len(d) > 1}
+    corrected = compare.holm(tested)
+    yield "| ConSPO with | seeds | accuracy | minus tau 10, M 0.01, alpha 0.3, points | p | the paper's average |"
+    yield "|---|---|---|---|---|---|"
+    for name in ("conspo", *SENSITIVITY):
+        found = list(compare.values(results, runs.get(name, [])).values())
+        if found:
+            cells = [name, f"{len(found)} of {len(SEEDS)}", f"{statistics.mean(found):.1%}"]
+            cells += [points(differences[name]), f"{corrected[name]:.3f}"] if name in corrected else ["", ""]
+            yield f"| {' | '.join(cells)} | {PAPER.get(name, '')} |"
+
+
+def pretrained_table(results: Results) -> Iterator[str]:
+    """Part 4: before and after, by seed."""
+    yield "| method | held-out accuracy by seed, before -> after |"
+    yield "|---|---|"
+    for method in ("conspo", "grpo", "disco"):
+        runs = [Run("smollm2", method, "one update", 2e-5, seed) for seed in protocol.PRETRAINED_SEEDS]
+        curves = [results[run.name]["accuracy"] for run in runs if run.name in results]
+        if curves:
+            yield f"| {method} | {'; '.join(f'{curve[0]:.1%} -> {curve[-1]:.1%}' for curve in curves)} |"
+
+
+TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
+    "status": status,
+    "directions": directions,
+    "tuning": lambda results: tuning(results, "spell_backward"),
+    "main": lambda results: main_table(results, "spell_backward"),
+    "cause": cause_table,
+    "sensitivity": sensitivity_table,
+    "pretrained": pretrained_table,
+    "sums": lambda results: main_table(results, "long_sums"),
+}
+
+
+# Figures: what they show in words, and the parts of which one has a run. A table of the same name stands below.
+FIGURES = {
+    "overview": ("Four parts in one figure: means over seeds with 95 % intervals", ("directions", "tuning")),
+    "directions": ("Change of accuracy by shares, group weight and margin, for four starts", ("directions",)),
+    "main": ("Accuracy over a run, by learning rate, and against ConSPO", ("tuning",)),
+    "cause": ("Divergence, gradient norm and scores over a run, by score and bound", ("cause",)),
+    "sensitivity": ("Accuracy by tau, margin and warm-up, and the paper's averages", ("sensitivity",)),
+}
+
+
+def drawn(results: Results) -> list[str]:
+    """The figures whose parts have runs of their own: ConSPO's of part 1 count in part 1 alone."""
+    plan = protocol.planned(results)
+    main = {unit.name for unit in plan["main"] + plan["neighbours"]}
+    there = {part for part, units in plan.items()
+             if any(unit.name in results and (part in ("main", "neighbours") or unit.name not in main)
+                    for unit in units)}  # fmt: skip
+    return [name for name, (_about, parts) in FIGURES.items() if there & set(parts)]
+
+
+def filled(page: str, results: Results) -> str:
+    """The page with the figures and tables of these records between its marks."""
+    figures = drawn(results)
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        body = f"![{FIGURES[name][0]}]({name}.png)\n\n" if name in figures else ""
+        if name in TABLES:
+            lines = list(TABLES[name](results))
+            body += "\n".join(lines) if len([line for line in lines if line]) > 2 else "No run yet."
+        return f"<!-- records: {name} -->\n\n{body.strip()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- records: (?P<name>\w+) -->.*?<!-- end -->", block, page, flags=re.DOTALL)
+
+
+def write(results: Results, page: Path = PAGE) -> None:
+    """Tables into index.md, and the figures beside it."""
+    from . import figures
+
+    text = filled((page / "index.md").read_text(encoding="utf-8"), results)
+    replace_atomically(page / "index.md", lambda file: file.write_text(text, encoding="utf-8"))
+    figures.draw(results, page)
