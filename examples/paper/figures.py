@@ -29,9 +29,17 @@ def seeds_of(count: int) -> str:
     return f"{count} seed{'s' * (count != 1)}"
 
 
+def empty(ax: Any) -> None:
+    ax.text(0.5, 0.5, "no run yet", ha="center", va="center", color="0.5", transform=ax.transAxes)
+    ax.set(xticks=[], yticks=[])
+
+
 def with_intervals(ax: Any, rows: dict[str, list[float]], unit: str) -> None:
     """A row for each list of differences, in points: a dot per seed, the mean and its 95 % interval."""
     order = sorted((name for name in rows if rows[name]), key=lambda name: statistics.mean(rows[name]))
+    if not order:
+        empty(ax)
+        return
     for height, name in enumerate(order):
         values = [100 * value for value in rows[name]]
         half = compare.half_width(values) if len(values) > 1 else 0.0
@@ -87,7 +95,10 @@ def draw_credit(ax: Any, results: Results) -> None:
 
 def draw_cause(ax: Any, results: Results) -> None:
     """Mini-batches and repetition side by side, each method at the best of its three rates."""
-    names = [name for name in ("grpo", *CAUSE) if report.cause_runs(results, name, "repetition")]
+    names = ["grpo", *CAUSE]
+    if not any(run.name in results for run in protocol.cause(results) if run.updates == "repetition"):
+        empty(ax)
+        return
     for shift, updates in ((-0.2, "mini-batches"), (0.2, "repetition")):
         heights, halves, places = [], [], []
         for place, name in enumerate(names):
