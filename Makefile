@@ -91,7 +91,7 @@ COPY := build/sanitize
 SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g -O1 -Werror
 sanitize: $(VENV)/.installed-dev  ## the native kernels under AddressSanitizer and UBSan
 	rm -rf $(COPY) && mkdir -p $(COPY)
-	cp -r conspo_kernels csrc benchmarks tests setup.py pyproject.toml README.md LICENSE $(COPY)
+	cp -r conspo_kernels csrc benchmarks ptx_executor tests setup.py pyproject.toml README.md LICENSE $(COPY)
 	rm -f $(COPY)/conspo_kernels/_C*.so
 	cd $(COPY) && CFLAGS='$(SANITIZERS)' $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(COPY) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=. \
@@ -149,7 +149,8 @@ $(VENV)/.installed-dev: $(VENV)/.weights-smollm2
 DOCS := build/docs-env
 $(DOCS)/.installed: constraints.txt
 	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -m pip install --only-binary :all: -c constraints.txt mkdocs-material 'mkdocstrings[python]' ruff
+	$(DOCS)/bin/python -m pip install --only-binary :all: -c constraints.txt mkdocs-material 'mkdocstrings[python]' \
+	  latex2mathml ruff
 	@touch $@
 
 docs: export NO_MKDOCS_2_WARNING = 1
@@ -169,7 +170,7 @@ RELEASE := build/release
 OF_A_CHECKOUT := test_what_is_built or test_an_installation_without_the_kernels
 release-check: wheel  ## dist/: wheel and sdist, each installed into an empty environment, with the quick tests
 	rm -rf $(RELEASE) && mkdir -p $(RELEASE)/tests-only
-	cp -r tests benchmarks examples pyproject.toml setup.py csrc $(RELEASE)/tests-only
+	cp -r tests benchmarks ptx_executor examples pyproject.toml setup.py csrc $(RELEASE)/tests-only
 	set -e; for file in dist/*.whl dist/*.tar.gz; do \
 	  rm -rf $(RELEASE)/env; $(PYTHON) -m venv $(RELEASE)/env; \
 	  install="$(RELEASE)/env/bin/python -m pip install --only-binary :all: --no-binary conspo-kernels -c constraints.txt"; \

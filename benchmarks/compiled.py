@@ -27,8 +27,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from conspo_kernels.objective import ContrastSettings, GroupLoss, Rollouts, equal_segments
-from conspo_kernels.ptx.driver import CompilingDriver
 from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
+from ptx_executor.driver import CompilingDriver
 
 from .occupancy import Occupancy, occupancy
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.costs [--tokens 8192] [--vocab 151936]
 
-Bytes and operations are those of the library's own model, `conspo_kernels/linear/tiling.py`, by which it also chooses
-its tiles. Prints the page docs/costs.md.
+Tiles, and the bytes of the sums over them, are those of the library's own model, `conspo_kernels/linear/tiling.py`.
+Prints the page docs/costs.md.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import argparse
 from typing import NamedTuple
 
 from conspo_kernels.backends.triton.launch import L2_SHARE
-from conspo_kernels.linear.tiling import GEMMS, Problem, gemm_operations, moved_bytes, workspace_of
+from conspo_kernels.linear.tiling import Problem, Tile, accumulator_bytes, backward_tile, row_tile, workspace_of
 
 from .counted import GPUS
 from .tables import markdown
@@ -37,6 +37,54 @@ DEVICES = {
 }
 
 
+class Moved(NamedTuple):
+    """Bytes beside what GEMMs read and write themselves.
+
+    logits: by kernels, over tiles of logits and their gradients.  sums: of gradients, summed over tiles.  rows: hidden
+    states copied together, and gradients of them scaled.
+    """
+
+    logits: int
+    sums: int
+    rows: int
+
+    @property
+    def total(self) -> int:
+        return sum(self)
+
+
+GEMMS = {"none": 1, "recompute": 4, "store": 3, "frozen": 2, "known": 3}  # of 2 * N * H * V operations
+
+
+def moved_bytes(problem: Problem, mode: str, workspace: int, cached: bool = False) -> Moved:
+    """What a mode of `modes.py` moves, forward and backward, all gradients needed but those of a frozen head.
+
+    cached: kernels with known coefficients find a row in the cache when they read it again.
+    """
+    n, v, h, itemsize, gathered, *_ = problem
+    wide = problem.logit_bytes or itemsize
+    logit = wide if wide == itemsize else wide - itemsize  # `logit_bytes` has the gradient's copy
+    looks = 1 if mode == "none" or (cached and mode in ("known", "frozen")) else 2
+    logits = n * v * (looks * logit + (0 if mode == "none" else itemsize))
+    needs_weight = mode in ("store", "recompute", "known")
+    tile = row_tile(problem, workspace, mode != "none", needs_weight)
+    if mode == "recompute":
+        tile = backward_tile(problem, workspace, True, True)
+    elif mode == "store":
+        tile = Tile(n, v)
+    sums = 0
+    if mode != "none":
+        once = (n * h + (v * h if needs_weight else 0)) * itemsize
+        sums = accumulator_bytes(problem, tile, True, needs_weight) - once
+    copied = 2 * n * h * itemsize
+    rows = copied * (gathered * (2 if mode in ("recompute", "store") else 1) + (mode == "frozen"))
+    return Moved(logits, sums, rows)
+
+
+def gemm_operations(problem: Problem, mode: str) -> int:
+    return GEMMS[mode] * 2 * problem.num_tokens * problem.hidden_size * problem.vocab_size
+
+
 class Cost(NamedTuple):
     """Seconds of the GEMMs, and of what is moved beside them.  gigabytes: of logits, sums, rows."""
 
@@ -51,6 +99,7 @@ class Cost(NamedTuple):
 
 def cost(problem: Problem, mode: str, workspace: int, gpu: str) -> Cost:
     device, known = DEVICES[gpu], GPUS[gpu]
+    problem = problem._replace(multiprocessors=known.multiprocessors)
     in_flight = known.multiprocessors * problem.vocab_size * problem.itemsize
     moved = moved_bytes(problem, mode, workspace, cached=in_flight <= L2_SHARE * device.l2)
     logits, sums, rows = (size / 1e9 for size in moved)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from conspo_kernels import linear_conspo_loss, linear_weighted_score_loss
+from conspo_kernels.linear.tiles import Head
 from conspo_kernels.ops.linear_logprob import linear_logprob
 from conspo_kernels.values import IGNORED, LogitTransform
 
@@ -177,7 +178,7 @@ def call(op: Op, compute: Compute, inputs: Inputs) -> Call:
 def bare_gemms(op: Op, inputs: Inputs) -> Call:
     """The GEMMs that the op cannot do without, on one tile of the whole size."""
     hidden, weight = inputs.hidden.flatten(0, 1), inputs.weight
-    logits = torch.empty(hidden.shape[0], weight.shape[0], dtype=hidden.dtype, device=hidden.device)
+    logits = Head(weight, None, weight.dtype).new_logits(hidden.shape[0], weight.shape[0])  # as fast as they can be
     grad_hidden, grad_weight = torch.empty_like(hidden), torch.empty_like(weight)
     of_logits = {"none": 1, "recompute": 2, "loss": 2}.get(op.mode, 1)
 

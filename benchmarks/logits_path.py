@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from conspo_kernels import conspo_loss, conspo_loss_from_scores, token_logprobs
-from conspo_kernels.backends.registry import kernels_for
+from conspo_kernels.backends.registry import backend_for
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform
 
 from .baselines import IGNORE, conspo_loss_of, eager_entropy, infonce, masked, rivals, scores_of
@@ -159,7 +159,7 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
 
 def _known(inputs: Inputs, implementation: str) -> dict[str, Candidate]:
     logits, labels = inputs.logits, inputs.labels
-    kernels = kernels_for("token_logprob", implementation, logits.device)
+    kernels = backend_for(implementation, logits.device).token_logprob
     aligned = torch.where(labels == IGNORE, IGNORED, labels)
     coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     transform = LogitTransform(softcap=inputs.softcap)

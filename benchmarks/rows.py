@@ -133,7 +133,7 @@ def measure_linear(
     calls: dict[str, Call] = {}
     rows: dict[str, Row] = {}
     for name, candidate in fused_linear.candidates(op, inputs, choice.implementation).items():
-        if name not in choice:
+        if name not in choice or (shape.few and name not in FEW):
             continue
         rows[name] = row = {**about, "provider": name}
         timed = fused_linear.call(op, candidate.compute, inputs)

@@ -93,7 +93,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class LinearShape:
-    """Hidden states [rollouts, length, hidden_size] and a head [vocab_size, hidden_size]."""
+    """Hidden states [rollouts, length, hidden_size] and a head [vocab_size, hidden_size].
+
+    few: timed beside eager PyTorch alone.
+    """
 
     rollouts: int
     length: int
@@ -103,6 +106,7 @@ class LinearShape:
     group_size: int = 8
     workspace_mib: int = 512
     softcap: float | None = None
+    few: bool = False
     target: str = ""
 
     @property
@@ -176,10 +180,13 @@ def _linear(model: str, rollouts: int, length: int, dtype: torch.dtype, target: 
 LINEAR_SUITES = {
     "quick": (LinearShape(4, 3, 16, 1000, FP32, 2), LinearShape(4, 3, 16, 1003, BF16, 2)),
     "cpu": (LinearShape(32, 16, 896, QWEN, FP32), LinearShape(32, 16, 896, QWEN, BF16)),
-    # F1 to F4; the shape at which Liger states its rate; the smallest and the widest head.
+    # F1 to F4; the shape at which Liger states its rate; vocabularies whose rows are no whole 16 bytes, GPT-2's and
+    # Llama 3's with one token more; the smallest and the widest head.
     "gpu": (
         _linear("Qwen3-8B", 32, 256, BF16, target="F1 F2 F3 F4"),
         LinearShape(32, 256, 4096, 131_072, BF16, target="F1-Liger"),
+        LinearShape(32, 256, *MODELS["GPT-2"], BF16, few=True),
+        LinearShape(32, 256, MODELS["Llama-3-8B"][0], LLAMA + 1, BF16, few=True),
         LinearShape(32, 256, *MODELS["Gemma-3-12B"], BF16, softcap=GEMMA_SOFTCAP),
         _linear("Gemma-3-4B", 32, 256, BF16),
         _linear("Qwen2.5-1.5B", 32, 256, BF16),
@@ -187,6 +194,7 @@ LINEAR_SUITES = {
     "gpu-tiny": (
         LinearShape(4, 1, 16, 40, BF16, 2, target="F1 F2 F3 F4 F1-Liger"),
         LinearShape(4, 1, 16, 40, BF16, 2, softcap=GEMMA_SOFTCAP),
+        LinearShape(4, 1, 16, 41, BF16, 2, few=True),
     ),
 }
 # Tokens, at which the fused-linear path may hold the same memory beyond its gradients (M1); hidden size, vocabulary.

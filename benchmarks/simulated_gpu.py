@@ -2,7 +2,7 @@
 
 Within `simulated()` tensors that were made for "cuda" lie in the CPU's memory and say that they are on a GPU. What a
 GPU would refuse is refused (operands on two devices, a launch while another device is current), what would make the
-host wait is an error where the sync debug mode says so, a graph replays the ops that it saw, and the allocator's
+host wait is an error where the sync debug mode says so, a graph replays what the device did, and the allocator's
 figures are those of the tensors. Triton's kernels run under its interpreter. There is one stream, `torch.compile`
 returns what it is given, times mean nothing.
 """
@@ -80,7 +80,7 @@ class Memory:
 
 
 class Recorded(NamedTuple):
-    """Of a graph: an op or a launch, and the tensors that it made."""
+    """Of a graph: an op or a launch of the device, and the tensors that it made."""
 
     run: Callable[[], Any]
     results: list[Tensor]
@@ -103,13 +103,22 @@ class Ops(TorchDispatchMode):
             self.check(func, tensors, on_gpu, args, kwargs)
         on_gpu_after = any(on_gpu) or (not tensors and self.factory_on_gpu)
         known = {x.untyped_storage()._cdata for x in tensors}
+        captured = self.captured(func, args, kwargs) if self.recorded is not None and on_gpu_after else None
         result = func(*args, **kwargs)
         new = [x for x in tree_leaves(result) if isinstance(x, Tensor) and x.untyped_storage()._cdata not in known]
         for x in new if on_gpu_after else ():
             memory.add(x)
-        if self.recorded is not None:
-            self.recorded.append(Recorded(lambda: func(*args, **kwargs), new))
+        if self.recorded is not None and captured is not None:
+            self.recorded.append(Recorded(captured, new))
         return result
+
+    def captured(self, func: Any, args: Any, kwargs: Any) -> Callable[[], Any]:
+        """An op as a graph has it: a copy from the host reads its memory anew, any other number is a constant."""
+        if func not in (aten.copy_.default, aten._to_copy.default):
+            args, kwargs = tree_map(
+                lambda x: x.clone() if isinstance(x, Tensor) and not self.memory.holds(x) else x, (args, kwargs)
+            )
+        return lambda: func(*args, **kwargs)
 
     def check(self, func: Any, tensors: list[Tensor], on_gpu: list[bool], args: Any, kwargs: Any) -> None:
         elsewhere = [x for x, there in zip(tensors, on_gpu, strict=True) if not there]
@@ -194,6 +203,8 @@ class Calls(TorchFunctionMode):
         moved = Tensor.to(x, dtype).clone()
         if there:
             self.memory.add(moved)
+            if self.ops.recorded is not None:
+                self.ops.recorded.append(Recorded(lambda: Tensor.to(x, dtype).clone(), [moved]))
         else:
             self.memory.sizes.pop(moved.untyped_storage()._cdata, None)
         return moved
@@ -204,7 +215,7 @@ def _is_device(x: object) -> bool:
 
 
 class Graph:
-    """Replays what was recorded, into the same memory."""
+    """Replays what the device did, into the same memory. What the host did in the capture is not done again."""
 
     def __init__(self) -> None:
         self.recorded: list[Recorded] = []
@@ -262,9 +273,9 @@ def simulated() -> Iterator[Memory]:
     """Within, "cuda" is a device of this machine. Triton has to be interpreting: TRITON_INTERPRET=1 from the start."""
     from triton.runtime.interpreter import GridExecutor
 
-    from conspo_kernels import registration
     from conspo_kernels.backends import registry
     from conspo_kernels.backends.triton import launch
+    from conspo_kernels.ops import registration
 
     memory = Memory()
     ops = Ops(memory)

@@ -50,7 +50,7 @@ def information() -> dict[str, Any]:
                 {
                     "op": op,
                     "device": device.type,
-                    "auto": choose(op, "auto", device),
+                    "auto": choose("auto", device),
                     "runs": [name for name, reason in reasons.items() if reason is None],
                     "others": {name: reason for name, reason in reasons.items() if reason is not None},
                 }

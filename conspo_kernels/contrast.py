@@ -10,18 +10,17 @@ from torch import Tensor
 from .inputs import check
 from .inputs.groups import GroupLayout, live_rollouts
 from .inputs.parallel import Parallel, parallel_from
-from .inputs.scalars import plain
 from .inputs.tokens import TokenLayout
 from .metrics import conspo_metrics
-from .objective import ContrastSettings, GroupLoss, Role, Rollouts, ScoreObjective, Segments, equal_segments
+from .objective import GroupLoss, Role, Segments, equal_segments
 from .ops import check_implementation
+from .ops.devices import beside
 from .ops.group_infonce import group_infonce
-from .ops.placement import beside
 from .ops.ranks import gather_rollouts, name_of, sum_over_ranks
-from .ops.score_objective import score_objective
 from .ops.sequence_infonce import sequence_infonce
 from .scores import response_counts, rollout_scores
 from .sources import Source
+from .values import python_number
 
 
 class ConSPOOutput(NamedTuple):
@@ -50,7 +49,7 @@ class Contrasted(NamedTuple):
 
 
 class Contrast(NamedTuple):
-    """The settings of the objective.  objective: replaces ConSPO's own, and then tau and margin are not used."""
+    """The settings of the objective."""
 
     tau: float
     margin: float | Tensor
@@ -60,7 +59,6 @@ class Contrast(NamedTuple):
     parallel: Parallel
     implementation: str
     return_metrics: bool
-    objective: ScoreObjective | None = None
 
     @classmethod
     def from_arguments(
@@ -73,46 +71,38 @@ class Contrast(NamedTuple):
         parallel: Any,
         implementation: Any,
         return_metrics: Any,
-        objective: ScoreObjective | None = None,
     ) -> Contrast:
         check.flags(return_metrics=return_metrics)
         check_implementation(implementation)
-        tau, margin, reward_threshold, num_groups = map(plain, (tau, margin, reward_threshold, num_groups))
+        tau, margin, reward_threshold, num_groups = map(python_number, (tau, margin, reward_threshold, num_groups))
         check.objective(tau, margin, reward_threshold, reduction, num_groups)
         return cls(
             tau, margin, reward_threshold, reduction, num_groups, parallel_from(parallel), implementation,
-            return_metrics, objective,
+            return_metrics,
         )  # fmt: skip
 
     def evaluate(
         self, scores: Tensor, rewards: Tensor, groups: int | Tensor, counts: Tensor | None = None
     ) -> Contrasted:
         """The loss of scores [S].  counts: [S] response tokens, where they are known."""
-        groups = plain(groups)
+        groups = python_number(groups)
         self._check(scores.shape[0], scores.device, rewards, groups)
         local_indices = None
         if self.parallel.data is not None:
             scores, rewards, groups, counts, local_indices = self._gathered(scores, rewards, groups, counts)
         layout = GroupLayout.from_arguments(groups, scores.shape[0])
         margin, denominator = self._constants(scores)
-        if self.objective is None:
-            loss, weights, roles = group_infonce(
-                scores, rewards.detach(), counts, layout.order, layout.offsets, layout.slots, layout.size, margin,
-                denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
-            )  # fmt: skip
-        else:
-            loss, weights, roles = score_objective(
-                self.objective,
-                Rollouts(scores, rewards.detach(), counts, _segments(layout, scores.device), layout.size),
-                ContrastSettings(self.tau, margin, self.reward_threshold, self.reduction, denominator),
-            )
+        loss, weights, roles = group_infonce(
+            scores, rewards.detach().resolve_neg(), counts, layout.order, layout.offsets, layout.slots, layout.size,
+            margin, denominator, self.tau, self.reward_threshold, self.reduction, self.implementation,
+        )  # fmt: skip
         return self._contrasted(GroupLoss(loss, weights, roles), layout, scores, counts, local_indices)
 
     def evaluate_tokens(
         self, logprobs: Tensor, tokens: TokenLayout, rewards: Tensor, groups: int | Tensor, counts: Tensor | None
     ) -> tuple[Contrasted, Tensor]:
         """The loss of log-probabilities [B, T], and the scores [S].  counts: needed where tokens are left out."""
-        fused = self.objective is None and self.parallel.data is None and self.parallel.context is None
+        fused = self.parallel.data is None and self.parallel.context is None
         if not fused:
             scores, own_counts = rollout_scores(logprobs, tokens, self.parallel, self.implementation)
             return self.evaluate(scores, rewards, groups, own_counts if counts is None else counts), scores
@@ -120,9 +110,9 @@ class Contrast(NamedTuple):
         self._check(num_rollouts, logprobs.device, rewards, groups)
         layout = GroupLayout.from_arguments(groups, num_rollouts)
         loss, scores, own_counts, weights, roles = sequence_infonce(
-            logprobs, tokens.labels, tokens.offsets, rewards.detach(), counts, layout.order, layout.offsets,
-            layout.slots, layout.size, *self._constants(logprobs), self.tau, self.reward_threshold, self.reduction,
-            self.implementation,
+            logprobs, tokens.labels, tokens.offsets, rewards.detach().resolve_neg(), counts, layout.order,
+            layout.offsets, layout.slots, layout.size, *self._constants(logprobs), self.tau, self.reward_threshold,
+            self.reduction, self.implementation,
         )  # fmt: skip
         result = GroupLoss(loss, weights, roles)
         return self._contrasted(result, layout, scores, own_counts if counts is None else counts, None), scores
@@ -191,7 +181,7 @@ def _constant(value: float | Tensor, like: Tensor) -> Tensor:
     In eager mode on the CPU: what the host knows is an argument of a launch, and costs none of its own.
     """
     if isinstance(value, Tensor):
-        return value.detach()
+        return value.detach().resolve_neg()
     if torch.compiler.is_compiling():
         # Dynamo turns a float that is added to a tensor into an input of the graph, and one that fills it into a guard.
         return torch.zeros((), dtype=like.dtype, device=like.device) + value
@@ -218,8 +208,8 @@ def _selected(
     if not source.skips_tokens:
         return _Selected(tokens)
     on_cpu = tokens.labels.device.type == "cpu"
-    # A rollout that is left out has no tokens any more; metrics and other objectives need the number that it had.
-    asked = contrast.return_metrics or contrast.objective is not None
+    # Count tokens before dropping rollouts: metrics report all of them.
+    asked = contrast.return_metrics
     counts = response_counts(tokens, contrast.parallel) if on_cpu or asked else None
     whole = contrast.parallel.data is None
     live = live_rollouts(rewards, tokens.num_rollouts, counts, contrast.reward_threshold, groups, whole)
@@ -240,7 +230,7 @@ def contrast_loss(
     source: Source, tokens: TokenLayout, contrast: Contrast, rewards: Tensor, groups: int | Tensor
 ) -> Tensor | ConSPOOutput:
     """The loss of rollouts whose tokens are laid out, with log-probabilities from a source."""
-    groups = plain(groups)
+    groups = python_number(groups)
     if source.synchronize:
         check.rewards(rewards, tokens.num_rollouts)
         rewards, groups = rewards.cpu(), groups.cpu() if isinstance(groups, Tensor) else groups
@@ -261,7 +251,7 @@ def contrast_loss(
 def checked_scores(scores: Tensor) -> Tensor:
     """Scores that a user passed, in fp32 or fp64."""
     check.scores(scores)
-    return scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32)
+    return scores.to(torch.float64 if scores.dtype == torch.float64 else torch.float32).resolve_neg()
 
 
 def loss_of_scores(contrast: Contrast, scores: Tensor, rewards: Tensor, groups: int | Tensor) -> Tensor | ConSPOOutput:

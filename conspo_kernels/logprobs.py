@@ -16,8 +16,9 @@ from torch import Tensor
 
 from .inputs import check
 from .inputs.parallel import Parallel, parallel_from
-from .inputs.tokens import NOT_CHECKED, Predictions, TokenLayout
+from .inputs.tokens import Predictions, TokenLayout
 from .ops import check_implementation
+from .ops.label_alignment import NOT_CHECKED
 from .scores import rollout_scores
 from .sources import HiddenSource, LogitSettings, LogitsSource, Source
 from .weighted import weighted_logprobs
@@ -242,7 +243,7 @@ def sequence_scores(
     predictions = Predictions("logprobs", logprobs, shape, NOT_CHECKED, split.context is not None, implementation)
     tokens = TokenLayout.from_arguments(predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores")
     dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    return rollout_scores(logprobs.to(dtype).view(tokens.labels.shape), tokens, split, implementation)[0]
+    return rollout_scores(logprobs.to(dtype).resolve_neg().view(tokens.labels.shape), tokens, split, implementation)[0]
 
 
 def weighted_logprob_loss(

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from .contrast import ConSPOOutput
 from .inputs.parallel import Parallel
-from .inputs.scalars import plain
 from .loss import conspo_loss, linear_conspo_loss
+from .values import python_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -28,7 +28,7 @@ class _Settings(nn.Module):
         super().__init__()
         defaults = type(self).loss.__kwdefaults__ or {}
         self.settings = {
-            name: plain(value)  # torch.compile takes a scalar of NumPy for an array
+            name: python_number(value)  # torch.compile takes a scalar of NumPy for an array
             for name, value in settings.items()
             if isinstance(value, Tensor) or value != defaults[name]
         }

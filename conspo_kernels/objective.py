@@ -9,14 +9,14 @@ For a group with positives P and negatives N, both non-empty, temperature tau an
     d loss / d s_i = -q_i / |P|                                                 for i in P
     d loss / d s_j = (sum_{i in P} q_i / |P|) * softmax_N(s / tau)_j            for j in N
 
-Everything is O(S) in the number of rollouts and runs in the dtype of the scores. Names: s rollouts, k slots of groups.
+Everything is O(S) in the number of rollouts and runs in the dtype of the scores, sums over a group in fp64. Names: s
+rollouts, k slots of groups.
 
 Source: arXiv:2605.12969.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -34,8 +34,9 @@ class Segments(NamedTuple):
     slots: Tensor
 
     def sum(self, values_s: Tensor) -> Tensor:
-        """[S] -> [K] sums, in a fixed order."""
-        return torch.segment_reduce(values_s[self.order], "sum", offsets=self.offsets, initial=0, unsafe=True)
+        """[S] -> [K] sums in a fixed order: one after another, so in fp64."""
+        wide = values_s[self.order].double()
+        return torch.segment_reduce(wide, "sum", offsets=self.offsets, initial=0, unsafe=True).to(values_s.dtype)
 
     def max(self, values_s: Tensor) -> Tensor:
         """[S] -> [K] maxima, -inf where a slot is empty."""
@@ -55,10 +56,6 @@ class GroupLosses(NamedTuple):
     losses: Tensor
     weights: Tensor
     valid: Tensor
-
-
-# An objective on scores: (scores [S], positive [S] bool, negative [S] bool, segments) to losses and weights.
-ScoreObjective = Callable[[Tensor, Tensor, Tensor, Segments], GroupLosses]
 
 
 class Role:
@@ -140,18 +137,15 @@ class GroupLoss(NamedTuple):
     roles: Tensor
 
 
-def evaluate(objective: ScoreObjective, rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
-    """An objective on scores [S], with rewards [S] in place of positive and negative, and reduced over the groups.
-
-    The settings' tau and margin are not used: the objective has its own.
-    """
+def evaluate(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
+    """`group_infonce` by rewards [S] in place of positive and negative, reduced over the groups."""
     scores, rewards, counts, segments, group_size = rollouts
     if segments is None:
         segments = equal_segments(scores.numel(), group_size, scores.device)
     scorable = ~rewards.isnan() & (scores == scores if counts is None else counts > 0)
     positive = scorable & (rewards > float(settings.reward_threshold))  # torch compares uint16 with floats only
     negative = scorable & ~positive
-    losses, weights, valid = objective(scores, positive, negative, segments)
+    losses, weights, valid = group_infonce(scores, positive, negative, segments, settings.tau, settings.margin)
     sign = positive.to(torch.int8) - negative.to(torch.int8)  # Role.POSITIVE and Role.NEGATIVE, twice that if idle
     roles = torch.where(valid[segments.slots], sign, 2 * sign)
     if settings.reduction == "none":

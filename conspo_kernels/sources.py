@@ -14,15 +14,16 @@ from torch import Tensor
 from .inputs import check
 from .inputs.autocast import autocast_dtype, cast, cast_weight
 from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
-from .inputs.scalars import plain
-from .inputs.tokens import ON_ALL_RANKS, Predictions, TokenLayout
+from .inputs.tokens import Predictions, TokenLayout
 from .ops import check_implementation
+from .ops.devices import true_indices
 from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
-from .ops.linear_logprob import default_workspace, linear_logprob
-from .ops.placement import token_places
+from .ops.label_alignment import ON_ALL_RANKS
+from .ops.linear_logprob import linear_logprob
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
-from .values import LogitTransform
+from .ops.workspace import default_workspace, logits_fit
+from .values import LogitTransform, python_number
 
 
 class LogitSettings(NamedTuple):
@@ -37,7 +38,7 @@ class LogitSettings(NamedTuple):
         cls, temperature: Any, logit_scale: Any, softcap: Any, parallel: Any, implementation: Any
     ) -> LogitSettings:
         check_implementation(implementation)
-        temperature, logit_scale, softcap = map(plain, (temperature, logit_scale, softcap))
+        temperature, logit_scale, softcap = map(python_number, (temperature, logit_scale, softcap))
         check.logit_transform(temperature, logit_scale, softcap)
         return cls(LogitTransform(temperature, logit_scale, softcap), parallel_from(parallel), implementation)
 
@@ -133,6 +134,7 @@ class LogitsSource(NamedTuple):
                     "vocabulary begins, got a ProcessGroup"
                 )
             local, shard = shard_of(logits, -1)
+        local = local.resolve_neg()
         rows = local if local.dim() == 3 else local[None]
         return cls(logits, rows, shard, settings, wanted)
 
@@ -165,6 +167,8 @@ class LogitsSource(NamedTuple):
         del keep
         if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.shard is not None:
             return None  # with a split vocabulary the gradient needs the statistics of all ranks first
+        if torch.compiler.is_compiling():
+            return None  # compiled, its product with what comes in would be one more pass over all logits
         z = self.logits.detach()
         arguments = (tokens.labels, coefficients, self.settings.transform.to_numbers(), self.settings.implementation)
         if self.inplace:
@@ -206,16 +210,19 @@ class HiddenSource(NamedTuple):
         batch_invariant: bool = False,
         synchronize: bool = False,
     ) -> HiddenSource:
-        workspace_mib = plain(workspace_mib)
+        workspace_mib = python_number(workspace_mib)
         check.linear(hidden, weight, bias, workspace_mib)
         if weight_grad is not None:
             check.weight_grad(weight_grad, weight)
+            weight = weight.view_as(weight)  # whose node says in backward whether the gradient was asked for
         check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
         shape, dtype = tuple(hidden.shape[:-1]), autocast_dtype(hidden.device)
         if dtype is not None:
             hidden, weight = cast(hidden, dtype), cast_weight(weight, dtype)
             bias = None if bias is None else cast(bias, dtype)
         check.logits_dtype(logits_dtype, hidden)
+        hidden, weight = hidden.resolve_neg(), weight.resolve_neg()
+        bias = None if bias is None else bias.resolve_neg()
         workspace = default_workspace(hidden.device) if workspace_mib is None else int(workspace_mib * 2**20)
         return cls(
             hidden.reshape(-1, hidden.shape[-1]), weight, bias, shape, settings, workspace,
@@ -247,8 +254,8 @@ class HiddenSource(NamedTuple):
             return "frozen"
         if self.weight_grad is not None or self.batch_invariant:
             return "recompute"
-        size = self.hidden.shape[0] * self.weight.shape[0] * self.logits_dtype.itemsize
-        return "store" if size <= self.workspace else "recompute"
+        fits = logits_fit(self.hidden, self.weight, self.bias, self.logits_dtype, self.workspace)
+        return "store" if fits else "recompute"
 
     def _token_indices(self, tokens: TokenLayout, keep: Tensor | None) -> Tensor | None:
         """[n] int64 indices of the tokens to compute. None: all of them, or the op looks at labels on the CPU."""
@@ -257,7 +264,7 @@ class HiddenSource(NamedTuple):
         if self.synchronize:
             active = tokens.active.cpu()
             keep = active if keep is None else active & keep
-        return None if keep is None else token_places(keep.flatten(), self.hidden.device)
+        return None if keep is None else true_indices(keep.flatten(), self.hidden.device)
 
     def logprobs(
         self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False

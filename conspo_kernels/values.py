@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from numbers import Integral, Real
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +31,13 @@ def check_factor(name: str, value: float) -> None:
 def check_margin(value: float) -> None:
     if not -LARGEST <= value <= LARGEST:
         raise ValueError(f"margin must be finite, from -2**30 to 2**30, got {value}")
+
+
+def python_number(value: Any) -> Any:
+    """A scalar of NumPy, an integer or a floating-point number, as Python's, which ops take; anything else as it is."""
+    if type(value) in (int, float) or not isinstance(value, Real) or not hasattr(value, "item"):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value)
 
 
 class LogitTransform(NamedTuple):
@@ -113,12 +121,7 @@ class Statistics(NamedTuple):
         return cls(logprobs, torch.empty_like(logprobs) if with_entropy else None, row_max, log_sum)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Statistics:
-        return self.map_all(lambda *tensors: [function(x) for x in tensors])
-
-    def map_all(self, function: Callable[..., list[Tensor]]) -> Statistics:
-        """By a function of all of them at once."""
-        present = iter(function(*(x for x in self if x is not None)))
-        return Statistics(*(None if x is None else next(present) for x in self))  # type: ignore[arg-type]
+        return Statistics(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
 
     def copied_to(self, out: Statistics) -> Statistics:
         for mine, other in zip(self, out, strict=True):

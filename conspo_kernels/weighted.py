@@ -11,7 +11,7 @@ from .contrast import ConSPOOutput
 from .inputs import check
 from .inputs.parallel import Parallel
 from .inputs.tokens import TokenLayout
-from .ops.placement import beside
+from .ops.devices import beside
 from .ops.ranks import name_of, sum_over_ranks
 from .ops.sequence_score import masked_coefficients, sequence_score_backward, token_coefficients
 from .ops.weighted_sum import weighted_sum
@@ -30,6 +30,7 @@ def weighted_scores(
     check.flags(return_metrics=return_metrics)
     parallel, implementation = source.settings.parallel, source.settings.implementation
     check.weights(weights, tokens.num_rollouts, tokens.labels.device, phase_one)
+    weights = weights.resolve_neg()
     on_cpu = weights if weights.device.type == "cpu" else None
     weights = beside(weights, tokens.labels, source.dtype)
     coefficients, counts, wanted = _coefficients(tokens, weights, parallel, implementation)
@@ -90,6 +91,7 @@ def _drift(scores: Tensor, phase_one: Tensor, used: Tensor) -> Tensor:
 def weighted_logprobs(source: Source, tokens: TokenLayout, coefficients: Tensor) -> Tensor:
     """sum_t coefficients[t] * logp[t] over response tokens, with its gradient.  coefficients: shaped like labels."""
     check.coefficients(coefficients, tuple(tokens.shape), tokens.labels)
+    coefficients = coefficients.resolve_neg()
     parallel, keep = source.settings.parallel, None
     if coefficients.device.type == "cpu":
         keep = (coefficients != 0).view(tokens.labels.shape)

@@ -1,4 +1,4 @@
-"""The sweep that set the demo's defaults: tau, target margin, its warm-up, learning rate, and GRPO beside them.
+"""A sweep over the demo's constants: tau, target margin, its warm-up, learning rate, and GRPO beside them.
 
 Every run takes the same number of rollouts. The supervised warm-up of a seed is done once and read by all its runs. A
 run whose line is already in `results.jsonl` is not repeated, so a sweep that was stopped goes on where it was.
@@ -53,7 +53,7 @@ class Trial:
         return "_".join(str(value) for value in asdict(self).values())
 
 
-TAUS = [Trial(tau=tau) for tau in (0.1, 0.3, 1.0, 3.0)]
+TAUS = [Trial(tau=tau) for tau in (0.1, 0.3, 1.0, 3.0, 10.0)]
 MARGINS = [Trial(margin=margin) for margin in (0.25, 0.5, 1.0, 2.0)]
 SHARP_MARGINS = [Trial(tau=0.3, margin=margin) for margin in (0.5, 1.0)]
 MARGIN_WARMUPS = [Trial(margin=0.5, margin_warmup=ratio) for ratio in (0.0, 1.0)]

@@ -20,8 +20,8 @@ from pathlib import Path
 PACKAGE = Path(__file__).resolve().parent.parent / "conspo_kernels"
 CARD = Path(__file__).resolve().parent / "CARD.md"
 NAME = "conspo-kernels"
-# Commands, the executor of compiled code and adapters for trainers: not kernels.
-LEFT_OUT = ("__main__.py", "gradcheck", "ptx", "integrations")
+# Commands and adapters for trainers: not kernels.
+LEFT_OUT = ("__main__.py", "gradcheck", "integrations")
 NAMESPACE = re.compile(r'^NAMESPACE = "conspo"', re.MULTILINE)
 
 

@@ -19,6 +19,7 @@ from verl.trainer.ppo import core_algos, ray_trainer
 from verl.utils import tensordict_utils as tu
 from verl.utils.kernel import linear_cross_entropy as head_module
 from verl.utils.skip.skip_manager import SkipManager
+from verl.utils.torch_functional import entropy_from_logits, logprobs_from_logits
 from verl.workers.config import ActorConfig, PolicyLossConfig
 from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.losses import ppo_loss
@@ -253,6 +254,34 @@ def test_loss_head_in_verls_forward():
         result = outputs_and_gradients(forward_with_triton_backend, model, ids)
     for x, reference in zip(result, expected, strict=True):
         assert relative(x, reference) < 2e-5
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_loss_head_at_the_tolerance_of_verls_own_test(seed):
+    """bf16, uniform operands, temperature 1.5, beside verl's functions of fp32 logits, as tests/utils of verl has it.
+
+    H is one of that test's, V is smaller; the tolerance of entropies is that of log-probabilities, verl's is wider.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(*size):
+        return torch.rand(*size, generator=generator).sub(0.5).bfloat16().requires_grad_()
+
+    hidden, weight = uniform(1, 64, 2048), uniform(4032, 2048)
+    labels = torch.randint(4032, (1, 64), generator=generator)
+    logits = hidden.squeeze(0).float() @ weight.float().T / 1.5
+    expected = logprobs_from_logits(logits, labels.squeeze(0), inplace_backward=False), entropy_from_logits(logits)
+    with fused_loss_head():
+        result = head_module.linear_cross_entropy(hidden, weight, labels, 1.5)
+    for x, reference in zip(result, expected, strict=True):
+        torch.testing.assert_close(x, reference, atol=1e-3, rtol=2e-4)
+    incoming = [torch.rand(64, generator=generator).sub(0.5) * scale for scale in (2, 1)]
+    for x, reference in zip(
+        torch.autograd.grad(result, (hidden, weight), incoming),
+        torch.autograd.grad(expected, (hidden, weight), incoming),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, reference, atol=2e-2, rtol=4e-2)
 
 
 def test_loss_head_undoes_itself():

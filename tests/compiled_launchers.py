@@ -78,7 +78,6 @@ def multiply() -> None:
     gradient = torch.zeros(2, 5, 40, dtype=torch.bfloat16)
     scale.scale_(gradient, torch.ones(()))
     scale.scale_(gradient[:, :-1], torch.ones(()))
-    scale.add_scaled_(torch.zeros(8192), torch.zeros(8192), torch.ones(()))
 
 
 def bf16(vocab_size: int) -> Tensor:

@@ -152,7 +152,7 @@ def _compiled_kernels() -> Iterator[None]:
     if not COMPILED:
         yield
         return
-    from conspo_kernels.ptx import compiled
+    from ptx_executor import compiled
 
     with compiled(COMPILED):
         yield

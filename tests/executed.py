@@ -28,10 +28,10 @@ from conspo_kernels.backends.triton import (
     token_logprob,
 )
 from conspo_kernels.objective import GroupLoss
-from conspo_kernels.ptx import Fault, compiled, driver
-from conspo_kernels.ptx.execute import Program
 from conspo_kernels.reference import group_losses, prompt_groups
 from conspo_kernels.values import LogitRows, LogitTransform, Upstream
+from ptx_executor import Fault, compiled, driver
+from ptx_executor.execute import Program
 
 FUNCTIONS = [
     function

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conspo_kernels import registration, transfer
 from conspo_kernels.backends import registry
 from conspo_kernels.backends import triton as triton_backend
 from conspo_kernels.linear import gemm
+from conspo_kernels.ops import devices, registration
 
 DEVICE = torch.device("meta")
 ALLOCATIONS = {
@@ -98,9 +98,9 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
         patch.setattr(GridExecutor, "__call__", launch)
         patch.setattr(triton_backend, "executed", True)
         patch.setattr(registration, "_dispatch_modes", lambda: 0)  # as in eager mode
-        patch.setattr(transfer, "staged", staged)
+        patch.setattr(devices, "staged", staged)
         patch.setitem(registry.PREFERRED, "meta", "triton")
-        patch.setattr(transfer, "PINNED", frozenset({"meta"}))
+        patch.setattr(devices, "PINNED", frozenset({"meta"}))
         patch.setattr(gemm, "WIDENS", frozenset({"meta"}))
         patch.setattr(torch, "is_autocast_enabled", lambda _device=None: False)  # which does not know "meta"
         torch.use_deterministic_algorithms(False)  # new memory is not filled

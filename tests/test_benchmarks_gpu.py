@@ -245,3 +245,19 @@ def test_the_simulated_gpu_replays_graphs() -> None:
         assert y.tolist() == [6, 6, 6]
         graph.replay()
         assert y.tolist() == [30, 30, 30]
+
+
+def test_the_simulated_graph_is_of_the_device_alone() -> None:
+    """The host's copies and numbers are those of the capture; a copy from the host reads what is there then."""
+    with simulated():
+        mine, number = torch.tensor([1.0, 2.0]), torch.tensor(3.0)
+        staging = torch.empty(2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            staged = staging.copy_(mine).to(GPU, non_blocking=True) * 1
+            direct = mine.to(GPU, non_blocking=True) * number
+        mine.fill_(5)
+        number.fill_(10)
+        graph.replay()
+        assert staged.tolist() == [1, 2]
+        assert direct.tolist() == [15, 15]

@@ -17,7 +17,7 @@ from torch import Tensor
 from conspo_kernels import __version__
 from conspo_kernels.__main__ import main
 from conspo_kernels.backends import native
-from conspo_kernels.backends.registry import kernels_for
+from conspo_kernels.backends.registry import backend_for
 from conspo_kernels.gradcheck import cases as gradcheck_cases
 from conspo_kernels.values import LogitRows
 
@@ -44,7 +44,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def plant(monkeypatch: pytest.MonkeyPatch, implementation: str, op: str, function: str, wrong: Any) -> None:
     """Replace a function of a backend by wrong(the function)."""
-    kernels: Any = kernels_for(op, implementation, torch.device("cpu"))
+    kernels: Any = getattr(backend_for(implementation, torch.device("cpu")), op)
     replacement = wrong(getattr(kernels, function))
     monkeypatch.setattr(kernels, function, staticmethod(replacement) if isinstance(kernels, type) else replacement)
 
@@ -142,6 +142,13 @@ def test_gradcheck_of_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Triton compiles for sm_90, and the PTX is executed on the CPU: no GPU and no ptxas" in done.stdout
     assert "interpreter" not in done.stdout
     assert " 0 failed" in done.stdout
+
+
+def test_compiled_needs_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "ptx_executor", None)  # as where it cannot be imported
+    with pytest.raises(SystemExit, match="2"):
+        main(["gradcheck", "--compiled", "sm_90"])
+    assert "--compiled needs a checkout" in capsys.readouterr().err
 
 
 def test_every_function_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import conspo_kernels as ck
 
+VOCAB = 997  # prime: who loops over it has a bound that it divides
 TILES = {"workspace_mib": 2.0**-12}  # 256 bytes: fewer than three rows
 
 
@@ -135,6 +137,46 @@ def test_inductor(inplace: bool, implementation: str, device: torch.device) -> N
         for function in (step, torch.compile(step, fullgraph=True))
     ]
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-5, atol=1e-6)
+
+
+# Loops over the vocabulary in what inductor generates: none over logits, none over the head's gradient. Known gradients
+# of a head are multiplied once by what comes in.
+PASSES: dict[str, tuple[int, Callable[..., Tensor]]] = {
+    "conspo_loss": (0, lambda x, w, y, r: ck.conspo_loss(x @ w.t(), y, r, 2)),
+    "in place": (0, lambda x, w, y, r: ck.conspo_loss(x @ w.t(), y, r, 2, inplace_backward=True)),
+    "weighted_score_loss": (0, lambda x, w, y, r: ck.weighted_score_loss(x @ w.t(), y, r - 0.5)),
+    "weighted_score_loss in place": (0, lambda x, w, y, r: ck.weighted_score_loss(x @ w.t(), y, r - 0.5, inplace=True)),
+    "weighted_logprob_loss in place": (
+        0, lambda x, w, y, r: ck.weighted_logprob_loss(x @ w.t(), y, (r[:, None] - 0.5).expand(4, 5), inplace=True)
+    ),
+    "linear_conspo_loss, stored": (0, lambda x, w, y, r: ck.linear_conspo_loss(x, w, y, r, 2)),
+    "linear_conspo_loss, tiles": (0, lambda x, w, y, r: ck.linear_conspo_loss(x, w, y, r, 2, workspace_mib=2.0**-6)),
+    "linear_conspo_loss, frozen": (0, lambda x, w, y, r: ck.linear_conspo_loss(x, w.detach(), y, r, 2)),
+    "linear_weighted_score_loss": (1, lambda x, w, y, r: ck.linear_weighted_score_loss(x, w, y, r - 0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("function", PASSES)
+def test_inductor_makes_no_pass_over_the_vocabulary(function: str) -> None:
+    """It copies a saved tensor that backward overwrites, as it cannot prove it to be its own."""
+    from torch._inductor.utils import run_and_get_code
+
+    expected, step = PASSES[function]
+    hidden, weight = torch.randn(4, 5, 13, requires_grad=True), torch.randn(VOCAB, 13, requires_grad=True)
+    labels, rewards = torch.randint(VOCAB, (4, 5)), torch.tensor([1.0, 0.0, 0.0, 1.0])
+    compiled = torch.compile(step, fullgraph=True)
+    grads, codes = run_and_get_code(lambda: gradients(compiled, hidden, weight, labels, rewards))
+    torch.testing.assert_close(grads, gradients(step, hidden, weight, labels, rewards), rtol=1e-5, atol=1e-6)
+    assert len(codes) == 2  # forward and backward
+    assert not re.search(r"conspo\.\w+_\.default", codes[1])  # an op that overwrites
+    kernels = [kernel for code in codes for kernel in re.findall(r"cpp_pybinding\(.*?'''(.*?)'''", code, re.DOTALL)]
+    bounds = [int(it) for kernel in kernels for it in re.findall(r"<static_cast<int64_t>\((\d+)L\)", kernel)]
+    assert sum(it % VOCAB == 0 for it in bounds) == expected, kernels
+
+
+def gradients(step: Callable[..., Tensor], *tensors: Tensor) -> tuple[Tensor | None, ...]:
+    inputs = [x for x in tensors if x.requires_grad]
+    return torch.autograd.grad(step(*tensors), inputs, allow_unused=True)
 
 
 def test_schedules_of_the_other_numbers_compile(implementation: str, device: torch.device) -> None:

@@ -24,6 +24,7 @@ NEEDS = {"trl": (3, 11)}  # Python, of what a page's code imports
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 MAX_README_LINES = 130
+MAX_CODE_COLUMNS = 112  # what the site shows without scrolling in a window of 1,440 pixels
 
 
 def blocks(page: Path) -> Iterator[tuple[int, str]]:
@@ -51,6 +52,13 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in LINK.findall(text):
         if not re.match(r"https?:|#|mailto:", target):
             assert (page.parent / target.split("#")[0]).exists(), f"{page.name}: {target}"
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=NAMES[1:])
+def test_code_fits_the_page(page: Path) -> None:
+    blocks_of_page = FENCE.findall(page.read_text(encoding="utf-8"))
+    wide = [line for _, block in blocks_of_page for line in block.splitlines() if len(line) > MAX_CODE_COLUMNS]
+    assert not wide
 
 
 def test_every_public_name_has_an_entry() -> None:

@@ -1,4 +1,4 @@
-"""The compiled kernels, executed on the CPU by `conspo_kernels.ptx`: values, gradients, and planted faults.
+"""The compiled kernels, executed on the CPU by `ptx_executor`: values, gradients, and planted faults.
 
 What is executed stands in `executed.py`, which runs in processes of its own.
 """
@@ -14,7 +14,7 @@ import torch
 from test_compiled import python
 
 from benchmarks.compiled import CASES
-from conspo_kernels.ptx.driver import TARGETS
+from ptx_executor.driver import TARGETS
 
 # Of a gradient, relative to the largest of its row: a rounding to its dtype.
 GRADIENT = {"bf16": 2.0**-8, "fp32": 1e-6, "fp64": 1e-12}

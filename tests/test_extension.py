@@ -13,9 +13,8 @@ from torch import Tensor
 
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
 from conspo_kernels.backends import registry
-from conspo_kernels.backends.eager import group_infonce, label_alignment, scale, selection, sequence_score
-from conspo_kernels.contrast import Contrast
-from conspo_kernels.objective import ContrastSettings, GroupLoss, GroupLosses, Rollouts, Segments
+from conspo_kernels.backends.eager import group_infonce, label_alignment, scale, sequence_score
+from conspo_kernels.objective import ContrastSettings, GroupLoss, Rollouts
 from conspo_kernels.reference import reference_loss
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 
@@ -88,7 +87,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     package.obstacle = lambda device: None  # type: ignore[attr-defined]
     package.token_logprob, package.group_infonce = ToyTokenLogprob, ToyGroupInfoNCE  # type: ignore[attr-defined]
     package.sequence_score, package.scale = sequence_score, scale  # type: ignore[attr-defined]
-    package.label_alignment, package.selection = label_alignment, selection  # type: ignore[attr-defined]
+    package.label_alignment = label_alignment  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "toy_backend", package)
     monkeypatch.setitem(registry.BACKENDS, "toy", "toy_backend")
     CALLS.clear()
@@ -137,26 +136,27 @@ def test_an_unknown_implementation_names_the_known_ones(toy: str) -> None:
 # An objective on scores: the mean score of the negatives less that of the positives, group by group.
 
 
-def score_gap(scores: Tensor, positive: Tensor, negative: Tensor, segments: Segments) -> GroupLosses:
-    number = [segments.sum(kind.to(scores.dtype)) for kind in (positive, negative)]
-    valid = (number[0] > 0) & (number[1] > 0)
-    share = [kind / n.clamp(min=1)[segments.slots] for kind, n in zip((positive, negative), number, strict=True)]
-    weights = torch.where(valid[segments.slots], share[1] - share[0], 0.0)
-    losses = segments.sum(torch.where(positive | negative, weights * scores, 0.0))
-    return GroupLosses(losses, weights, valid)
-
-
-def toy_loss(scores: Tensor, rewards: Tensor, groups: int | Tensor, reduction: str = "mean") -> Tensor:
-    contrast = Contrast.from_arguments(1.0, 0.0, 0.5, reduction, None, None, "auto", False, objective=score_gap)
-    return contrast.evaluate(scores, rewards, groups).loss
+def score_gap(scores: Tensor, rewards: Tensor, ids: Tensor, reduction: str = "mean") -> Tensor:
+    _, group = ids.unique(return_inverse=True)
+    members = group == torch.arange(int(group.max()) + 1)[:, None]
+    kinds = (members & (rewards > 0), members & (rewards <= 0))
+    right, wrong = (torch.where(kind, scores, 0).sum(1) / kind.sum(1).clamp(min=1) for kind in kinds)
+    valid = kinds[0].any(1) & kinds[1].any(1)
+    losses = torch.where(valid, wrong - right, 0)
+    return losses if reduction == "none" else losses.sum() / (valid.sum() if reduction == "mean" else 1)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-@pytest.mark.parametrize("groups", [3, torch.tensor([4, 1, 4, 1, 1, 9])], ids=["equal", "ids"])
-def test_a_toy_objective_is_differentiated(groups: int | Tensor, reduction: str) -> None:
-    scores = torch.randn(6, dtype=torch.float64, requires_grad=True)
-    rewards = torch.tensor([1.0, 0, 0, 1, 1, 0])
-    assert torch.autograd.gradcheck(lambda s: toy_loss(s, rewards, groups, reduction), scores)
+@pytest.mark.parametrize("ids", [[0, 0, 0, 1, 1, 1], [4, 1, 4, 1, 1, 9]], ids=["equal", "ids"])
+def test_a_toy_objective_is_differentiated(ids: list[int], reduction: str) -> None:
+    logits = torch.randn(6, 2, 3, dtype=torch.float64, requires_grad=True)
+    labels, rewards = torch.randint(3, (6, 2)), torch.tensor([1.0, 0, 0, 1, 1, 0])
+
+    def loss(logits: Tensor) -> Tensor:
+        scores = sequence_scores(token_logprobs(logits, labels), labels)
+        return score_gap(scores, rewards, torch.tensor(ids), reduction)
+
+    assert torch.autograd.gradcheck(loss, logits)
 
 
 def test_a_toy_objective_trains() -> None:
@@ -166,7 +166,7 @@ def test_a_toy_objective_trains() -> None:
     optimizer = torch.optim.SGD([table], lr=1.0)
     losses = []
     for _ in range(20):
-        loss = toy_loss(sequence_scores(token_logprobs(table, labels), labels), rewards, 2)
+        loss = score_gap(sequence_scores(token_logprobs(table, labels), labels), rewards, torch.tensor([0, 0, 1, 1]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

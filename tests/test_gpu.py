@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import pytest
 import torch
@@ -26,16 +26,17 @@ from conspo_kernels import (
     linear_weighted_logprob_loss,
     linear_weighted_score_loss,
     token_logprobs,
-    transfer,
+    weighted_logprob_loss,
     weighted_score_loss,
 )
 from conspo_kernels.__main__ import main
-from conspo_kernels.distributed import groups
+from conspo_kernels.ops import devices, ranks
 
 pytestmark = pytest.mark.gpu
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda")
 TIMED = [op for op in OPS.values() if not op.known]  # what Triton has
+Outputs = TypeVar("Outputs", bound=tuple[Tensor, ...])
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 needs_second_device = pytest.mark.skipif(ON_GPU and torch.cuda.device_count() < 2, reason="needs a GPU")  # another one
 
@@ -302,40 +303,101 @@ def test_ids_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         copied.append(x.data_ptr())
         return stage(x, dtype)
 
-    stage = transfer.staged
-    monkeypatch.setattr(transfer, "staged", staged)
-    monkeypatch.setattr(groups.dist, "all_gather", lambda parts, x, group: parts[0].copy_(x))
-    gathered = groups.gather(scores, rewards, None, ids, OneRank())  # type: ignore[arg-type]
-    assert gathered.groups is not None
-    assert torch.equal(gathered.groups.cpu(), ids)
-    assert torch.equal(gathered.rewards.cpu(), rewards)
+    stage = devices.staged
+    monkeypatch.setattr(devices, "staged", staged)
+    monkeypatch.setattr(ranks, "resolved", lambda _: OneRank())
+    monkeypatch.setattr(ranks.dist, "all_gather", lambda parts, x, group: parts[0].copy_(x))
+    _scores, all_rewards, _counts, all_ids, _indices = ranks.gather_rollouts(scores, rewards, None, ids, "", 1.0)
+    assert torch.equal(all_ids.cpu(), ids)
+    assert torch.equal(all_rewards.cpu(), rewards)
     assert ids.data_ptr() in copied
 
 
+def captured(run: Callable[[], Outputs]) -> tuple[torch.cuda.CUDAGraph, Outputs]:
+    """A graph of a call that has been warmed up, and the tensors that replays fill."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = run()
+    return graph, result
+
+
 def test_cuda_graph() -> None:
-    """Loss and backward captured; the margin and the logits are live in replays."""
+    """Loss and backward captured; margin, logits and rewards are live in replays."""
     vocab_size = size(1000, 50)
     logits = torch.randn(4, 8, vocab_size, device=DEVICE)
     labels = torch.randint(vocab_size, (4, 8), device=DEVICE)
     rewards = torch.tensor([1.0, 0.0, 0.0, 1.0], device=DEVICE)
     margin = torch.zeros((), device=DEVICE)
 
-    def run() -> tuple[Tensor, Tensor]:
+    def run() -> tuple[Tensor, ...]:
         leaf = logits.detach().requires_grad_()
         loss = loss_of(leaf, labels, rewards, 2, margin=margin)
         return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run()
+    graph, result = captured(run)
     margin.fill_(0.7)
     logits.mul_(1.5)
+    rewards.copy_(1 - rewards)
     graph.replay()
-    assert all(torch.equal(ours, other) for ours, other in zip(captured, run(), strict=True))
+    assert all(torch.equal(ours, other) for ours, other in zip(result, run(), strict=True))
+
+
+def test_cuda_graph_of_packed_ids() -> None:
+    """Ids and offsets on the device are live too."""
+    batch = Batch.make("beside", True)
+
+    def run() -> tuple[Tensor, ...]:
+        loss, grad = batch.step()
+        return loss.detach(), grad
+
+    graph, result = captured(run)
+    assert batch.offsets is not None
+    batch.offsets.copy_(torch.tensor([0, 2, 6, 9, 11], device=DEVICE))
+    batch.ids.copy_(torch.tensor([1, 1, 2, 2], device=DEVICE))
+    graph.replay()
+    assert all(torch.equal(ours, other) for ours, other in zip(result, run(), strict=True))
+
+
+@pytest.mark.parametrize("mode", ["recompute", "store", "known", "frozen"])
+def test_cuda_graph_of_hidden_states(mode: str) -> None:
+    batch = LinearBatch.make(mode)
+
+    def run() -> tuple[Tensor, ...]:
+        return tuple(x.detach() for x in batch.step())
+
+    graph, result = captured(run)
+    batch.rewards.copy_(1 - batch.rewards)
+    batch.hidden.detach().mul_(1.5)
+    graph.replay()
+    assert all(torch.equal(ours, other) for ours, other in zip(result, run(), strict=True))
+
+
+ON_CPU = ("rewards", "ids", "offsets", "weights", "coefficients", "rollouts left out")
+
+
+@pytest.mark.parametrize("what", ON_CPU)
+def test_cuda_graph_of_the_host(what: str) -> None:
+    """What lies on the CPU would have the values of the capture in every replay: it raises."""
+    batch, linear = Batch.make("beside", what == "offsets"), LinearBatch.make("store")
+    logits, labels, rewards, ids, _offsets = batch
+    on_cpu: dict[str, Tensor] = {"rewards": rewards.cpu(), "ids": ids.cpu(), "weights": rewards.cpu() - 0.5}
+    on_cpu |= {"coefficients": torch.ones(labels.shape), "offsets": torch.tensor([0, 3, 6, 9, 12])}
+    calls: dict[str, Callable[[], Any]] = {
+        "rewards": lambda: loss_of(logits, labels, on_cpu["rewards"], ids),
+        "ids": lambda: loss_of(logits, labels, rewards, on_cpu["ids"]),
+        "offsets": lambda: loss_of(logits, labels, rewards, ids, cu_seqlens=on_cpu["offsets"]),
+        "weights": lambda: weighted_score_loss(logits, labels, on_cpu["weights"]),
+        "coefficients": lambda: weighted_logprob_loss(logits, labels, on_cpu["coefficients"]),
+        "rollouts left out": lambda: linear_weighted_score_loss(*linear[:3], on_cpu["weights"]),
+    }
+    calls[what]()
+    with pytest.raises(ValueError, match="while it is captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        calls[what]()
 
 
 @pytest.mark.parametrize("op", TIMED, ids=lambda op: op.name)

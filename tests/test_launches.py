@@ -93,7 +93,7 @@ CALLS: dict[str, tuple[int, Callable[[], Tensor]]] = {
         20, lambda: ck.linear_conspo_loss(*head(), LABELS, ON_CPU, GROUP, workspace_mib=2, **AS)
     ),
     "linear_conspo_loss, rollouts left out": (
-        20, lambda: ck.linear_conspo_loss(*head(), LABELS, ON_CPU * REACHED, GROUP, workspace_mib=2, **AS)
+        28, lambda: ck.linear_conspo_loss(*head(), LABELS, ON_CPU * REACHED, GROUP, workspace_mib=2, **AS)
     ),
     "linear_conspo_loss, frozen": (
         20, lambda: ck.linear_conspo_loss(*head(True), LABELS, REWARDS, GROUP, workspace_mib=2, **AS)
@@ -213,7 +213,7 @@ def test_the_gradient_of_weight_is_added_unrounded(monkeypatch: pytest.MonkeyPat
     """In phase 2 too: dW leaves its GEMMs in fp32, and one launch adds it to the buffer."""
     buffer = torch.empty(VOCAB, HIDDEN, device=DEVICE)
     launches = linear(monkeypatch, weight_grad=buffer)
-    assert launches[-1].name == "_add_kernel" or launches[-2].name == "_add_kernel"
+    assert "addcmul_" in [it.name for it in launches[-2:]]
     assert not [it for it in launches if it.name == "copy_"]  # no sum is rounded
 
 

@@ -15,7 +15,7 @@ from conspo_kernels.backends.eager import label_alignment as eager_alignment
 from conspo_kernels.backends.eager import sequence_score as eager_scores
 from conspo_kernels.backends.eager import token_logprob as eager_kernels
 from conspo_kernels.inputs import autocast
-from conspo_kernels.linear.tiling import GEMMS, Problem, gemm_operations, moved_bytes, workspace_of
+from conspo_kernels.linear.tiling import Problem, workspace_of
 from conspo_kernels.objective import ContrastSettings, Rollouts, Segments, equal_segments
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
 
@@ -152,23 +152,26 @@ def test_coefficients(offsets: list[int] | None) -> None:
     torch.testing.assert_close(*sums)
 
 
-def test_selection() -> None:
-    from conspo_kernels.backends.eager import selection as eager_selection
-    from conspo_kernels.backends.triton import selection
+def test_tokens_that_take_part_are_gathered_and_put_back() -> None:
+    from conspo_kernels.linear.tiles import Tokens
 
     for total, places in ((9, [0, 3, 8]), (2000, list(range(1, 2000, 3))), (5, []), (4, [3])):
         where = torch.tensor(places, dtype=torch.int64, device=DEVICE)
-        tensors = [torch.randn(total, device=DEVICE) for _ in range(4)] + [torch.arange(total, device=DEVICE)]
-        gathered = [x.gather(tensors, where) for x in (selection, eager_selection)]
-        spread = [x.spread(gathered[1], where, total) for x in (selection, eager_selection)]
-        for ours, other in zip((*gathered[0], *spread[0]), (*gathered[1], *spread[1]), strict=True):
-            assert torch.equal(ours, other)
+        hidden = torch.randn(total, 3, device=DEVICE)
+        tensors = [torch.randn(total, device=DEVICE), torch.arange(total, device=DEVICE)]
+        tokens = Tokens(hidden, tensors[1][places], where)
+        for x, gathered in zip((hidden, *tensors), (tokens.hidden_rows(), *tokens.compact(*tensors)), strict=True):
+            assert torch.equal(gathered, x[places])
+            expected = torch.zeros_like(x)
+            expected[places] = x[places]
+            assert torch.equal(tokens.spread(gathered), expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows", "columns", "empty"])
 def test_scaling(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over its own elements alone, by a grid that does not grow with it."""
     from conspo_kernels.backends.triton import scale
+    from conspo_kernels.ops.weighted_sum import add_scaled_
 
     monkeypatch.setattr(scale, "MULTIPROCESSORS", 1)
     monkeypatch.setattr(scale, "PROGRAMS", 2)
@@ -185,7 +188,7 @@ def test_scaling(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.equal(whole, expected)
     target = torch.randn(3, 5, 70, device=DEVICE)
     total = target + 0.5 * whole
-    scale.add_scaled_(target, whole, torch.tensor(0.5, device=DEVICE))
+    add_scaled_(target, whole, torch.tensor(0.5, device=DEVICE))
     torch.testing.assert_close(target, total)
     scale.num_programs.cache_clear()
 
@@ -206,6 +209,8 @@ def test_the_grid_of_scaling_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bytes_of_known_weights() -> None:
     """At the default workspace of an H100 (79.2 GiB) they take at most 8 % of the GEMMs' time, by the model."""
+    from benchmarks.costs import GEMMS, gemm_operations, moved_bytes
+
     problem, bandwidth, flops = Problem(8192, 151_936, 4096, 2), 3.0e12, 798e12
     share = {
         workspace: moved_bytes(problem, "known", workspace).total / bandwidth

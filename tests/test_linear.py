@@ -13,6 +13,7 @@ import torch
 from cases import CASES, Case, Inputs, build
 from tolerance import max_error
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from conspo_kernels import (
     ConSPOOutput,
@@ -306,6 +307,34 @@ def test_the_gradient_of_weight_into_a_buffer(dtype: torch.dtype, workspace: str
     for x, expected in zip(hidden, grad_hidden, strict=True):
         assert x.grad is not None
         assert max_error(x.grad, expected) <= tolerance
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["recompute", "known"])
+def test_a_gradient_that_is_not_asked_for_is_not_added(known: bool) -> None:
+    """Of two leaves, of tensors with a history, and through the dispatcher, which modes see."""
+    leaf, head = torch.randn(2, 4, HIDDEN, requires_grad=True), torch.randn(50, HIDDEN, requires_grad=True)
+    labels, rewards, buffer = torch.randint(50, (2, 4)), torch.tensor([1.0, 0.0]), torch.zeros(50, HIDDEN)
+
+    def loss(hidden: Tensor, weight: Tensor) -> Tensor:
+        if known:
+            return linear_weighted_score_loss(hidden, weight, labels, rewards - 0.5, weight_grad=buffer)  # type: ignore[return-value]
+        return linear_conspo_loss(hidden, weight, labels, rewards, 2, weight_grad=buffer)  # type: ignore[return-value]
+
+    for history in (False, True):
+        hidden, weight = (leaf * 1, head * 1) if history else (leaf, head)
+        expected = torch.autograd.grad(loss(hidden, weight), hidden)
+        assert not buffer.any()
+        loss(hidden, weight).backward(inputs=[leaf], retain_graph=True)
+        with FlopCounterMode(display=False):
+            torch.autograd.grad(loss(hidden, weight), hidden, retain_graph=True)
+        assert not buffer.any()
+        loss(hidden, weight).backward(inputs=[head], retain_graph=True)
+        assert buffer.any()
+        assert head.grad is None
+        torch.testing.assert_close(
+            torch.autograd.grad(loss(hidden, weight), (hidden, weight), allow_unused=True)[0], *expected
+        )
+        buffer.zero_()
 
 
 def losses_of_hidden(labels: Tensor) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tolerance import max_error
+from tolerance import assert_accurate, grad_floor, max_error, value_floor
 from torch import Tensor
 
 from conspo_kernels import conspo_loss_from_scores
@@ -132,3 +132,34 @@ def test_a_score_of_nan_takes_no_part(implementation: str) -> None:
     assert torch.equal(
         loss, conspo_loss_from_scores(scores[::2], torch.tensor([1, 0]), 2, implementation=implementation)
     )
+
+
+def eager_group(scores: Tensor, positive: Tensor, tau: float, margin: float) -> Tensor:
+    """One group's loss as PyTorch's own functions have it."""
+    odds = torch.logsumexp(scores[~positive] / tau, 0)
+    return tau * torch.nn.functional.softplus(odds - (scores[positive] - margin) / tau).mean()
+
+
+@pytest.mark.leave_out(
+    where=lambda p: p["implementation"] == "triton" and p["size"] == 4000 and not torch.cuda.is_available()
+)
+@pytest.mark.parametrize("ids", [False, True], ids=["equal groups", "ids"])
+@pytest.mark.parametrize("tau", [10.0, 0.1])
+@pytest.mark.parametrize("size", [512, 4000])
+def test_large_groups(size: int, tau: float, ids: bool, implementation: str) -> None:
+    """In fp32 sums over thousands of rollouts round no more than eager PyTorch's."""
+    generator = torch.Generator().manual_seed(0)
+    scores = -2 * torch.rand(size, generator=generator)
+    positive = torch.rand(size, generator=generator) < 0.5
+    groups = torch.full((size,), 7) if ids else size
+    results = []
+    for name, dtype in ((implementation, torch.float32), ("eager", torch.float32), ("eager", torch.float64)):
+        leaf = scores.to(dtype).requires_grad_()
+        if name == "eager":
+            loss = eager_group(leaf, positive, tau, 0.01)
+        else:
+            loss = conspo_loss_from_scores(leaf, positive, groups, tau=tau, margin=0.01, implementation=name)
+        results.append((loss, torch.autograd.grad(loss, leaf)[0]))
+    (loss, grad), (eager, eager_grad), (exact, exact_grad) = results
+    assert_accurate(loss, eager, exact, value_floor(exact, torch.float32), "loss")
+    assert_accurate(grad, eager_grad, exact_grad, grad_floor(exact_grad, torch.float32, scores, tau), "gradient")

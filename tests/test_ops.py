@@ -23,7 +23,7 @@ from conspo_kernels import (
 )
 from conspo_kernels.backends import registry
 from conspo_kernels.inputs.groups import GroupLayout
-from conspo_kernels.inputs.tokens import sequence_offsets
+from conspo_kernels.ops.label_alignment import sequence_offsets
 from conspo_kernels.ops.token_logprob import token_logprob
 from conspo_kernels.values import IGNORED, LogitTransform
 
@@ -40,10 +40,11 @@ def test_opcheck_token_logprob(implementation: str, device: torch.device) -> Non
         opcheck(OPS.token_logprob.default, arguments)
     saved = token_logprob(logits.detach(), labels, transform, True, False, implementation, 0, "")
     logprobs, entropy, row_max, log_sum = saved
-    saved_for_backward = (logits.detach(), labels, [row_max, log_sum, entropy])
-    for upstream in ([torch.rand_like(logprobs)], [torch.rand_like(logprobs) for _ in range(2)]):
+    for grad_entropy in (None, torch.rand_like(logprobs)):
+        saved_for_backward = (logits.detach(), labels, row_max, log_sum, None if grad_entropy is None else entropy)
         for op in (OPS.token_logprob_backward.default, OPS.token_logprob_backward_.default):
-            opcheck(op, (*saved_for_backward, upstream, transform, implementation))
+            upstream = (torch.rand_like(logprobs), grad_entropy)
+            opcheck(op, (*saved_for_backward, *upstream, transform, implementation))
 
 
 def test_opcheck_known_gradient(implementation: str, device: torch.device) -> None:
@@ -54,7 +55,7 @@ def test_opcheck_known_gradient(implementation: str, device: torch.device) -> No
     factor = torch.tensor(2.0, device=device)
     opcheck(OPS.scale_.default, (torch.rand(4, device=device), factor, implementation))
     buffer, gradient = torch.rand(2, 4, device=device).unbind()
-    opcheck(OPS.add_scaled_.default, (buffer.clone(), gradient.clone(), factor, implementation))
+    opcheck(OPS.add_scaled_.default, (buffer.clone(), gradient.clone(), factor))
     values, x = (torch.rand(3, device=device, requires_grad=True) for _ in range(2))
     weights, counts = torch.tensor([0.0, 1.0, -2.0], device=device), torch.tensor([1, 0, 3], device=device)
     opcheck(OPS.weighted_sum.default, (values, weights, counts, *(None,) * 7, implementation))

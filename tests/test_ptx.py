@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from conspo_kernels.ptx import Fault
-from conspo_kernels.ptx.arithmetic import ERRORS, Perturbation, f32_to_bf16, f64_to_bf16, fma32, fma64
-from conspo_kernels.ptx.execute import Program
-from conspo_kernels.ptx.memory import Memory, region_of
+from ptx_executor import Fault
+from ptx_executor.arithmetic import ERRORS, Perturbation, f32_to_bf16, f64_to_bf16, fma32, fma64
+from ptx_executor.execute import Program
+from ptx_executor.memory import Memory, region_of
 
 MODULE = """
 .visible .entry program(.param .u64 .ptr .global .align 16 in, .param .u64 .ptr .global .align 16 out)
@@ -103,6 +103,37 @@ def test_a_barrier_that_some_threads_do_not_reach() -> None:
     with pytest.raises(Fault, match=r"bar\.sync 0 that not all threads of a CTA reach: thread 0 of CTA 0 does not"):
         run(FORK.format(at_the_meeting="mov.b32 %r5, %r4;", among_the_odd="bar.sync 0;"))
     run(FORK.format(at_the_meeting="bar.sync 0; mov.b32 %r5, %r4;", among_the_odd=""))
+
+
+def test_permutations_of_bytes() -> None:
+    """By hand: halves of two registers side by side, bytes in reverse, signs, and a selector that a thread computes."""
+    given = torch.full((64,), 0x44332211, dtype=torch.int32)
+    for selector, expected in (
+        ("0x7632U", 0x88774433), ("0x5410", 0x66552211), ("0x0123", 0x11223344), ("0xffff", 0xFFFFFFFF),
+        ("0x8888", 0), ("0xF7B0", 0xFF880011), ("%r1", 0x11111122),
+    ):  # fmt: skip
+        body = f"""
+        ld.global.b32 %r3, [%rd3];
+        mov.b32 %r4, 0x88776655;
+        prmt.b32 %r5, %r3, %r4, {selector};
+        st.global.b32 [%rd4], %r5;
+        """
+        assert run(body, given)[1].item() % 2**32 == expected, selector
+    with pytest.raises(NotImplementedError, match="mode f4e"):
+        run("prmt.b32.f4e %r5, %r1, %r1, 0;")
+
+
+def test_shared_memory_by_its_longer_name() -> None:
+    """`.shared` is `.shared::cta`; the memory of a cluster is unknown."""
+    out = run("""
+    shl.b32 %r3, %r1, 2;
+    st.shared::cta.b32 [%r3], %r1;
+    ld.shared::cta.b32 %r5, [%r3];
+    st.global.b32 [%rd4], %r5;
+    """)
+    assert out.tolist() == list(range(64))
+    with pytest.raises(NotImplementedError, match="shared::cluster"):
+        run("st.shared::cluster.b32 [%r1], %r1;")
 
 
 MIRROR = """

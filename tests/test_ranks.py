@@ -15,6 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import conspo_kernels as ck
+from conspo_kernels.ops import ranks as op_ranks
+from conspo_kernels.values import Statistics
 
 HIDDEN, VOCAB, LENGTH = 5, 23, 6
 OPTIONS = {"tau": 0.5, "margin": 0.2}
@@ -198,7 +200,31 @@ def vocabulary(rank: int, size: int) -> dict[str, Any]:
             ck.token_logprobs(
                 logits.detach(), torch.zeros_like(batch.labels), parallel=dataclasses.replace(shard, vocab_start=0)
             )
+        gathered_logits(batch, rank, size)
     return results
+
+
+def gathered_logits(batch: Batch, rank: int, size: int) -> None:
+    """As if each rank had a part, and all have the whole vocabulary: off by log(size), which nobody would see."""
+    split = ck.Parallel(vocab=dist.group.WORLD, vocab_start=rank * VOCAB)
+    logits = batch.hidden @ batch.weight.T
+    message = f"the {size} ranks of parallel.vocab must have their own parts of the vocabulary, got the same logits"
+    with pytest.raises(ValueError, match=message):
+        ck.token_logprobs(logits, batch.labels, parallel=split)
+    with pytest.raises(ValueError, match=message):
+        ck.linear_conspo_loss(
+            batch.hidden, batch.weight, batch.labels, batch.rewards, batch.ids, parallel=split, softcap=3.0
+        )
+    # Elsewhere than on a CPU no value is read: the result is NaN.
+    part = Statistics(torch.zeros(5), None, torch.arange(5.0), torch.ones(5))
+    flags = torch.zeros(5, dtype=torch.bool)
+    whole, _owners, alike = op_ranks._whole_statistics(part, flags | (rank == 0), flags, 100, 1.0, dist.group.WORLD)
+    assert alike
+    assert whole.logprobs.isnan().all()
+    # A new head's logits are equal, on every rank: log(1 / V).
+    new = ck.token_logprobs(torch.zeros_like(logits), batch.labels, parallel=split)
+    expected = torch.where(batch.labels == -100, 0.0, -torch.tensor(size * VOCAB, dtype=new.dtype).log())
+    torch.testing.assert_close(new, expected)
 
 
 def close(actual: Tensor, exact: Tensor, tolerance: float = 1e-12) -> bool:

@@ -14,7 +14,7 @@ EXECUTED = """
 import json, sys
 import torch
 from conspo_kernels import token_logprobs
-from conspo_kernels.ptx import compiled
+from ptx_executor import compiled
 
 dtype = getattr(torch, sys.argv[1])
 rows, vocab_size = 8, 531

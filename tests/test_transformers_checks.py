@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import types
+import weakref
 
 import pytest
 import torch
@@ -19,12 +21,14 @@ from rollouts import (
 from tiny_models import STATE_SPACE, VOCAB, lora, multimodal, tiny_model
 from torch import Tensor, nn
 
+from conspo_kernels import conspo_weights, linear_conspo_scores, linear_token_logprobs
 from conspo_kernels.integrations import transformers_check
 from conspo_kernels.integrations.required import required
 from conspo_kernels.integrations.transformers import (
     check_head,
     check_packing,
     conspo_loss_of,
+    head_inputs,
     packed,
 )
 
@@ -172,6 +176,140 @@ def test_checks_run_once_and_leave_the_model_as_it_was(monkeypatch: pytest.Monke
         conspo_loss_of(model, batch, REWARDS, 2)
 
 
+def scale(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output * 1.1
+
+
+class Twice(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class OtherLinear(nn.Linear):
+    def forward(self, hidden: Tensor) -> Tensor:
+        return 1.1 * super().forward(hidden)
+
+
+def another_class(model: transformers.PreTrainedModel) -> None:
+    model.lm_head.__class__ = OtherLinear
+
+
+def another_forward(model: transformers.PreTrainedModel) -> None:
+    plain = model.lm_head.forward
+    model.lm_head.forward = lambda hidden: 1.1 * plain(hidden)
+
+
+def another_forward_of_the_model(model: transformers.PreTrainedModel) -> None:
+    plain = model.forward
+
+    def forward(*args, **inputs):
+        output = plain(*args, **inputs)
+        output.logits = output.logits * 1.1
+        return output
+
+    model.forward = forward
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.lm_head.register_forward_hook(scale),
+        lambda model: model.lm_head.register_forward_pre_hook(lambda _module, args: (1.1 * args[0],)),
+        another_class,
+        another_forward,
+        another_forward_of_the_model,
+    ],
+    ids=["hook", "pre-hook", "class", "forward", "forward of the model"],
+)
+def test_a_head_that_was_changed_after_the_first_call_raises(change) -> None:
+    model, batch = tiny_model("Llama"), padded_batch()
+    conspo_loss_of(model, batch, REWARDS, 2)
+    change(model)
+    with pytest.raises(ValueError, match="use conspo_loss"):
+        conspo_loss_of(model, batch, REWARDS, 2)
+
+
+def test_a_changed_head_that_peft_trains_whole_raises() -> None:
+    model, batch = lora(tiny_model("Llama"), ["q_proj"], modules_to_save=["lm_head"]), padded_batch()
+    conspo_loss_of(model, batch, REWARDS, 2)
+    model.get_base_model().lm_head.modules_to_save["default"].register_forward_hook(scale)
+    with pytest.raises(ValueError, match="is not hidden @ weight"):
+        conspo_loss_of(model, batch, REWARDS, 2)
+
+
+def test_a_parametrization_after_the_first_call_is_used() -> None:
+    """It makes the weight; the check compares it again."""
+    model, batch = tiny_model("Llama"), padded_batch()
+    conspo_loss_of(model, batch, REWARDS, 2)
+    for _ in range(2):
+        nn.utils.parametrize.register_parametrization(model.lm_head, "weight", Twice())
+        torch.testing.assert_close(
+            conspo_loss_of(model, batch, REWARDS, 2, **OPTIONS), own_loss(model, batch), rtol=1e-5, atol=1e-6
+        )
+
+
+@pytest.mark.parametrize("register", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_a_backward_hook_of_the_head_raises(register: str) -> None:
+    """It could change the gradient, and the head is not called."""
+    model = tiny_model("Llama")
+    conspo_loss_of(model, padded_batch(), REWARDS, 2)
+    getattr(model.lm_head, register)(lambda *_: None)
+    with pytest.raises(ValueError, match="has a backward hook, which would not run"):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+
+
+def test_a_model_that_was_checked_is_not_kept_alive() -> None:
+    model = tiny_model("Llama")
+    model.forward = types.MethodType(type(model).forward, model)  # as trainers put their own there
+    conspo_loss_of(model, padded_batch(), REWARDS, 2)
+    alive = weakref.ref(model)
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+@pytest.mark.parametrize("asked", ["by the config", "by the batch"])
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen3Moe", "JetMoe"])
+def test_a_routers_loss_is_not_dropped_in_silence(name: str, asked: str) -> None:
+    """A model's own forward adds it, where router logits are asked for and its coefficient is not zero."""
+    sizes: dict[str, object] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    coefficient = "aux_loss_coef" if name == "JetMoe" else "router_aux_loss_coef"
+    if name == "Qwen3Moe":
+        sizes = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8}
+    if name == "JetMoe":
+        sizes |= {"kv_channels": 8, "num_key_value_heads": 4, "num_attention_heads": 8}
+    batch = padded_batch()
+    if asked == "by the config":
+        sizes["output_router_logits"] = True
+    else:
+        batch["output_router_logits"] = True  # type: ignore[assignment]
+    with pytest.raises(
+        ValueError, match=r"adds a router's load-balancing loss .*coefficient 10.*output_router_logits=False"
+    ):
+        conspo_loss_of(tiny_model(name, **sizes, **{coefficient: 10.0}), batch, REWARDS, 2)
+    without = conspo_loss_of(tiny_model(name, **sizes, **{coefficient: 0.0}), batch, REWARDS, 2)
+    sizes["output_router_logits"] = False
+    never = conspo_loss_of(tiny_model(name, **sizes, **{coefficient: 10.0}), padded_batch(), REWARDS, 2)
+    torch.testing.assert_close(without, never, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_a_head_in_another_dtype_than_the_hidden_states_says_what_to_do(name: str) -> None:
+    hidden = torch.randn(2, 3, 4, dtype=torch.bfloat16)
+    head = {"weight": torch.randn(9, 4, dtype=torch.bfloat16), "bias": torch.randn(9, dtype=torch.bfloat16)}
+    head[name] = head[name].float()
+    with pytest.raises(ValueError, match=rf"{name} must have the dtype of hidden, .*: cast it, or cast hidden"):
+        linear_token_logprobs(hidden, labels=torch.zeros(2, 3, dtype=torch.int64), **head)
+
+
+def test_a_head_whose_logits_are_wider_than_its_weight_raises() -> None:
+    model = tiny_model("Llama").bfloat16()
+    head = model.lm_head
+    head.forward = lambda hidden: nn.functional.linear(hidden.float(), head.weight.float())
+    with pytest.raises(ValueError, match=r"makes logits in torch\.float32, and here they would be in torch\.bfloat16"):
+        conspo_loss_of(model, padded_batch(), REWARDS, 2)
+
+
 def test_packing_is_checked_for_the_attention_in_use() -> None:
     model = tiny_model("Llama")
     check_packing(model)
@@ -193,6 +331,26 @@ def test_packing_is_checked_for_the_attention_in_use() -> None:
 def test_batches_that_do_not_go_together(change: dict[str, Tensor | None], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         conspo_loss_of(tiny_model("Llama"), padded_batch() | change, REWARDS, 2)
+
+
+@pytest.mark.parametrize("padding", [1, 5])
+def test_a_packed_tail_of_padding_says_so(padding: int) -> None:
+    """Its positions are 0, so that each of its tokens seems to begin a rollout."""
+    model, flat = tiny_model("Llama"), packed(padded_batch())
+    expected = conspo_loss_of(model, flat, REWARDS, 2)
+    tail = {
+        name: torch.nn.functional.pad(flat[name], (0, padding), value=-100 if name == "labels" else 0)
+        for name in ("input_ids", "labels", "position_ids")
+    }
+    message = (
+        rf"rewards must have shape \[{4 + padding}\] .* got \[4\]. If .* padding .* cu_seq_lens_q .* attention_mask"
+    )
+    with pytest.raises(ValueError, match=message):
+        conspo_loss_of(model, tail, REWARDS, 2)
+    with pytest.raises(ValueError, match="padding at the end of packed tokens"):
+        conspo_weights(linear_conspo_scores(**head_inputs(model, tail)), REWARDS, 2)
+    cure = tail | {"cu_seq_lens_q": flat["cu_seq_lens_q"]}
+    torch.testing.assert_close(conspo_loss_of(model, cure, REWARDS, 2), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_packing_what_is_not_per_token_raises() -> None:

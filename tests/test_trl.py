@@ -23,7 +23,6 @@ from torch import Tensor
 import conspo_kernels as ck
 from conspo_kernels.integrations.trl import ConSPOConfig, ConSPOTrainer, config
 
-CONTRAST = {"tau": 0.7, "margin": 0.3}
 FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}  # 16 rollouts, groups of 4
 # Rollouts for one step, in four micro-batches or one; for two steps; twice; for half of a step; for a quarter of one.
 RUNS: dict[str, dict[str, Any]] = {
@@ -68,23 +67,6 @@ def rollouts_of(trainer: Any, step: int) -> list[dict[str, Any]]:
     return [part(trainer.generations[step // (steps * trainer.num_iterations)], slice(start, start + rows))]
 
 
-def whole_loss(policy: Any, rollouts: list[dict[str, Any]], num_groups: int | None, **options: Any) -> Tensor:
-    """`conspo_loss` of all rollouts of a step, from the model's own logits; of several generations, added up."""
-    losses = []
-    for it in rollouts:
-        ids = torch.cat([it["prompt_ids"], it["completion_ids"]], dim=1)
-        attended = torch.cat([it["prompt_mask"], it["completion_mask"]], dim=1)
-        response = torch.cat([torch.zeros_like(it["prompt_mask"]), it["completion_mask"]], dim=1)
-        logits = policy(input_ids=ids, attention_mask=attended).logits
-        losses.append(
-            ck.conspo_loss(
-                logits, ids, it["conspo_rewards"], it["conspo_groups"], response_mask=response, shift=True,
-                num_groups=num_groups, **(CONTRAST | options),
-            )
-        )  # fmt: skip
-    return torch.stack(losses).sum()
-
-
 def expected(trainer: Any, step: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and gradients of the whole batch, at the parameters that the step started from."""
     policy = parts.model()
@@ -93,17 +75,8 @@ def expected(trainer: Any, step: int, dtype: torch.dtype) -> tuple[Tensor, dict[
     policy.load_state_dict(trainer.recorder.parameters[step])
     policy = policy.to(dtype)
     rollouts = rollouts_of(trainer, step)
-    loss = whole_loss(policy, rollouts, 4 if trainer.args.group_denominator == "all" else None)
-    loss.backward()
-    return loss.detach(), {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
-
-
-def difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
-    """Of gradients as one vector, relative to its length."""
-    assert got.keys() == wanted.keys()
-    flat = [torch.cat([x[name].double().flatten() for name in wanted]) for x in (got, wanted)]
-    assert flat[1].norm() > 1e-3
-    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
+    loss = parts.whole_loss(policy, rollouts, 4 if trainer.args.group_denominator == "all" else None)
+    return loss.detach(), parts.gradients_of(policy, loss)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -114,7 +87,7 @@ def test_a_step_has_the_gradient_of_the_whole_batch(name: str, dtype: torch.dtyp
     assert len(trainer.recorder.gradients) == len(logged) == trainer.args.max_steps
     for step, gradients in enumerate(trainer.recorder.gradients):
         loss, wanted = expected(trainer, step, dtype)
-        assert difference(gradients, wanted) < 1e-6
+        assert parts.difference(gradients, wanted) < 1e-6
         assert logged[step] == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -132,20 +105,8 @@ def test_one_group_per_micro_batch_would_be_another_gradient() -> None:
     policy = parts.model()
     policy.load_state_dict(trainer.recorder.parameters[1])
     micro_batches = [it | {"conspo_weights": None} for it in trainer._buffered_inputs]
-    (whole_loss(policy, micro_batches, None) / 4).backward()
-    assert difference({name: p.grad for name, p in policy.named_parameters()}, wanted) > 0.1
-
-
-# The passes over a model that a step has: 4 with a graph, and 4 without one where TRL has not computed them itself.
-@pytest.mark.parametrize(
-    ("name", "passes"),
-    [("micro-batches", 2 * (4 + 4)), ("one micro-batch", 2), ("two steps", (8 + 4 + 4 + 4) + (8 + 4)),
-     ("two iterations", (4 + 4 + 4 + 4) + (4 + 4))],
-)  # fmt: skip
-def test_passes_over_the_rollouts(name: str, passes: int, tmp_path: Path) -> None:
-    with parts.counted(trl.trainer.utils._ChunkedLogProbFunction, "apply") as calls:
-        parts.trainer(tmp_path, **RUNS[name]).train()
-    assert calls == [passes]
+    (parts.whole_loss(policy, micro_batches, None) / 4).backward()
+    assert parts.difference({name: p.grad for name, p in policy.named_parameters()}, wanted) > 0.1
 
 
 def test_metrics_and_the_margin_are_in_trls_logs(tmp_path: Path) -> None:
@@ -239,12 +200,12 @@ def test_a_group_over_two_ranks(run: int) -> None:
         # Each rank pads its rollouts by itself, so scores are taken rank by rank.
         rollouts = [it["rollouts"][0] for it in results]
         scores = torch.cat([scores_of(policy, it) for it in rollouts])
-        loss = ck.conspo_loss_from_scores(scores, torch.cat(rewards), torch.cat(groups), **CONTRAST)
+        loss = ck.conspo_loss_from_scores(scores, torch.cat(rewards), torch.cat(groups), **parts.CONTRAST)
         loss.backward()
         wanted = {name: p.grad for name, p in policy.named_parameters()}
         for it in results:
             got = {name.removeprefix("module."): x for name, x in it["gradients"][step].items()}
-            assert difference(got, wanted) < 1e-6
+            assert parts.difference(got, wanted) < 1e-6
         assert results[0]["logged"][step] == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -263,6 +224,8 @@ def scores_of(policy: Any, it: dict[str, Any]) -> Tensor:
         ({"tau": 0.0}, "tau must be positive and finite, got 0.0"),
         ({"margin": math.inf}, "margin must be finite, got inf"),
         ({"margin_warmup_ratio": 2.0}, "margin_warmup_ratio must be in [0, 1], got 2.0"),
+        ({"loss_head": "liger"}, "loss_head must be 'auto', 'conspo' or 'trl', got 'liger'"),
+        ({"trust_region": 0.0}, "trust_region must be positive and finite, or None, got 0.0"),
         ({"group_denominator": "none"}, "group_denominator must be 'valid' or 'all', got 'none'"),
         ({"beta": 0.1}, "beta=0.1 has no meaning for ConSPO"),
         ({"loss_type": "dapo"}, "loss_type='dapo' has no meaning for ConSPO"),
@@ -291,7 +254,7 @@ def test_what_would_not_be_conspo_raises(options: dict[str, Any], message: str, 
 def test_settings_from_a_command_line(tmp_path: Path) -> None:
     arguments = f"--output_dir {tmp_path} --use_cpu true --bf16 false --tau 0.5 --group_denominator all".split()
     (parsed,) = trl.TrlParser((ConSPOConfig,)).parse_args_and_config(arguments)
-    assert (parsed.tau, parsed.margin, parsed.group_denominator, parsed.loss_type) == (0.5, 0.5, "all", "conspo")
+    assert (parsed.tau, parsed.margin, parsed.group_denominator, parsed.loss_type) == (0.5, 0.01, "all", "conspo")
 
 
 def test_another_config_raises(tmp_path: Path) -> None:

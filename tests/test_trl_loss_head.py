@@ -336,7 +336,7 @@ def test_a_step_of_every_trainer(name: str, tmp_path: Path) -> None:
 
 
 def test_a_conspo_step(tmp_path: Path) -> None:
-    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "loss_head": "trl"}
     theirs = parts.trainer(tmp_path, **options)
     theirs.train()
     with fused_loss_head(), parts.counted(loss_head, "linear_token_logprobs") as calls:

@@ -152,6 +152,36 @@ def test_head(reduction):
         torch.testing.assert_close(result, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_head_is_as_exact_as_verls(dtype, autocast):
+    """The inputs of verl's own test of its head, and its tolerances; a logit in 16 bits would be off by 1e-2."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.rand(n, 2048, generator=generator).sub(0.5).to(dtype) for n in (48, 4032))
+    labels = torch.randint(4032, (48,), generator=generator)
+    exact = (hidden.double() @ weight.double().T / 1.5).log_softmax(-1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        logprobs, entropy = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), labels, 1.5)
+    expected = exact.gather(1, labels[:, None])[:, 0], -(exact.exp() * exact).sum(1)
+    for result, value in zip((logprobs, entropy), expected, strict=True):
+        torch.testing.assert_close(result.double(), value, atol=1e-4, rtol=0)
+    (hidden_grad,) = torch.autograd.grad((logprobs * logprobs.detach()).sum(), hidden)
+    coefficients = expected[0][:, None]
+    by_hand = coefficients * (weight.detach().double()[labels] - exact.exp() @ weight.detach().double()) / 1.5
+    torch.testing.assert_close(hidden_grad.double(), by_hand, atol=2e-2, rtol=4e-2)
+
+
+@pytest.mark.parametrize("hidden", [torch.float32, torch.bfloat16], ids=str)
+def test_head_under_autocast_with_operands_of_two_dtypes(hidden):
+    """Of a final norm in fp32 and a weight in bf16, say: autocast gives them one."""
+    weight = {torch.float32: torch.bfloat16, torch.bfloat16: torch.float32}[hidden]
+    with torch.autocast("cpu", torch.bfloat16):
+        logprobs, entropy = linear_cross_entropy(
+            torch.randn(3, 8, dtype=hidden), torch.randn(5, 8, dtype=weight), torch.tensor([0, 1, 2])
+        )
+    assert logprobs.dtype == entropy.dtype == torch.float32
+
+
 def test_head_of_another_reduction_raises():
     hidden, weight, labels, _ = head_inputs()
     with pytest.raises(ValueError, match="reduction"):

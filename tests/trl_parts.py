@@ -17,6 +17,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 
+from conspo_kernels import conspo_loss
+
 SCRATCH = tempfile.TemporaryDirectory()  # for trainers that save nothing; gone with this process
 LETTERS = "abcdefghijkl"
 SPECIALS = ["<pad>", "<eos>"]
@@ -82,22 +84,22 @@ def settings(folder: Any, **options: Any) -> dict[str, Any]:
 
 
 def trainer(folder: Any, policy: Any = None, **options: Any) -> Any:
-    """A `ConSPOTrainer` that keeps its rollouts in `generations` and its steps in `recorder`."""
+    """A `ConSPOTrainer` that keeps its rollouts in `generations` and its steps in `recorder`.
+
+    options: settings, or arguments of the trainer.
+    """
     from conspo_kernels.integrations.trl import ConSPOConfig, ConSPOTrainer
 
-    peft_config = options.pop("peft_config", None)
-    eval_dataset = options.pop("eval_dataset", None)
+    arguments = {"reward_funcs": even, "train_dataset": prompts(48), "peft_config": None, "eval_dataset": None}
+    arguments |= {name: options.pop(name) for name in arguments if name in options}
     defaults = {"num_generations": 4, "max_completion_length": 5, "tau": 0.7, "margin": 0.3, "margin_warmup_ratio": 0.0}
     recorder = Recorder()
     result = ConSPOTrainer(
         policy if policy is not None else model(),
-        reward_funcs=even,
         args=ConSPOConfig(**settings(folder, **(defaults | options))),
-        train_dataset=prompts(48),
-        eval_dataset=eval_dataset,
         processing_class=tokenizer(),
         callbacks=[recorder],
-        peft_config=peft_config,
+        **arguments,
     )
     result.recorder, result.generations = recorder, []
     generate = result._generate_and_score_completions
@@ -109,6 +111,41 @@ def trainer(folder: Any, policy: Any = None, **options: Any) -> Any:
 
     result._generate_and_score_completions = recorded
     return result
+
+
+CONTRAST = {"tau": 0.7, "margin": 0.3}  # those of `trainer`
+
+
+def whole_loss(policy: Any, rollouts: list[dict[str, Any]], num_groups: int | None, **options: Any) -> Tensor:
+    """`conspo_loss` of all rollouts of a step, from the model's own logits; of several generations, added up."""
+    losses = []
+    for it in rollouts:
+        ids = torch.cat([it["prompt_ids"], it["completion_ids"]], dim=1)
+        attended = torch.cat([it["prompt_mask"], it["completion_mask"]], dim=1)
+        response = torch.cat([torch.zeros_like(it["prompt_mask"]), it["completion_mask"]], dim=1)
+        logits = policy(input_ids=ids, attention_mask=attended).logits
+        losses.append(
+            conspo_loss(
+                logits, ids, it["conspo_rewards"], it["conspo_groups"], response_mask=response, shift=True,
+                num_groups=num_groups, **(CONTRAST | options),
+            )
+        )  # fmt: skip
+    return torch.stack(losses).sum()
+
+
+def gradients_of(policy: Any, loss: Tensor) -> dict[str, Tensor]:
+    """Of the parameters that are trained, by name."""
+    policy.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad}
+
+
+def difference(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    """Of gradients as one vector, relative to its length."""
+    assert got.keys() == wanted.keys()
+    flat = [torch.cat([x[name].double().flatten() for name in wanted]) for x in (got, wanted)]
+    assert flat[1].norm() > 1e-3
+    return ((flat[0] - flat[1]).norm() / flat[1].norm()).item()
 
 
 @contextmanager

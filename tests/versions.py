@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-FOLDERS = ("conspo_kernels", "csrc", "benchmarks", "examples", "tests")
+FOLDERS = ("conspo_kernels", "csrc", "benchmarks", "examples", "ptx_executor", "tests")
 FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 

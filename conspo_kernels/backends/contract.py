@@ -1,4 +1,4 @@
-"""What a backend offers: one module (or object) per op, with the functions of these protocols.
+"""What a backend offers: `Backend`, a module (or object) per op with the functions of these protocols.
 
 A backend sees checked tensors on one device. Labels are indices or `IGNORED`; no mask, shift or packing reaches it but
 the offsets of rollouts. Names: b sequences, t positions, v vocabulary, s rollouts, k groups.
@@ -78,19 +78,6 @@ class SequenceScore(Protocol):
         """The sum (0-d) of weights times values, of any one shape, without those whose weight (or count) is zero."""
 
 
-class Selection(Protocol):
-    """Gathers and spreads the tokens that take part.
-
-    Tensors are one-dimensional and contiguous.  places: [n] int64, indices of these tokens, rising.
-    """
-
-    def gather(self, tensors: list[Tensor], places: Tensor) -> list[Tensor]:
-        """[N] each -> [n] each, those at the places."""
-
-    def spread(self, tensors: list[Tensor], places: Tensor, total: int) -> list[Tensor]:
-        """[n] each -> [total] each, zero elsewhere."""
-
-
 class GroupInfoNCE(Protocol):
     """The objective of `objective.py` and its gradient; everything is on the device of the scores."""
 
@@ -103,16 +90,24 @@ class Scale(Protocol):
     def scale_(self, gradient: Tensor, factor: Tensor) -> None:
         """gradient *= factor (0-d), at no cost where the factor is 1."""
 
-    def add_scaled_(self, target: Tensor, source: Tensor, factor: Tensor) -> None:
-        """target += source * factor (0-d); target and source have one shape and one dtype."""
-
-
-# What a backend offers, for the type checker: each backend assigns its modules to a variable of this type.
-Ops = tuple[TokenLogprob, SequenceScore, GroupInfoNCE, Scale, LabelAlignment, Selection]
-
 
 class Backend(Protocol):
-    """A folder of `backends`, or a module."""
+    """A folder of `backends`, or a module: an object per op."""
+
+    @property
+    def token_logprob(self) -> TokenLogprob: ...
+
+    @property
+    def sequence_score(self) -> SequenceScore: ...
+
+    @property
+    def group_infonce(self) -> GroupInfoNCE: ...
+
+    @property
+    def label_alignment(self) -> LabelAlignment: ...
+
+    @property
+    def scale(self) -> Scale: ...
 
     def obstacle(self, device: torch.device) -> str | None:
         """Why the backend cannot run on a device, or None."""

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..objective import ContrastSettings, GroupLoss, Rollouts
 from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
-from . import contract
-from .eager import label_alignment, scale, selection
-from .eager import sequence_score as eager_sequence_score
+from . import eager
+from .eager import label_alignment as label_alignment
+from .eager import scale as scale
 
 BUILT = importlib.util.find_spec(".._C", __package__) is not None
 _C: Any = None
@@ -109,18 +109,18 @@ class sequence_score:
     def backward(
         weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
     ) -> Tensor:
-        grad_scores = weights if factor is None else eager_sequence_score.scaled(weights, factor)
+        grad_scores = weights if factor is None else eager.scaled(weights, factor)
         grad: Tensor = _C.sequence_score_backward(grad_scores, counts, labels, offsets)
         return grad
 
     @staticmethod
     def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        counts = eager_sequence_score.counts_of(labels, offsets)
+        counts = eager.counts_of(labels, offsets)
         spread: Tensor = _C.sequence_score_backward(weights, counts, labels, offsets)
         return spread, counts, torch.where(spread != 0, labels, IGNORED)
 
-    masked = staticmethod(eager_sequence_score.masked)
-    weighted_sum = staticmethod(eager_sequence_score.weighted_sum)
+    masked = staticmethod(eager.sequence_score.masked)
+    weighted_sum = staticmethod(eager.sequence_score.weighted_sum)
 
 
 class group_infonce:
@@ -136,15 +136,3 @@ class group_infonce:
             settings.reward_threshold, REDUCTIONS[settings.reduction],
         )  # fmt: skip
         return GroupLoss(*found)
-
-
-# For the type checker: these classes and modules keep the contract.
-_: tuple[
-    type[contract.TokenLogprob] | contract.TokenLogprob,
-    contract.SequenceScore,
-    contract.GroupInfoNCE,
-    contract.Scale,
-    contract.LabelAlignment,
-    contract.Selection,
-]
-_ = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)

@@ -1,7 +1,6 @@
-"""Which backend runs an op. An explicit name runs or raises; "auto" logs its choice once.
+"""Which backend runs the ops. An explicit name runs or raises; "auto" logs its choice once.
 
-A backend is a line of BACKENDS and a folder (or module): a function `obstacle(device)`, and for every op of
-`contract.py` a module (or object) of that name.
+A backend is a line of BACKENDS and a folder (or module) that is a `contract.Backend`.
 """
 
 from __future__ import annotations
@@ -9,11 +8,11 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from typing import Any, Literal, overload
+from typing import Any, cast
 
 import torch
 
-from .contract import GroupInfoNCE, LabelAlignment, Scale, Selection, SequenceScore, TokenLogprob
+from .contract import Backend
 
 logger = logging.getLogger("conspo_kernels")
 
@@ -23,7 +22,6 @@ BACKENDS = {
     "native": ".native",
     "torch": ".eager",
 }
-_warned: set[tuple[torch.device, str]] = set()  # devices on which "auto" had to fall back, and why
 PREFERRED = {"cuda": "triton", "cpu": "native"}  # where it can run; "torch" elsewhere
 
 
@@ -33,62 +31,39 @@ def check_implementation(value: Any) -> None:
         raise ValueError(f"implementation must be one of {', '.join(map(repr, names))}, got {value!r}")
 
 
+def _backend(implementation: str) -> Backend:
+    return cast("Backend", importlib.import_module(BACKENDS[implementation], __package__))
+
+
 def unavailable(implementation: str, device: torch.device) -> str | None:
     """Why an implementation cannot run on a device, or None."""
-    reason: str | None = importlib.import_module(BACKENDS[implementation], __package__).obstacle(device)
-    return reason
+    return _backend(implementation).obstacle(device)
 
 
 @functools.lru_cache(maxsize=64)
-def choose(op: str, implementation: str, device: torch.device) -> str:
-    """The implementation of an op for tensors on a device: "auto" is Triton on a GPU, native on a CPU, else PyTorch."""
+def choose(implementation: str, device: torch.device) -> str:
+    """The implementation for tensors on a device: "auto" is Triton on a GPU, native on a CPU, else PyTorch."""
     if implementation != "auto":
         reason = unavailable(implementation, device)
         if reason is not None:
-            raise ValueError(f"implementation={implementation!r} cannot run {op} here: {reason}")
+            raise ValueError(f"implementation={implementation!r} cannot run here: {reason}")
         return implementation
     preferred = PREFERRED.get(device.type, "torch")
     reason = unavailable(preferred, device)
     if reason is None:
-        logger.info("%s on %s: implementation=%r", op, device, preferred)
+        logger.info("on %s: implementation=%r", device, preferred)
         return preferred
-    _log_fallback(op, device, preferred, reason)
+    logger.warning("on %s: implementation='torch', not %r: %s", device, preferred, reason)
     return "torch"
 
 
-def _log_fallback(op: str, device: torch.device, preferred: str, reason: str) -> None:
-    """A warning for the first op of a device, which says it of them all."""
-    level = logging.INFO if (device, reason) in _warned else logging.WARNING
-    _warned.add((device, reason))
-    logger.log(level, "%s on %s: implementation='torch', not %r: %s", op, device, preferred, reason)
-
-
-@overload
-def kernels_for(op: Literal["token_logprob"], implementation: str, device: torch.device) -> TokenLogprob: ...
-@overload
-def kernels_for(op: Literal["sequence_score"], implementation: str, device: torch.device) -> SequenceScore: ...
-@overload
-def kernels_for(op: Literal["group_infonce"], implementation: str, device: torch.device) -> GroupInfoNCE: ...
-@overload
-def kernels_for(op: Literal["label_alignment"], implementation: str, device: torch.device) -> LabelAlignment: ...
-@overload
-def kernels_for(op: Literal["selection"], implementation: str, device: torch.device) -> Selection: ...
-@overload
-def kernels_for(op: Literal["scale"], implementation: str, device: torch.device) -> Scale: ...
-def kernels_for(op: str, implementation: str, device: torch.device) -> Any:
-    """The functions that run an op for tensors on a device."""
-    return _kernels_for(op, implementation, device)
-
-
 @functools.lru_cache(maxsize=64)
-def _kernels_for(op: str, implementation: str, device: torch.device) -> Any:
-    name = BACKENDS[choose(op, implementation, device)]
-    backend = importlib.import_module(name, __package__)
-    return getattr(backend, op, None) or importlib.import_module(f"{name}.{op}", __package__)
+def backend_for(implementation: str, device: torch.device) -> Backend:
+    """What runs the ops for tensors on a device."""
+    return _backend(choose(implementation, device))
 
 
 def forget_choices() -> None:
     """Choose anew: what can run has changed."""
     choose.cache_clear()
-    _kernels_for.cache_clear()
-    _warned.clear()
+    backend_for.cache_clear()

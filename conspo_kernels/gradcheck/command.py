@@ -11,7 +11,8 @@ them in fp64. What is allowed, in absolute numbers:
 Without a GPU Triton's kernels run under its interpreter, which checks their source. With --compiled sm_90 (or sm_80,
 sm_100) they are compiled for that GPU, and their PTX is executed on the CPU, instruction by instruction: values,
 gradients, bounds, alignment, barriers and races of the compiled code are checked. All cases and dtypes take about
-half a minute on one core. It is no run on a GPU: what `ptxas` makes of the PTX, and any time, are not checked.
+half a minute on one core. It needs a checkout of the repository, which has the executor. It is no run on a GPU: what
+`ptxas` makes of the PTX, and any time, are not checked.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .judge import Truth, judge
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-COMPILED = ("sm_80", "sm_90", "sm_100")  # those of `ptx`, which needs Triton to be imported
+COMPILED = ("sm_80", "sm_90", "sm_100")  # those of `ptx_executor`, which is in no wheel
 
 # The registered ops, and the public function that is one of them and nothing else.
 OPS = {
@@ -216,8 +217,12 @@ def _compile_and_execute(
         parser.error("--compiled is for the implementation triton")
     if not triton_backend.INSTALLED:
         parser.error("--compiled needs Triton, which is not installed")
-    from ..ptx import compiled
-
+    try:
+        from ptx_executor import compiled
+    except ModuleNotFoundError:
+        parser.error(
+            "--compiled needs a checkout of conspo_kernels: run it in the repository's root, where ptx_executor/ is"
+        )
     try:
         stack.enter_context(compiled(arguments.compiled))
     except RuntimeError as error:

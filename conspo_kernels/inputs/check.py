@@ -21,6 +21,7 @@ INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8
 INTEGERS = "int8, int16, int32, int64 or uint8"
 REDUCTIONS = ("mean", "sum", "none")
 GRAD_REDUCTIONS = ("mean", "sum")
+PADDING = "; padding at the end of packed tokens is none if it lies behind the last of cu_seqlens"
 
 
 def _tensor(name: str, value: Any, sharded: bool = False) -> None:
@@ -123,10 +124,7 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must be [B, T, H], or packed [N, H] or [1, N, H], got {list(hidden.shape)}")
     if weight.numel() == 0:
-        raise ValueError(
-            f"weight must be [V, H], got the empty {list(weight.shape)}: if it is sharded (ZeRO-3), gather it around "
-            "the call"
-        )
+        raise ValueError(f"weight must be [V, H], got the empty {list(weight.shape)}: if sharded (ZeRO-3), gather it")
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must be [V, H] with H = {hidden.shape[-1]} of hidden, got {list(weight.shape)}")
     if bias is not None:
@@ -134,9 +132,10 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
     for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
         _same_device(name, value, "hidden", hidden)
         if value.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
-            raise ValueError(f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}")
-    if workspace_mib is not None:
-        _positive("workspace_mib", workspace_mib)
+            raise ValueError(
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}: cast it, or cast hidden"
+            )
+    _positive("workspace_mib", 1.0 if workspace_mib is None else workspace_mib)
 
 
 def weight_grad(value: Any, weight: Tensor) -> None:
@@ -240,7 +239,8 @@ def rewards(value: Any, num_rollouts: int) -> None:
     _tensor("rewards", value)
     if value.is_complex() or (value.is_floating_point() and value.dtype not in LOGIT_DTYPES):
         raise ValueError(f"rewards must be fp16, bf16, fp32, fp64, int or bool, got {value.dtype}")
-    _shape("rewards", value, (num_rollouts,), "one per rollout")
+    fewer = value.dim() == 1 and value.shape[0] < num_rollouts
+    _shape("rewards", value, (num_rollouts,), "one per rollout" + PADDING * fewer)
 
 
 def groups(value: Any, num_rollouts: int) -> None:

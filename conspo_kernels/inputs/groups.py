@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..transfer import to_device
+from ..ops.devices import to_device
 from . import check
 
 

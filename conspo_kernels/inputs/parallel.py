@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from ..values import python_number
 from . import check
-from .scalars import plain
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Parallel:
             the same S rollouts, each its own tokens of them, or none.
         vocab: the ranks over which the vocabulary is spread (tensor parallelism). Labels are of the whole vocabulary,
             and the same on all of these ranks, as the results are. Parts may differ in size. Logits that are a DTensor,
-            sharded along the vocabulary, say so themselves.
+            sharded along the vocabulary, say so themselves; logits that were gathered are not spread.
         vocab_start: the entry of the vocabulary at which this rank's part begins.
         grad_reduction: what the trainer does with gradients across `data` and `context`: "mean" (DDP, FSDP: this rank's
             gradients are multiplied by the number of ranks) or "sum".
@@ -43,7 +43,7 @@ class Parallel:
     grad_reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        start = plain(self.vocab_start)
+        start = python_number(self.vocab_start)
         if start is not self.vocab_start:
             object.__setattr__(self, "vocab_start", start)
         check.parallel(self.data, self.context, self.vocab, self.vocab_start, self.grad_reduction)

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from conspo_kernels import ConSPOOutput, linear_conspo_loss
 
-from .transformers_batch import from_unpadded, packed, rollout_tokens
-from .transformers_check import check_head, check_packing, checked_head, checked_packing
-from .transformers_head import CausalLMHead, causal_lm_head, last_hidden_states
+from .transformers_batch import check_rewards, from_unpadded, packed, rollout_tokens
+from .transformers_check import check_head, check_packing, check_terms, checked_head, checked_packing
+from .transformers_head import CausalLMHead, as_weight, causal_lm_head, last_hidden_states
 
 __all__ = [
     "CausalLMHead",
@@ -69,16 +69,18 @@ def head_inputs(model: nn.Module, batch: Mapping[str, Any]) -> HeadInputs:
     Raises:
         ImportError: transformers is missing or too old.
         TypeError, ValueError: as `causal_lm_head`, `check_head` and `check_packing`, of which the last two run once per
-            model; or the batch lacks what is needed, by name.
+            model, and again where its head, hooks or config have changed; a router's loss would be dropped; or the
+            batch lacks what is needed, by name.
 
     Cost: the base model's forward. For `position_ids` on a GPU one synchronisation; none with `cu_seq_lens_q`.
     """
     head = checked_head(model)
     tokens = rollout_tokens(batch)
+    check_terms(model, tokens.inputs)
     if tokens.cu_seqlens is not None:
         checked_packing(model, tokens.inputs)
     return HeadInputs(
-        hidden=last_hidden_states(model, tokens.inputs),
+        hidden=as_weight(last_hidden_states(model, tokens.inputs), head.weight),
         weight=head.weight,
         labels=tokens.labels,
         bias=head.bias,
@@ -140,9 +142,9 @@ def conspo_loss_of(
 
     Source: arXiv:2605.12969, v3.
     """
-    return linear_conspo_loss(
-        rewards=rewards, groups=groups, return_metrics=return_metrics, **head_inputs(model, batch), **options
-    )
+    inputs = head_inputs(model, batch)
+    check_rewards(batch, inputs["cu_seqlens"], rewards)
+    return linear_conspo_loss(rewards=rewards, groups=groups, return_metrics=return_metrics, **inputs, **options)
 
 
 class InForward(nn.Module):

@@ -53,6 +53,24 @@ def rollout_tokens(batch: Mapping[str, Any]) -> RolloutTokens:
     return RolloutTokens(labels, mask, cu_seqlens, inputs)
 
 
+def check_rewards(batch: Mapping[str, Any], cu_seqlens: Tensor | None, rewards: Any) -> None:
+    """That there is a reward for each place where `position_ids` begin anew; padding has such places too.
+
+    Raises:
+        ValueError: there are fewer.
+    """
+    if cu_seqlens is None or batch.get("cu_seq_lens_q") is not None:
+        return
+    begun = cu_seqlens.shape[0] - 1
+    if isinstance(rewards, Tensor) and rewards.dim() == 1 and len(rewards) < begun:
+        raise ValueError(
+            f"rewards must have shape [{begun}] (one per rollout: batch['position_ids'] begin anew at {begun} places), "
+            f"got {list(rewards.shape)}. If the batch ends in padding whose positions are 0, each of its tokens is one "
+            f"more: pass cu_seq_lens_q of the {len(rewards)} rollouts, leave the padding out, or pass a padded batch "
+            "with attention_mask"
+        )
+
+
 def packed(batch: Mapping[str, Any]) -> dict[str, Any]:
     """A padded batch without its padding, in the layout of `DataCollatorWithFlattening` and of flash-attn.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .transformers_batch import from_unpadded
-from .transformers_head import CausalLMHead, causal_lm_head, causal_lm_of, last_hidden_states
+from .transformers_head import CausalLMHead, as_weight, causal_lm_head, causal_lm_of, head_module, last_hidden_states
 
 CHECKED_TOKENS = 4
 # The largest of the logits that the check sends through the model: above what models have, so that a softcap shows.
@@ -22,20 +22,81 @@ PACKED_TOKENS = 8
 LEAK_TOLERANCE = 1e-5  # relative: the same kernels on the same shapes
 PACKING_TOLERANCE = 5e-2  # relative, of 16-bit hidden states: other kernels of attention may run for one and for two
 
-# Models whose head was compared, with what it was then: an adapter or another config makes it be compared again.
+# Models whose head was compared, with what it was then: an adapter, a hook or another config has it compared again.
 _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, ...]] = weakref.WeakKeyDictionary()
 
 
 def checked_head(model: nn.Module) -> CausalLMHead:
-    """`causal_lm_head`, compared with the model's own logits by `check_head` the first time that a model is seen."""
+    """`causal_lm_head`, compared with the model's own logits by `check_head` the first time that a model is seen.
+
+    What changes logits and is cheap to see is looked at in every call. If it has changed, they are compared again.
+    """
     lm = causal_lm_of(model)
     head = causal_lm_head(lm)
-    parts = (weakref.ref(lm.get_output_embeddings()), weakref.ref(lm.base_model))
-    state = (*parts, head.logit_scale, head.softcap)
+    outer = lm.get_output_embeddings()
+    state = (
+        *(part for module in dict.fromkeys((outer, head_module(lm), lm)) for part in _way_of(module)),
+        _reference(lm.base_model),
+        head.logit_scale,
+        head.softcap,
+    )
     if _CHECKED.get(lm) != state:
         check_head(lm)
         _CHECKED[lm] = state
     return head
+
+
+def _way_of(module: nn.Module) -> tuple[Any, ...]:
+    """What a call of a module runs: itself, its class and `forward`, or one in their place, hooks and parametrizations.
+
+    Of hooks the numbers that torch gives them, of which no two are the same.
+    """
+    own_forward = vars(module).get("forward")
+    replaced = getattr(module, "parametrizations", {})
+    return (
+        _reference(module),
+        type(module),
+        type(module).forward,
+        None if own_forward is None else _reference(own_forward),
+        *module._forward_pre_hooks,
+        *module._forward_hooks,
+        *(_reference(x) for name in replaced for x in replaced[name]),
+    )
+
+
+def _reference(value: Any) -> Any:
+    """Equal to another of the same object, and keeps nothing alive: a model's own method would keep the model."""
+    try:
+        return weakref.ref(value)
+    except TypeError:
+        return id(value)
+
+
+def check_terms(model: nn.Module, inputs: Mapping[str, Any]) -> None:
+    """A loss of the router that the model's own forward would add is not dropped in silence.
+
+    Args:
+        model: as `check_head`.
+        inputs: the model's keyword arguments.
+
+    Raises:
+        ValueError: the model, or the call, asks for router logits, and the coefficient of their loss is not zero.
+    """
+    lm = causal_lm_of(model)
+    text = lm.config.get_text_config()
+    wanted = inputs.get("output_router_logits")
+    if wanted is None:
+        wanted = getattr(text, "output_router_logits", False) or getattr(lm.config, "output_router_logits", False)
+    if not wanted:
+        return
+    names = ("router_aux_loss_coef", "aux_loss_coef")  # the latter JetMoE's
+    found = [getattr(owner, name) for owner in (lm, text) for name in names if hasattr(owner, name)]
+    if not found or found[0] != 0:
+        raise ValueError(
+            f"{type(lm).__name__} adds a router's load-balancing loss (output_router_logits=True, coefficient "
+            f"{found[0] if found else 'unknown'}), which is not part of this one: set output_router_logits=False, or "
+            "call the model and use conspo_loss(output.logits, ...) + coefficient * output.aux_loss"
+        )
 
 
 @torch.no_grad()
@@ -66,14 +127,21 @@ def check_head(model: nn.Module) -> None:
         raise ValueError(f"{name} does not call its head, or changes the number of its logits: use conspo_loss")
     entered, left, probe, logits = seen
     # Autocast of Accelerate is around the model's forward only: a difference of 1% that this finds.
-    if not _close(entered, hidden):
+    narrow = min(entered.dtype, hidden.dtype, key=lambda dtype: dtype.itemsize)  # a hook may cast, see `as_weight`
+    if not _close(entered.to(narrow), hidden.to(narrow)):
         raise ValueError(
             f"{name} does not give its last hidden states to its head as they are: use conspo_loss on its logits. "
             "(If its forward runs under autocast, as Accelerate's mixed precision has it, call this inside of "
             "accelerator.autocast().)"
         )
-    if not _close(left, nn.functional.linear(entered, head.weight, head.bias)):
+    computed = nn.functional.linear(as_weight(entered, head.weight), head.weight, head.bias)
+    if not _close(left, computed):
         raise ValueError(f"the head of {name} is not hidden @ weight.T + bias: use conspo_loss on its logits")
+    if left.dtype.itemsize > computed.dtype.itemsize:
+        raise ValueError(
+            f"the head of {name} makes logits in {left.dtype}, and here they would be in {computed.dtype}: cast the "
+            f"head to {left.dtype} and call this outside of autocast, or use conspo_loss on the model's logits"
+        )
     expected = head.transformed(probe)
     if not torch.allclose(logits.to(expected), expected, rtol=TRANSFORM_TOLERANCE, atol=TRANSFORM_TOLERANCE):
         raise ValueError(

@@ -81,12 +81,12 @@ def causal_lm_head(model: nn.Module) -> CausalLMHead:
             layer: an adapter on it, quantised, sharded.
     """
     lm = causal_lm_of(model)
-    module = _linear_of(lm)
+    module = head_module(lm)
     scale, softcap = _transform_of(lm.config)
     return CausalLMHead(module.weight, module.bias, scale, softcap)
 
 
-def _linear_of(lm: Any) -> nn.Linear:
+def head_module(lm: Any) -> nn.Linear:
     """The linear layer that runs as the head."""
     name = type(lm).__name__
     module: Any = lm.get_output_embeddings()
@@ -103,6 +103,12 @@ def _linear_of(lm: Any) -> nn.Linear:
         )
     if not isinstance(module, nn.Linear):
         raise ValueError(f"the head of {name} must be a torch.nn.Linear, got {type(module).__name__}")
+    deepspeed = hasattr(module.weight, "ds_id")  # whose own hooks gather and partition parameters
+    if (module._backward_hooks or module._backward_pre_hooks) and not deepspeed:
+        raise ValueError(
+            f"the head of {name} has a backward hook, which would not run, as the head is not called: use conspo_loss "
+            "on the model's logits, or hooks of its parameters"
+        )
     if hasattr(module.weight, "full_tensor"):
         raise ValueError(
             f"the head of {name} is sharded (DTensor): shard InForward(model) instead of the model, and call the loss "
@@ -113,6 +119,14 @@ def _linear_of(lm: Any) -> nn.Linear:
     if not module.weight.is_floating_point():
         raise ValueError(f"the head of {name} must be floating point, got {module.weight.dtype}: do not quantise it")
     return module
+
+
+def as_weight(hidden: Tensor, weight: Tensor) -> Tensor:
+    """Hidden states in the dtype of the head: one in fp32 over a model in 16 bits casts what it is given.
+
+    Under autocast they stay, as the product casts both.
+    """
+    return hidden if torch.is_autocast_enabled(hidden.device.type) else hidden.to(weight.dtype)
 
 
 def _transform_of(config: Any) -> tuple[float, float | None]:

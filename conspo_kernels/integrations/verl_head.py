@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -33,6 +36,9 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError: as `linear_token_logprobs`; another reduction.
 
+    As in verl's kernels logits are in fp32 (fp64 for fp64 operands), not rounded to the dtype of hidden, and autocast
+    casts neither hidden nor weight, unless they differ in dtype.
+
     Cost: as `linear_token_logprobs`: one GEMM forward, and three in backward, two where all logits fit the workspace.
 
     Source: verl 0.9.1, verl/utils/kernel/linear_cross_entropy.py.
@@ -44,12 +50,19 @@ def linear_cross_entropy(
     if dist_process_group is not None and dist_process_group.size() > 1:
         parallel = Parallel(vocab=dist_process_group, vocab_start=dist_process_group.rank() * weight.shape[0])
         flat = _with_part_of_gradient(flat, dist_process_group.size())
-    logprobs, entropy = linear_token_logprobs(
-        flat, weight, labels.reshape(-1), temperature=temperature, return_entropy=True, parallel=parallel
-    )
+    with _as_they_are(flat, weight):
+        logprobs, entropy = linear_token_logprobs(
+            flat, weight, labels.reshape(-1), temperature=temperature, return_entropy=True, parallel=parallel,
+            logits_dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32,
+        )  # fmt: skip
     if reduction == "sum":
         return logprobs.sum(), entropy
     return (logprobs.mean() if reduction == "mean" else logprobs), entropy
+
+
+def _as_they_are(hidden: Tensor, weight: Tensor) -> AbstractContextManager[object]:
+    """Without autocast, which would round fp32 operands; it stays where they need it, to have one dtype."""
+    return torch.autocast(hidden.device.type, enabled=False) if hidden.dtype == weight.dtype else nullcontext()
 
 
 def _with_part_of_gradient(hidden: Tensor, ranks: int) -> Tensor:

@@ -79,11 +79,6 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tenso
     return out if bias is None else out.add_(bias)
 
 
-def operand(z: Tensor, like: Tensor) -> Tensor:
-    """A tile of gradients in the dtype that it is multiplied in."""
-    return z if z.dtype == like.dtype else z.to(like.dtype)
-
-
 def add_gemm(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, in the precision of `total`."""
     if total.dtype == a.dtype:

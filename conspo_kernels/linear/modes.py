@@ -25,7 +25,7 @@ from torch import Tensor
 from ..backends.contract import TokenLogprob
 from ..values import LogitRows, LogitTransform, Statistics, Upstream
 from . import gemm as gemms
-from .gemm import Sum, operand, slices
+from .gemm import Sum, slices
 from .tiles import Head, LogitTiles, Tokens
 from .tiling import Tile, backward_tile, fixed_tile, row_tile
 
@@ -57,19 +57,20 @@ class Gradients(NamedTuple):
 def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) -> Statistics:
     """Statistics [N], one GEMM: also the forward of mode "recompute"."""
     statistics = _empty(run, with_entropy)
-    for rows, _hidden, z, _grad in _row_tiles(run, batch_invariant):
+    tile = _row_tile(run, Needs(False, False, False), batch_invariant)
+    for rows, _hidden, z, _grad in _row_tiles(run, tile, batch_invariant):
         run.kernels.forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
-    return statistics.map_all(run.tokens.spread)
+    return statistics.map(run.tokens.spread)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     """Statistics [N], and the logits [N, V], of which the first n rows are filled."""
     tokens, head, everything = run.tokens, run.head, slice(0, run.tokens.number)
-    stored = tokens.hidden.new_empty(tokens.hidden.shape[0], head.weight.shape[0], dtype=head.logits_dtype)
+    stored = head.new_logits(tokens.hidden.shape[0], head.weight.shape[0])
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
     run.kernels.forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
-    return statistics.map_all(tokens.spread), stored
+    return statistics.map(tokens.spread), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
@@ -78,11 +79,12 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Ten
     grad_hidden = tokens.hidden.new_empty(tokens.number, tokens.hidden.shape[1])
     logprobs = _empty(run, with_entropy=False).logprobs
     ones = torch.ones_like(logprobs)
-    for rows, _hidden, z, grad in _row_tiles(run, batch_invariant, head.narrows(needs_bias=False)):
+    tile = _row_tile(run, Needs(True, False, False), batch_invariant)
+    for rows, _hidden, z, grad in _row_tiles(run, tile, batch_invariant, head.narrows(needs_bias=False)):
         logit_rows = _logit_rows(run, z, rows)
         run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
-        gemms.gemm(operand(grad, head.weight), head.weight, grad_hidden[rows])
-    return tokens.spread(logprobs)[0], tokens.spread_rows(grad_hidden)
+        gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
+    return tokens.spread(logprobs), tokens.spread(grad_hidden)
 
 
 def backward_store(
@@ -92,19 +94,19 @@ def backward_store(
     tokens, head, everything = run.tokens, run.head, slice(0, run.tokens.number)
     z = grad = stored[everything]
     if head.narrows(needs.bias) or not overwrite:
-        grad = torch.empty_like(z, dtype=head.weight.dtype if head.narrows(needs.bias) else z.dtype)
+        grad = head.new_logits(z.shape[0], z.shape[1], head.weight.dtype if head.narrows(needs.bias) else z.dtype)
     statistics, upstream = _compact(tokens, statistics, upstream)
     part, incoming = _part(statistics, everything), _upstream_part(upstream, everything)
     run.kernels.backward(grad[None], _logit_rows(run, z, everything), part, incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
-    dz = operand(grad, head.weight)
+    dz = head.operand(grad)
     hidden = tokens.hidden_rows()
     grad_hidden = gemms.gemm(dz, head.weight, torch.empty_like(hidden)) if needs.hidden else None
     weight_sum = Sum(torch.empty_like(head.weight, memory_format=torch.contiguous_format), 1) if needs.weight else None
     if weight_sum is not None:
         weight_sum.add(slice(None), True, dz.t(), hidden)
     return Gradients(
-        None if grad_hidden is None else tokens.spread_rows(grad_hidden),
+        None if grad_hidden is None else tokens.spread(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         grad_bias,
     )
@@ -143,7 +145,7 @@ def backward_recompute(
             run.kernels.backward(grad[None], logit_rows, _part(statistics, rows), _upstream_part(upstream, rows))
             if grad_bias is not None:
                 grad_bias[columns] += _bias_sum(grad)
-            dz = operand(grad, head.weight)
+            dz = head.operand(grad)
             if hidden_sum is not None:
                 hidden_sum.add(rows, columns.start == 0, dz, head.weight[columns])
             if weight_sum is not None:
@@ -151,7 +153,7 @@ def backward_recompute(
         if weight_sum is not None:
             weight_sum.result()
     return Gradients(
-        None if hidden_sum is None else tokens.spread_rows(hidden_sum.result()),
+        None if hidden_sum is None else tokens.spread(hidden_sum.result()),
         grad_weight,
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
@@ -168,35 +170,39 @@ def forward_known(
     vocab_size, hidden_size = head.weight.shape
     (coefficients,) = tokens.compact(coefficients)
     logprobs = torch.empty_like(coefficients)
-    new, terms = tokens.hidden.new_empty, math.ceil(tokens.number / max(1, _row_tile(run).rows))
+    tile = _row_tile(run, needs)
+    new, terms = tokens.hidden.new_empty, math.ceil(tokens.number / max(1, tile.rows))
     grad_hidden = new(tokens.number, hidden_size) if needs.hidden else None
     dtype = coefficients.dtype if wide_weight_grad else head.weight.dtype
     weight_sum = Sum(new(vocab_size, hidden_size, dtype=dtype), terms) if needs.weight else None
     grad_bias = coefficients.new_zeros(vocab_size) if needs.bias else None
-    for rows, hidden, z, grad in _row_tiles(run, narrow=head.narrows(needs.bias)):
+    for rows, hidden, z, grad in _row_tiles(run, tile, narrow=head.narrows(needs.bias)):
         c, logit_rows = coefficients[None, rows], _logit_rows(run, z, rows)
         run.kernels.forward_backward(grad[None], logit_rows, c, logprobs[None, rows])
         if grad_bias is not None:
             grad_bias += _bias_sum(grad)
-        dz = operand(grad, head.weight)
+        dz = head.operand(grad)
         if grad_hidden is not None:
             gemms.gemm(dz, head.weight, grad_hidden[rows])
         if weight_sum is not None:
             weight_sum.add(slice(None), rows.start == 0, dz.t(), hidden)
-    return tokens.spread(logprobs)[0], Gradients(
-        None if grad_hidden is None else tokens.spread_rows(grad_hidden),
+    return tokens.spread(logprobs), Gradients(
+        None if grad_hidden is None else tokens.spread(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
 
 
-def _row_tile(run: Run, batch_invariant: bool = False) -> Tile:
+def _row_tile(run: Run, needs: Needs, batch_invariant: bool = False) -> Tile:
+    """A tile for a walk that computes the gradients in `needs` beside the logits."""
     problem = run.tokens.problem(run.head)
-    return fixed_tile(problem, run.workspace) if batch_invariant else row_tile(problem, run.workspace)
+    if batch_invariant:
+        return fixed_tile(problem, run.workspace)
+    return row_tile(problem, run.workspace, needs.hidden, needs.weight)
 
 
 def _row_tiles(
-    run: Run, batch_invariant: bool = False, narrow: bool = False
+    run: Run, tile: Tile, batch_invariant: bool = False, narrow: bool = False
 ) -> Iterator[tuple[slice, Tensor, Tensor, Tensor]]:
     """Tiles of whole rows, one after another in one buffer.
 
@@ -204,7 +210,7 @@ def _row_tiles(
 
     batch_invariant: every GEMM has one shape, the last one padded, so that a token's results do not depend on others.
     """
-    tokens, tile = run.tokens, _row_tile(run, batch_invariant)
+    tokens = run.tokens
     everything = slice(0, tile.columns)
     most = tile.rows if batch_invariant else min(tile.rows, tokens.number)
     logits = LogitTiles(run.head, most, tile.columns, narrow)

@@ -5,15 +5,26 @@ Names: n tokens, v vocabulary, h hidden; z a tile of logits.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..backends.contract import Selection
 from ..values import IGNORED
 from . import gemm as gemms
-from .tiling import Problem
+from .tiling import ALIGNMENT, Problem
+
+ROW_BYTES = 16  # the fast GEMMs of a GPU take no operand whose rows begin between multiples of it
+DEFAULT_MULTIPROCESSORS = 132  # of an H100, where no GPU says its own number
+
+
+@functools.lru_cache(maxsize=16)
+def multiprocessors(device: torch.device) -> int:
+    """0 for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 0 if device.type == "cpu" else DEFAULT_MULTIPROCESSORS
 
 
 class Head(NamedTuple):
@@ -30,20 +41,42 @@ class Head(NamedTuple):
         """
         return self.logits_dtype != self.weight.dtype and self.weight.device.type != "cpu" and not needs_bias
 
+    def row_stride(self, columns: int) -> int:
+        """From one row of logits to the next, in elements: on a GPU whole cache lines, so that V may be odd.
+
+        With a bias rows of whole 16 bytes stay as they are, because torch adds it in a GEMM's epilogue only where the
+        result is contiguous. Else it is copied to the result first, one write and one read of the logits: an eighth of
+        a GEMM at H 4096, less than three GEMMs whose operands are not aligned.
+        """
+        if self.weight.device.type == "cpu":
+            return columns
+        epilogue = self.bias is not None and self.logits_dtype == self.weight.dtype
+        if epilogue and columns * self.logits_dtype.itemsize % ROW_BYTES == 0:
+            return columns
+        return -(-columns // ALIGNMENT) * ALIGNMENT
+
+    def new_logits(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
+        """[rows, columns], not filled."""
+        return self.weight.new_empty_strided(
+            (rows, columns), (self.row_stride(columns), 1), dtype=dtype or self.logits_dtype
+        )
+
+    def operand(self, z: Tensor) -> Tensor:
+        """A tile of gradients in the dtype that it is multiplied in."""
+        return (
+            z if z.dtype == self.weight.dtype else self.new_logits(z.shape[0], z.shape[1], self.weight.dtype).copy_(z)
+        )
+
 
 class Tokens(NamedTuple):
-    """hidden: [N, H] of all tokens.  labels: [n] of those that take part.  places: [n] int64, their indices; None: all.
-
-    selection: gathers and spreads numbers of tokens.
-    """
+    """hidden [N, H]; of the tokens that take part labels [n], and places [n] int64, their indices. None: all."""
 
     hidden: Tensor
     labels: Tensor
     places: Tensor | None
-    selection: Selection | None = None
 
     @classmethod
-    def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None, selection: Selection) -> Tokens:
+    def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None) -> Tokens:
         """labels [N] on the CPU: the tokens with a label take part. Elsewhere: those at `places`, or all for None."""
         if labels.device.type == "cpu":
             active = labels != IGNORED
@@ -51,8 +84,8 @@ class Tokens(NamedTuple):
         elif places is not None and places.shape[0] == labels.shape[0]:
             places = None
         if places is not None:
-            (labels,) = selection.gather([labels.contiguous()], places)
-        return cls(hidden, labels, places, selection)
+            labels = labels.index_select(0, places)
+        return cls(hidden, labels, places)
 
     @property
     def number(self) -> int:
@@ -62,26 +95,22 @@ class Tokens(NamedTuple):
         vocab_size, hidden_size = head.weight.shape
         itemsize, wide = self.hidden.element_size(), head.logits_dtype.itemsize
         logit_bytes = wide if wide == itemsize else wide + itemsize
-        return Problem(self.number, vocab_size, hidden_size, itemsize, self.places is not None, logit_bytes)
+        return Problem(
+            self.number, vocab_size, hidden_size, itemsize, self.places is not None, logit_bytes,
+            multiprocessors(self.hidden.device),
+        )  # fmt: skip
 
     def compact(self, *tensors: Tensor) -> list[Tensor]:
         """[N] each -> [n] each, of those that take part."""
-        if self.places is None or self.selection is None:
-            return list(tensors)
-        return self.selection.gather([x.contiguous() for x in tensors], self.places)
-
-    def spread(self, *tensors: Tensor) -> list[Tensor]:
-        """[n] each back to [N] each, zero where no part is taken."""
-        if self.places is None or self.selection is None:
-            return list(tensors)
-        return self.selection.spread(list(tensors), self.places, self.hidden.shape[0])
+        places = self.places
+        return list(tensors) if places is None else [x.index_select(0, places) for x in tensors]
 
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """[r, H] of those that take part."""
         return self.hidden[rows] if self.places is None else self.hidden.index_select(0, self.places[rows])
 
-    def spread_rows(self, x: Tensor) -> Tensor:
-        """[n, H] back to [N, H], zero where no part is taken."""
+    def spread(self, x: Tensor) -> Tensor:
+        """[n] or [n, H] back to [N] or [N, H], zero where no part is taken."""
         if self.places is None:
             return x
         return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.places, x)
@@ -95,16 +124,17 @@ class LogitTiles:
 
     def __init__(self, head: Head, rows: int, columns: int, narrow: bool = False) -> None:
         self.head = head
-        self.buffer = head.weight.new_empty(rows * columns, dtype=head.logits_dtype)
-        self.gradients = head.weight.new_empty(rows * columns) if narrow else self.buffer
+        size = rows * head.row_stride(columns)
+        self.buffer = head.weight.new_empty(size, dtype=head.logits_dtype)
+        self.gradients = head.weight.new_empty(size) if narrow else self.buffer
 
     def compute(self, hidden: Tensor, columns: slice) -> Tensor:
         """hidden [r, H] -> logits [r, columns]."""
         weight, bias, _dtype = self.head
-        size = (hidden.shape[0], columns.stop - columns.start)
-        out = self.buffer[: size[0] * size[1]].view(size)
+        width = columns.stop - columns.start
+        out = self.buffer.as_strided((hidden.shape[0], width), (self.head.row_stride(width), 1))
         return gemms.gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
 
     def gradient(self, z: Tensor) -> Tensor:
         """Room for the gradient of a tile z [r, columns]."""
-        return self.gradients[: z.numel()].view(z.shape)
+        return self.gradients.as_strided(z.shape, (self.head.row_stride(z.shape[1]), 1))

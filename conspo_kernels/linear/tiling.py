@@ -1,16 +1,22 @@
-"""Tiles of logits for the fused-linear path: what fits the workspace, and which of that moves the fewest bytes.
+"""Tiles of logits for the fused-linear path: what fits the workspace, and which of that costs least.
 
 A tile is rows x columns of the [N, V] logits. What is summed over tiles goes through memory again for every further
-one: the gradient of weight [V, H] for tiles of rows, that of hidden [N, H] for tiles of columns. Names: n tokens, v
-vocabulary, h hidden size.
+one: the gradient of weight [V, H] for tiles of rows, that of hidden [N, H] for tiles of columns. On a GPU the last wave
+of a GEMM counts too: its multiprocessors multiply a block of the result each, and those without one wait. Names: n
+tokens, v vocabulary, h hidden size.
 """
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
-ALIGNMENT = 64  # columns: whole tiles of a GEMM, rows of logits on a cache line
+ALIGNMENT = 64  # columns: whole blocks of a GEMM, rows of logits on a cache line
+BLOCK = (128, 256)  # of a GEMM's result, that a multiprocessor multiplies at a time: either way around
+MORE_TILES = 8  # than the fewest that fit: so many are tried
+OPERATIONS_PER_BYTE = 250  # of a GEMM, in the time of a byte: H100 266, H200 190, B200 252
 FIXED_ROWS = 256  # of a tile that does not depend on the batch: enough for a GEMM, little to pad
 ACCUMULATOR = 4  # bytes of an fp32 number
 LEAST_WORKSPACE = 2**29
@@ -26,6 +32,7 @@ class Problem(NamedTuple):
     """itemsize: of hidden and weight, bytes.  gathered: rows are copied together before each GEMM.
 
     logit_bytes: of a logit in the workspace, with its copy in the operands' dtype where it is wider; 0: itemsize.
+    multiprocessors: of a GPU; 0: a CPU, which has no waves, and whose rows of logits lie side by side.
     """
 
     num_tokens: int
@@ -34,9 +41,10 @@ class Problem(NamedTuple):
     itemsize: int
     gathered: bool = False
     logit_bytes: int = 0
+    multiprocessors: int = 0
 
     def tile_bytes(self, rows: int, columns: int) -> int:
-        row = columns * (self.logit_bytes or self.itemsize)
+        row = (_whole(columns, ALIGNMENT) if self.multiprocessors else columns) * (self.logit_bytes or self.itemsize)
         return rows * (row + (self.hidden_size * self.itemsize if self.gathered else 0))
 
 
@@ -45,11 +53,28 @@ class Tile(NamedTuple):
     columns: int
 
 
-def row_tile(problem: Problem, workspace: int) -> Tile:
-    """Whole rows, as many as fit and at least one; tiles of one size."""
-    fit = max(1, workspace // problem.tile_bytes(1, problem.vocab_size))
-    tiles = math.ceil(problem.num_tokens / fit)
-    return Tile(math.ceil(problem.num_tokens / max(1, tiles)), problem.vocab_size)
+def _whole(size: int, unit: int) -> int:
+    """The least multiple of `unit` that is not below `size`."""
+    return -(-size // unit) * unit
+
+
+@functools.lru_cache(maxsize=64)
+def row_tile(problem: Problem, workspace: int, needs_hidden: bool = False, needs_weight: bool = False) -> Tile:
+    """Whole rows, as many as fit and at least one; tiles of one size.
+
+    On a GPU, where they are cut, a multiple of a block's rows: of a few numbers of tiles, the one that costs least.
+    """
+    number, columns = problem.num_tokens, problem.vocab_size
+    fit = max(1, workspace // problem.tile_bytes(1, columns))
+    fewest = math.ceil(number / fit)
+    block = BLOCK[0]
+    if fewest <= 1 or fit < block or not problem.multiprocessors:
+        return Tile(math.ceil(number / max(1, fewest)), columns)
+    most = fit // block * block
+    fewest = math.ceil(number / most)
+    sizes = {min(_whole(math.ceil(number / tiles), block), most) for tiles in range(fewest, fewest + MORE_TILES)}
+    tiles = [Tile(rows, columns) for rows in sorted(sizes, reverse=True)]
+    return min(tiles, key=lambda tile: cost_bytes(problem, tile, needs_hidden, needs_weight))
 
 
 def fixed_tile(problem: Problem, workspace: int) -> Tile:
@@ -75,15 +100,52 @@ def accumulator_bytes(problem: Problem, tile: Tile, needs_hidden: bool, needs_we
     return hidden + weight
 
 
+def idle_operations(problem: Problem, tile: Tile, needs_hidden: bool, needs_weight: bool) -> int:
+    """What multiprocessors could have multiplied while they waited for the last wave of a GEMM. On a CPU none."""
+    if not problem.multiprocessors:
+        return 0
+    h, total = problem.hidden_size, 0
+    for rows, row_tiles in _sizes(problem.num_tokens, tile.rows):
+        for columns, column_tiles in _sizes(problem.vocab_size, tile.columns):
+            gemms = [(rows, columns, h)]
+            gemms += [(rows, h, columns)] * needs_hidden + [(columns, h, rows)] * needs_weight
+            total += row_tiles * column_tiles * sum(_idle(*gemm, problem.multiprocessors) for gemm in gemms)
+    return total
+
+
+def _sizes(total: int, size: int) -> Iterator[tuple[int, int]]:
+    """Sizes of tiles along one side, and how many have each: the last may be shorter."""
+    if total >= size:
+        yield size, total // size
+    if total % size:
+        yield total % size, 1
+
+
+def _idle(rows: int, columns: int, depth: int, multiprocessors: int) -> int:
+    """Of a GEMM with a result [rows, columns] and sums of `depth` products."""
+    blocks = min(math.ceil(rows / m) * math.ceil(columns / n) for m, n in (BLOCK, BLOCK[::-1]))
+    paid = _whole(blocks, multiprocessors) * BLOCK[0] * BLOCK[1]
+    return 2 * (paid - rows * columns) * depth
+
+
+def cost_bytes(problem: Problem, tile: Tile, needs_hidden: bool, needs_weight: bool) -> float:
+    """What depends on the tile: bytes moved by sums, and those that could have been moved in idle time."""
+    idle = idle_operations(problem, tile, needs_hidden, needs_weight) / OPERATIONS_PER_BYTE
+    return accumulator_bytes(problem, tile, needs_hidden, needs_weight) + idle
+
+
+@functools.lru_cache(maxsize=64)
 def backward_tile(problem: Problem, workspace: int, needs_hidden: bool, needs_weight: bool) -> Tile:
-    """The tile within the workspace that moves the fewest bytes, where a row's statistics are known beforehand."""
-    best = row_tile(problem, workspace)
+    """The tile within the workspace that costs least, where a row's statistics are known beforehand."""
+    best = row_tile(problem, workspace, needs_hidden, needs_weight)
     if best.rows == problem.num_tokens:
         return best
-    fewest = accumulator_bytes(problem, best, needs_hidden, needs_weight)
+    least = cost_bytes(problem, best, needs_hidden, needs_weight)
     most = math.ceil(problem.num_tokens / best.rows)
     for row_tiles in range(1, most):
         rows = math.ceil(problem.num_tokens / row_tiles)
+        if problem.multiprocessors and row_tiles > 1:
+            rows = _whole(rows, BLOCK[0])
         fit = (
             (workspace - problem.tile_bytes(rows, 0))
             // (rows * (problem.logit_bytes or problem.itemsize))
@@ -93,56 +155,9 @@ def backward_tile(problem: Problem, workspace: int, needs_hidden: bool, needs_we
         if fit < ALIGNMENT:
             continue
         column_tiles = math.ceil(problem.vocab_size / fit)
-        columns = math.ceil(math.ceil(problem.vocab_size / column_tiles) / ALIGNMENT) * ALIGNMENT
+        columns = _whole(math.ceil(problem.vocab_size / column_tiles), ALIGNMENT)
         tile = Tile(rows, min(columns, problem.vocab_size))
-        moved = accumulator_bytes(problem, tile, needs_hidden, needs_weight)
-        if moved < fewest:
-            best, fewest = tile, moved
+        cost = cost_bytes(problem, tile, needs_hidden, needs_weight)
+        if cost < least:
+            best, least = tile, cost
     return best
-
-
-class Moved(NamedTuple):
-    """Bytes beside what GEMMs read and write themselves.
-
-    logits: by kernels, over tiles of logits and their gradients.  sums: of gradients, summed over tiles.  rows: hidden
-    states copied together, and gradients of them scaled.
-    """
-
-    logits: int
-    sums: int
-    rows: int
-
-    @property
-    def total(self) -> int:
-        return sum(self)
-
-
-GEMMS = {"none": 1, "recompute": 4, "store": 3, "frozen": 2, "known": 3}  # of 2 * N * H * V operations
-
-
-def moved_bytes(problem: Problem, mode: str, workspace: int, cached: bool = False) -> Moved:
-    """What a mode of `modes.py` moves, forward and backward, all gradients needed but those of a frozen head.
-
-    cached: kernels with known coefficients find a row in the cache when they read it again.
-    """
-    n, v, h, itemsize, gathered, _ = problem
-    wide = problem.logit_bytes or itemsize
-    logit = wide if wide == itemsize else wide - itemsize  # `logit_bytes` has the gradient's copy
-    looks = 1 if mode == "none" or (cached and mode in ("known", "frozen")) else 2
-    logits = n * v * (looks * logit + (0 if mode == "none" else itemsize))
-    tile, needs_weight = row_tile(problem, workspace), mode != "frozen"
-    if mode == "recompute":
-        tile = backward_tile(problem, workspace, True, True)
-    elif mode == "store":
-        tile = Tile(n, v)
-    sums = 0
-    if mode != "none":
-        once = (n * h + (v * h if needs_weight else 0)) * itemsize
-        sums = accumulator_bytes(problem, tile, True, needs_weight) - once
-    copied = 2 * n * h * itemsize
-    rows = copied * (gathered * (2 if mode in ("recompute", "store") else 1) + (mode == "frozen"))
-    return Moved(logits, sums, rows)
-
-
-def gemm_operations(problem: Problem, mode: str) -> int:
-    return GEMMS[mode] * 2 * problem.num_tokens * problem.hidden_size * problem.vocab_size

@@ -7,29 +7,31 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..objective import ContrastSettings, GroupLoss, Rollouts, Segments, equal_segments
-from ..registration import device_guard, op
-from ..transfer import to_device
 from ..values import check_factor, check_margin
-from .derivative import without_derivative
+from .devices import to_device
+from .registration import op
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    scores, _rewards, _counts, _order, offsets, _slots, group_size, *_, reduction, _implementation = args
-    num_slots = scores.shape[0] // group_size if offsets is None else offsets.shape[0] - 1
-    loss = scores.new_empty((num_slots,) if reduction == "none" else ())
-    return loss, torch.empty_like(scores), torch.empty_like(scores, dtype=torch.int8)
+def _fake(it: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_slots = it.scores.shape[0] // it.group_size if it.offsets is None else it.offsets.shape[0] - 1
+    loss = it.scores.new_empty((num_slots,) if it.reduction == "none" else ())
+    return loss, torch.empty_like(it.scores), torch.empty_like(it.scores, dtype=torch.int8)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    scores, slots, group_size, reduction = inputs[0], inputs[5], inputs[6], inputs[11]
+def _save(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
     _loss, weights, roles = output
-    if reduction == "none" and slots is None:
-        slots = equal_segments(scores.shape[0], group_size, scores.device).slots
-    ctx.save_for_backward(weights, slots if reduction == "none" else None)
+    ctx.save_for_backward(weights, slots_of_losses(it.reduction, it.slots, it.group_size, weights))
     ctx.mark_non_differentiable(weights, roles)
     ctx.set_materialize_grads(False)
+
+
+def slots_of_losses(reduction: str, slots: Tensor | None, group_size: int, weights: Tensor) -> Tensor | None:
+    """[S], the loss that each rollout has a part in; None where all are one."""
+    if reduction != "none":
+        return None
+    return equal_segments(weights.shape[0], group_size, weights.device).slots if slots is None else slots
 
 
 def score_gradient(grad_loss: Tensor, weights: Tensor, slots: Tensor | None) -> Tensor:
@@ -40,14 +42,11 @@ def score_gradient(grad_loss: Tensor, weights: Tensor, slots: Tensor | None) -> 
     return torch.where(weights == 0, 0.0, weights * grad_loss)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Any, ...]:
-    others = (None,) * 12
-    if grad_loss is None:
-        return None, *others
-    return without_derivative(score_gradient(grad_loss, *ctx.saved_tensors)), *others
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> dict[str, Tensor | None]:
+    return {} if grad_loss is None else {"scores": score_gradient(grad_loss, *ctx.saved_tensors)}
 
 
-@op(_fake, setup_context=_setup_context, backward=_backward)
+@op(_fake, save=_save, backward=_backward)
 def group_infonce(
     scores: Tensor,
     rewards: Tensor,
@@ -122,8 +121,7 @@ def score_groups(
         check_factor("num_groups", num_groups.item())
     margin, num_groups = margin.to(dtype), None if num_groups is None else num_groups.to(dtype)
     rewards = to_device(groups.rewards, device).contiguous()
-    with device_guard(scores):
-        return kernels_for("group_infonce", implementation, device).forward(
-            Rollouts(scores.contiguous(), rewards, counts, groups.segments(device), groups.size),
-            ContrastSettings(tau, margin, reward_threshold, reduction, num_groups),
-        )
+    return backend_for(implementation, device).group_infonce.forward(
+        Rollouts(scores.contiguous(), rewards, counts, groups.segments(device), groups.size),
+        ContrastSettings(tau, margin, reward_threshold, reduction, num_groups),
+    )

@@ -11,22 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs
-from ..registration import device_guard, op
 from ..values import LogitRows, LogitTransform
+from . import flops
 from .linear_logprob import fake_gradients, or_empty, run_of
+from .registration import op
 
 
-def _run(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, implementation: str) -> Tensor:
-    with device_guard(rows.logits):
-        kernels = kernels_for("token_logprob", implementation, rows.logits.device)
-        return kernels.forward_backward(grad_logits, rows, coefficients.contiguous())
-
-
-def _fake_known(logits: Tensor, labels: Tensor, coefficients: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(coefficients), torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _fake_known(it: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(it.coefficients), torch.empty_like(it.logits, memory_format=torch.contiguous_format)
 
 
 @op(_fake_known)
@@ -34,39 +29,36 @@ def token_logprob_known(
     logits: Tensor, labels: Tensor, coefficients: Tensor, transform: list[float], implementation: str
 ) -> tuple[Tensor, Tensor]:
     """logprobs [B, T] of logits [B, T, V], and the gradient of sum(coefficients * logprobs), new and contiguous."""
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
-    return _run(grad_logits, rows, coefficients, implementation), grad_logits
+    kernels = backend_for(implementation, logits.device).token_logprob
+    return kernels.forward_backward(gradient, rows, coefficients.contiguous()), gradient
 
 
-def _fake_known_(logits: Tensor, labels: Tensor, coefficients: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(coefficients)
-
-
-@op(_fake_known_, mutates=("logits",))
+@op(lambda it: torch.empty_like(it.coefficients), mutates=("logits",))
 def token_logprob_known_(
     logits: Tensor, labels: Tensor, coefficients: Tensor, transform: list[float], implementation: str
 ) -> Tensor:
     """`token_logprob_known`, with the gradient written over the logits."""
     rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
-    return _run(logits, rows, coefficients, implementation)
+    kernels = backend_for(implementation, logits.device).token_logprob
+    return kernels.forward_backward(logits, rows, coefficients.contiguous())
 
 
-def _fake_linear_known(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, bias, _labels, _places, coefficients, needs, wide, *_ = args
-    hidden_grad, weight_grad, bias_grad = fake_gradients(hidden, weight, bias, coefficients, needs)
-    if wide and needs[1]:
-        weight_grad = coefficients.new_empty(weight.shape)
-    return torch.empty_like(coefficients), hidden_grad, weight_grad, bias_grad
+def _fake_linear_known(it: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden_grad, weight_grad, bias_grad = fake_gradients(it.hidden, it.weight, it.bias, it.coefficients, it.needs)
+    if it.wide_weight_grad and it.needs[1]:
+        weight_grad = it.coefficients.new_empty(it.weight.shape)
+    return torch.empty_like(it.coefficients), hidden_grad, weight_grad, bias_grad
 
 
-@op(_fake_linear_known)
+@op(_fake_linear_known, flops=flops.known)
 def linear_logprob_known(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    places: Tensor | None,
+    indices: Tensor | None,
     coefficients: Tensor,
     needs: list[bool],
     wide_weight_grad: bool,
@@ -79,8 +71,7 @@ def linear_logprob_known(
 
     wide_weight_grad: that of weight is not rounded from the dtype that it is summed in, fp32 or fp64.
     """
-    run = run_of(hidden, weight, bias, labels, places, logits_dtype, transform, workspace, implementation)
-    with device_guard(hidden):
-        logprobs, grads = modes.forward_known(run, coefficients.contiguous(), Needs(*needs), wide_weight_grad)
+    run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
+    logprobs, grads = modes.forward_known(run, coefficients.contiguous(), Needs(*needs), wide_weight_grad)
     hidden_grad, weight_grad, bias_grad = (or_empty(grad, logprobs) for grad in grads)
     return logprobs, hidden_grad, weight_grad, bias_grad

@@ -9,18 +9,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
 
-from ..backends.registry import kernels_for
+from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, Tokens
-from ..linear.tiling import workspace_of
-from ..registration import device_guard, op
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
-from .derivative import without_derivative
+from . import flops
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
+from .registration import asked_for, op, traced
 from .token_logprob import statistics_like, tensors_of
 
 
@@ -29,33 +26,20 @@ def run_of(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    places: Tensor | None,
+    indices: Tensor | None,
     logits_dtype: torch.dtype,
     transform: list[float],
     workspace: int,
     implementation: str,
 ) -> Run:
     """The arguments of an op as the modes take them."""
-    with device_guard(hidden):  # labels are gathered by a kernel
-        tokens = Tokens.from_labels(hidden, labels, places, kernels_for("selection", implementation, hidden.device))
     return Run(
-        kernels=kernels_for("token_logprob", implementation, hidden.device),
-        tokens=tokens,
+        kernels=backend_for(implementation, hidden.device).token_logprob,
+        tokens=Tokens.from_labels(hidden, labels, indices),
         head=Head(weight, bias, logits_dtype),
         transform=LogitTransform.from_numbers(transform),
         workspace=workspace,
     )
-
-
-def default_workspace(device: torch.device) -> int:
-    """Bytes for tiles of logits: by the size of a device's memory, not by what is free of it, as sums depend on it."""
-    total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return workspace_of(total)
-
-
-# What `torch.compiler.assume_constant_result` does. That function imports dynamo, and with it Triton, which has to be
-# imported later: `gradcheck` first decides whether Triton interprets.
-default_workspace._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def or_empty(x: Tensor | None, like: Tensor) -> Tensor:
@@ -74,72 +58,83 @@ def fake_gradients(
     return hidden_grad, weight_grad, bias_grad
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    hidden, weight, _bias, labels, _places, _weight_grad, logits_dtype, _transform, with_entropy, mode, *_ = args
-    stored = hidden.new_empty(0)
-    if mode == "store":
-        stored = hidden.new_empty(labels.shape[0], weight.shape[0], dtype=logits_dtype)
-    elif mode == "frozen":
-        stored = hidden.new_empty(labels.shape[0], hidden.shape[1])
-        logprobs, *_ = statistics_like(hidden, labels, with_entropy)
+def _fake(it: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    logprobs, entropy, row_max, log_sum = statistics_like(it.hidden, it.labels, it.with_entropy)
+    stored = it.hidden.new_empty(0)
+    if it.mode == "store":
+        stored = Head(it.weight, it.bias, it.logits_dtype).new_logits(it.labels.shape[0], it.weight.shape[0])
+    elif it.mode == "frozen":
+        stored = torch.empty_like(it.hidden, memory_format=torch.contiguous_format)
         entropy, row_max, log_sum = (logprobs.new_empty(0) for _ in range(3))
-        return logprobs, entropy, row_max, log_sum, stored
-    return *statistics_like(hidden, labels, with_entropy), stored
+    return logprobs, entropy, row_max, log_sum, stored
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, places, weight_grad, ctx.logits_dtype, ctx.transform, with_entropy, *others = inputs
-    ctx.mode, ctx.workspace, ctx.implementation, start, ctx.vocab_group, _batch_invariant = others
-    if ctx.vocab_group:
-        labels = local_labels(labels, start, weight.shape[0])
+def _save(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
+    ctx.mode, ctx.vocab_group = it.mode, it.vocab_group
+    ctx.settings = {
+        "logits_dtype": it.logits_dtype,
+        "transform": it.transform,
+        "workspace": it.workspace,
+        "implementation": it.implementation,
+    }
+    labels = local_labels(it.labels, it.vocab_start, it.weight.shape[0]) if it.vocab_group else it.labels
     _logprobs, entropy, row_max, log_sum, stored = output
-    if ctx.mode == "frozen":
+    if it.mode == "frozen":
         ctx.save_for_backward(stored)
     else:
-        ctx.save_for_backward(hidden, weight, bias, labels, places, row_max, log_sum, entropy)
+        ctx.save_for_backward(it.hidden, it.weight, it.bias, labels, it.indices, row_max, log_sum, entropy)
         # Not saved: the first backward overwrites the logits, and lets go of them; the backward of another micro-batch
         # may have added to `weight_grad` meanwhile.
-        ctx.stored = stored if ctx.mode == "store" else None
-        ctx.weight_grad = weight_grad
-    ctx.mark_non_differentiable(row_max, log_sum, stored, *(() if with_entropy else (entropy,)))
+        ctx.stored = stored if it.mode == "store" else None
+        ctx.weight_grad, ctx.weight_node = it.weight_grad, it.weight.grad_fn
+    ctx.mark_non_differentiable(row_max, log_sum, stored, *(() if it.with_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: object) -> tuple[Any, ...]:
-    others = (None,) * 12
+def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: object) -> dict[str, Any]:
     needs = list(ctx.needs_input_grad[:3])
     if not any(needs) or (grad_logprobs is None and grad_entropy is None):
-        return None, None, None, *others
+        return {}
     if ctx.mode == "frozen":
         assert grad_logprobs is not None  # this mode has no entropy
         (stored,) = ctx.saved_tensors
-        return without_derivative(scaled_rows(stored, grad_logprobs)), None, None, *others
-    hidden, weight, bias, labels, places, row_max, log_sum, entropy = ctx.saved_tensors
-    if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(row_max)
+        return {"hidden": scaled_rows(rows=stored, factors=grad_logprobs)}
+    hidden, weight, bias, labels, indices, row_max, log_sum, entropy = ctx.saved_tensors
+    if ctx.weight_grad is not None and not traced(row_max):
+        needs[1] = needs[1] and asked_for(ctx.weight_node)
     stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again
-    # A traced backward may not overwrite what the forward returned.
-    backward = linear_logprob_backward if _traced(stored) else linear_logprob_backward_
-    upstream = [grad_logprobs] if grad_entropy is None else [grad_logprobs, grad_entropy]
+    overwrites = stored is not None and not traced(stored)
+    backward = linear_logprob_backward_ if overwrites else linear_logprob_backward
     with torch.no_grad():
         grads = backward(
-            stored, ctx.weight_grad, hidden, weight, bias, labels, places, [row_max, log_sum, entropy], upstream, needs,
-            ctx.logits_dtype, ctx.transform, ctx.workspace, ctx.implementation,
-        )  # fmt: skip
+            hidden=hidden,
+            weight=weight,
+            bias=bias,
+            labels=labels,
+            indices=indices,
+            row_max=row_max,
+            log_sum=log_sum,
+            entropy=None if grad_entropy is None else entropy,
+            grad_logprobs=torch.zeros_like(row_max) if grad_logprobs is None else grad_logprobs,
+            grad_entropy=grad_entropy,
+            needs=needs,
+            stored=stored,
+            weight_grad=ctx.weight_grad,
+            **ctx.settings,
+        )
     if ctx.vocab_group and needs[0]:
-        grads = (sum_over_ranks(grads[0], ctx.vocab_group), *grads[1:])
+        grads = (sum_over_ranks(x=grads[0], group=ctx.vocab_group), *grads[1:])
     returned = (needs[0], needs[1] and ctx.weight_grad is None, needs[2])
-    given = (without_derivative(grad) if wanted else None for grad, wanted in zip(grads, returned, strict=True))
-    return *given, *others
+    return {name: x for name, x, needed in zip(("hidden", "weight", "bias"), grads, returned, strict=True) if needed}
 
 
-@op(_fake, setup_context=_setup_context, backward=_backward)
+@op(_fake, save=_save, backward=_backward, flops=flops.forward)
 def linear_logprob(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    places: Tensor | None,
+    indices: Tensor | None,
     weight_grad: Tensor | None,
     logits_dtype: torch.dtype,
     transform: list[float],
@@ -158,7 +153,7 @@ def linear_logprob(
         weight: [V, H].
         bias: [V] or None.
         labels: [N] int64, an index or `IGNORED`.
-        places: [n] int64, rising: indices of the tokens to compute. None: all, or on a CPU those with a label.
+        indices: [n] int64, rising: indices of the tokens to compute. None: all, or on a CPU those with a label.
         weight_grad: [V, H] fp32 (fp64). Forward does not touch it. Backward adds the gradient of weight to it, and
             returns none.
         logits_dtype: of the tiles of logits.
@@ -178,16 +173,14 @@ def linear_logprob(
 
     def forward(labels: Tensor) -> Statistics:
         nonlocal stored
-        run = run_of(hidden, weight, bias, labels, places, logits_dtype, transform, workspace, implementation)
-        with device_guard(hidden):
-            if mode == "store":
-                statistics, stored = modes.forward_store(run, with_entropy)
-            elif mode == "frozen":
-                logprobs, stored = modes.forward_frozen(run, batch_invariant)
-                statistics = Statistics(logprobs, None, logprobs.new_empty(0), logprobs.new_empty(0))
-            else:
-                statistics = modes.forward_none(run, with_entropy, batch_invariant)
+        run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
+        if mode == "store":
+            statistics, stored = modes.forward_store(run, with_entropy)
             return statistics
+        if mode == "frozen":
+            logprobs, stored = modes.forward_frozen(run, batch_invariant)
+            return Statistics(logprobs, None, logprobs.new_empty(0), logprobs.new_empty(0))
+        return modes.forward_none(run, with_entropy, batch_invariant)
 
     if not vocab_group:
         return *tensors_of(forward(labels)), stored
@@ -195,29 +188,28 @@ def linear_logprob(
     return *tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group)), stored
 
 
-def _traced(stored: Tensor | None) -> bool:
-    return isinstance(stored, FakeTensor | FunctionalTensor)
-
-
-def _fake_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _stored, weight_grad, hidden, weight, bias, _labels, _places, statistics, _upstream, needs, *_ = args
-    return fake_gradients(hidden, weight, bias, statistics[0], [needs[0], needs[1] and weight_grad is None, needs[2]])
+def _fake_backward(it: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs = [it.needs[0], it.needs[1] and it.weight_grad is None, it.needs[2]]
+    return fake_gradients(it.hidden, it.weight, it.bias, it.row_max, needs)
 
 
 # Two ops for all backwards; they differ in whether stored logits are overwritten. Without them and without weight_grad
 # both are functional.
-@op(_fake_backward, mutates=("weight_grad",))
+@op(_fake_backward, mutates=("weight_grad",), flops=flops.backward)
 def linear_logprob_backward(
-    stored: Tensor | None,
-    weight_grad: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    places: Tensor | None,
-    statistics: list[Tensor],
-    upstream: list[Tensor],
+    indices: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
     needs: list[bool],
+    stored: Tensor | None,
+    weight_grad: Tensor | None,
     logits_dtype: torch.dtype,
     transform: list[float],
     workspace: int,
@@ -225,82 +217,75 @@ def linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias, empty where `needs` says no.
 
-    stored: the logits [N, V], or None: they are computed again.  weight_grad: [V, H] that the gradient of weight is
-    added to; then none is returned.
+    row_max, log_sum, entropy, grad_logprobs, grad_entropy: as of `token_logprob_backward`.  stored: the logits [N, V],
+    or None: they are computed again.  weight_grad: [V, H] that the gradient of weight is added to; then none is
+    returned.
     """
-    run = _backward_run(
-        stored, hidden, weight, bias, labels, places, upstream, logits_dtype, transform, workspace, implementation
-    )
-    return _gradients(run, stored, False, weight_grad, statistics, upstream, needs)
+    labels = _labels_with_gradient(labels, stored, grad_logprobs, grad_entropy)
+    run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
+    statistics = Statistics(row_max, entropy, row_max, log_sum)
+    return _gradients(run, statistics, grad_logprobs, grad_entropy, stored, False, weight_grad, needs)
 
 
-@op(_fake_backward, mutates=("stored", "weight_grad"))
+@op(_fake_backward, mutates=("stored", "weight_grad"), flops=flops.backward)
 def linear_logprob_backward_(
-    stored: Tensor | None,
-    weight_grad: Tensor | None,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,
-    places: Tensor | None,
-    statistics: list[Tensor],
-    upstream: list[Tensor],
+    indices: Tensor | None,
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
     needs: list[bool],
+    stored: Tensor | None,
+    weight_grad: Tensor | None,
     logits_dtype: torch.dtype,
     transform: list[float],
     workspace: int,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same; the gradient of stored logits is written over them."""
-    run = _backward_run(
-        stored, hidden, weight, bias, labels, places, upstream, logits_dtype, transform, workspace, implementation
-    )
-    return _gradients(run, stored, True, weight_grad, statistics, upstream, needs)
+    labels = _labels_with_gradient(labels, stored, grad_logprobs, grad_entropy)
+    run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
+    statistics = Statistics(row_max, entropy, row_max, log_sum)
+    return _gradients(run, statistics, grad_logprobs, grad_entropy, stored, True, weight_grad, needs)
 
 
-def _backward_run(
-    stored: Tensor | None,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    places: Tensor | None,
-    upstream: list[Tensor],
-    *settings: Any,
-) -> Run:
-    if stored is None and labels.device.type == "cpu":  # a token without an incoming gradient needs no logits
-        wanted = torch.stack([x != 0 for x in upstream]).any(0)
-        labels = torch.where(wanted, labels, IGNORED)
-    return run_of(hidden, weight, bias, labels, places, *settings)
+def _labels_with_gradient(
+    labels: Tensor, stored: Tensor | None, grad_logprobs: Tensor, grad_entropy: Tensor | None
+) -> Tensor:
+    """On a CPU a token without an incoming gradient needs no logits."""
+    if stored is not None or labels.device.type != "cpu":
+        return labels
+    needed = grad_logprobs != 0
+    if grad_entropy is not None:
+        needed |= grad_entropy != 0
+    return torch.where(needed, labels, IGNORED)
 
 
 def _gradients(
     run: Run,
+    statistics: Statistics,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
     stored: Tensor | None,
     overwrite: bool,
     weight_grad: Tensor | None,
-    statistics: list[Tensor],
-    upstream: list[Tensor],
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    row_max, log_sum, entropy = statistics
-    incoming = Upstream(*(x.contiguous() for x in upstream))
-    # Log-probabilities are not read.
-    saved = Statistics(row_max, None if incoming.entropy is None else entropy, row_max, log_sum)
-    with device_guard(row_max):
-        if stored is None:
-            grads = modes.backward_recompute(run, saved, incoming, Needs(*needs), weight_grad)
-        else:
-            grads = modes.backward_store(run, saved, stored, overwrite, incoming, Needs(*needs))
-    hidden_grad, new_weight_grad, bias_grad = (or_empty(grad, row_max) for grad in grads)
+    upstream = Upstream(grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous())
+    if stored is None:
+        grads = modes.backward_recompute(run, statistics, upstream, Needs(*needs), weight_grad)
+    else:
+        grads = modes.backward_store(run, statistics, stored, overwrite, upstream, Needs(*needs))
+    hidden_grad, new_weight_grad, bias_grad = (or_empty(grad, statistics.row_max) for grad in grads)
     return hidden_grad, new_weight_grad, bias_grad
 
 
-def _fake_scaled(rows: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(rows)
-
-
-@op(_fake_scaled)
+@op(lambda it: torch.empty_like(it.rows))
 def scaled_rows(rows: Tensor, factors: Tensor) -> Tensor:
     """rows [N, H] times factors [N], rounded once; 0 where a factor is 0, whatever the row."""
     out = torch.mul(rows, factors[:, None], out=torch.empty_like(rows))

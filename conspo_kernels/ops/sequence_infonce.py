@@ -10,62 +10,49 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
-from ..objective import equal_segments
-from ..registration import device_guard, op
-from .derivative import without_derivative
-from .group_infonce import RolloutGroups, score_gradient, score_groups
+from ..backends.registry import backend_for
+from .group_infonce import RolloutGroups, score_gradient, score_groups, slots_of_losses
+from .registration import op
 from .sequence_score import sequence_score_backward
 
 
-def _fake(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    logprobs, labels, offsets, _rewards, _counts, _order, group_offsets, _slots, group_size, *_, reduction, _ = args
-    num_rollouts = labels.shape[0] if offsets is None else offsets.shape[0] - 1
-    num_slots = num_rollouts // group_size if group_offsets is None else group_offsets.shape[0] - 1
-    new = logprobs.new_empty
-    return (
-        new((num_slots,) if reduction == "none" else ()), new(num_rollouts), new(num_rollouts, dtype=torch.int32),
-        new(num_rollouts), new(num_rollouts, dtype=torch.int8),
-    )  # fmt: skip
+def _fake(it: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    num_rollouts = it.labels.shape[0] if it.offsets is None else it.offsets.shape[0] - 1
+    num_slots = num_rollouts // it.group_size if it.group_offsets is None else it.group_offsets.shape[0] - 1
+    new = it.logprobs.new_empty
+    scores, weights = new(num_rollouts), new(num_rollouts)
+    counts, roles = new(num_rollouts, dtype=torch.int32), new(num_rollouts, dtype=torch.int8)
+    return new((num_slots,) if it.reduction == "none" else ()), scores, counts, weights, roles
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    (
-        _logprobs,
-        labels,
-        offsets,
-        _rewards,
-        _counts,
-        _order,
-        _offsets,
-        slots,
-        group_size,
-        *_,
-        reduction,
-        implementation,
-    ) = inputs
-    ctx.implementation = implementation
+def _save(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
+    ctx.implementation = it.implementation
     _loss, scores, counts, weights, roles = output
-    if reduction == "none" and slots is None:
-        slots = equal_segments(scores.shape[0], group_size, scores.device).slots
-    ctx.save_for_backward(labels, offsets, counts, weights, slots if reduction == "none" else None)
+    slots = slots_of_losses(it.reduction, it.slots, it.group_size, weights)
+    ctx.save_for_backward(it.labels, it.offsets, counts, weights, slots)
     ctx.mark_non_differentiable(scores, counts, weights, roles)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> tuple[Any, ...]:
-    others = (None,) * 14
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> dict[str, Tensor | None]:
     if grad_loss is None:
-        return None, *others
+        return {}
     labels, offsets, counts, weights, slots = ctx.saved_tensors
     factor: Tensor | None = grad_loss
     if slots is not None:
         weights, factor = score_gradient(grad_loss, weights, slots), None
-    gradient = sequence_score_backward(weights, counts, labels, offsets, ctx.implementation, factor)
-    return without_derivative(gradient), *others
+    gradient = sequence_score_backward(
+        weights=weights,
+        counts=counts,
+        labels=labels,
+        offsets=offsets,
+        implementation=ctx.implementation,
+        factor=factor,
+    )
+    return {"logprobs": gradient}
 
 
-@op(_fake, setup_context=_setup_context, backward=_backward)
+@op(_fake, save=_save, backward=_backward)
 def sequence_infonce(
     logprobs: Tensor,
     labels: Tensor,
@@ -90,9 +77,8 @@ def sequence_infonce(
         counts: [S] response tokens of the objective, where they are not those with a label.
         Others: as of `group_infonce`.
     """
-    with device_guard(logprobs):
-        kernels = kernels_for("sequence_score", implementation, logprobs.device)
-        scores, own_counts = kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
+    kernels = backend_for(implementation, logprobs.device).sequence_score
+    scores, own_counts = kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
     loss, weights, roles = score_groups(
         scores, own_counts if counts is None else counts,
         RolloutGroups(rewards, order, group_offsets, slots, group_size), margin, num_groups, tau, reward_threshold,

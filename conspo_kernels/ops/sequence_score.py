@@ -1,4 +1,4 @@
-"""conspo::sequence_score: the mean log-probability of each rollout's response tokens."""
+"""conspo::sequence_score: the mean log-probability of each rollout's response tokens, and what its gradient needs."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
-from ..registration import device_guard, op
-from .derivative import without_derivative
+from ..backends.registry import backend_for
+from .registration import op
 
 
-def _fake(logprobs: Tensor, labels: Tensor, offsets: Tensor | None, *_: object) -> tuple[Tensor, Tensor]:
-    num_rollouts = labels.shape[0] if offsets is None else offsets.shape[0] - 1
-    return logprobs.new_empty(num_rollouts), logprobs.new_empty(num_rollouts, dtype=torch.int32)
+def _fake(it: Any) -> tuple[Tensor, Tensor]:
+    num_rollouts = it.labels.shape[0] if it.offsets is None else it.offsets.shape[0] - 1
+    return it.logprobs.new_empty(num_rollouts), it.logprobs.new_empty(num_rollouts, dtype=torch.int32)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _logprobs, labels, offsets, ctx.implementation = inputs
+def _save(ctx: Any, it: Any, output: tuple[Tensor, Tensor]) -> None:
     _scores, counts = output
-    ctx.save_for_backward(labels, offsets, counts)
+    ctx.implementation = it.implementation
+    ctx.save_for_backward(it.labels, it.offsets, counts)
     ctx.mark_non_differentiable(counts)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_scores: Tensor | None, _grad_counts: object) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_scores: Tensor | None, _grad_counts: object) -> dict[str, Tensor | None]:
     if grad_scores is None:
-        return None, None, None, None
+        return {}
     labels, offsets, counts = ctx.saved_tensors
-    gradient = sequence_score_backward(grad_scores, counts, labels, offsets, ctx.implementation)
-    return without_derivative(gradient), None, None, None
+    gradient = sequence_score_backward(
+        weights=grad_scores, counts=counts, labels=labels, offsets=offsets, implementation=ctx.implementation
+    )
+    return {"logprobs": gradient}
 
 
-@op(_fake, setup_context=_setup_context, backward=_backward)
+@op(_fake, save=_save, backward=_backward)
 def sequence_score(
     logprobs: Tensor, labels: Tensor, offsets: Tensor | None, implementation: str
 ) -> tuple[Tensor, Tensor]:
@@ -48,16 +49,11 @@ def sequence_score(
         scores: [S], dtype of `logprobs`, NaN where there is no response token.
         counts: [S] int32, response tokens.
     """
-    with device_guard(logprobs):
-        kernels = kernels_for("sequence_score", implementation, logprobs.device)
-        return kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
+    kernels = backend_for(implementation, logprobs.device).sequence_score
+    return kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
 
 
-def _fake_backward(weights: Tensor, counts: Tensor, labels: Tensor, *_: object) -> Tensor:
-    return weights.new_empty(labels.shape)
-
-
-@op(_fake_backward)
+@op(lambda it: it.weights.new_empty(it.labels.shape))
 def sequence_score_backward(
     weights: Tensor,
     counts: Tensor,
@@ -67,14 +63,13 @@ def sequence_score_backward(
     factor: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to the log-probabilities, [B, T].  factor: 0-d, of all weights but those of zero."""
-    with device_guard(weights):
-        kernels = kernels_for("sequence_score", implementation, weights.device)
-        return kernels.backward(weights.contiguous(), counts, labels.contiguous(), offsets, factor)
+    kernels = backend_for(implementation, weights.device).sequence_score
+    return kernels.backward(weights.contiguous(), counts, labels.contiguous(), offsets, factor)
 
 
-def _fake_coefficients(weights: Tensor, labels: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor]:
-    spread = weights.new_empty(labels.shape)
-    return spread, weights.new_empty(weights.shape, dtype=torch.int32), labels.new_empty(labels.shape)
+def _fake_coefficients(it: Any) -> tuple[Tensor, Tensor, Tensor]:
+    counts = it.weights.new_empty(it.weights.shape, dtype=torch.int32)
+    return it.weights.new_empty(it.labels.shape), counts, it.labels.new_empty(it.labels.shape)
 
 
 @op(_fake_coefficients)
@@ -86,20 +81,14 @@ def token_coefficients(
     Returns:
         coefficients: [B, T], dtype of the weights.
         counts: [S] int32, response tokens.
-        wanted: [B, T] int64, the labels whose coefficient is not zero, else `IGNORED`.
+        labels: [B, T] int64, those whose coefficient is not zero, else `IGNORED`.
     """
-    with device_guard(weights):
-        kernels = kernels_for("sequence_score", implementation, weights.device)
-        return kernels.coefficients(weights.contiguous(), labels.contiguous(), offsets)
+    kernels = backend_for(implementation, weights.device).sequence_score
+    return kernels.coefficients(weights.contiguous(), labels.contiguous(), offsets)
 
 
-def _fake_masked(coefficients: Tensor, labels: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return coefficients.new_empty(labels.shape), labels.new_empty(labels.shape)
-
-
-@op(_fake_masked)
+@op(lambda it: (it.coefficients.new_empty(it.labels.shape), it.labels.new_empty(it.labels.shape)))
 def masked_coefficients(coefficients: Tensor, labels: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
     """Coefficients [B, T], zero where ignored whatever they are there; and the labels of those that are not zero."""
-    with device_guard(coefficients):
-        kernels = kernels_for("sequence_score", implementation, coefficients.device)
-        return kernels.masked(coefficients.contiguous(), labels.contiguous())
+    kernels = backend_for(implementation, coefficients.device).sequence_score
+    return kernels.masked(coefficients.contiguous(), labels.contiguous())

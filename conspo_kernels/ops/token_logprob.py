@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
-from ..registration import device_guard, op
+from ..backends.registry import backend_for
 from ..values import LogitRows, LogitTransform, Statistics, Upstream
-from .derivative import no_second_derivative
 from .ranks import local_labels, statistics_over_ranks
+from .registration import no_second_derivative, op, traced
 
 
 def statistics_like(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -27,39 +26,37 @@ def tensors_of(statistics: Statistics) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return logprobs, logprobs.new_empty(0) if entropy is None else entropy, row_max, log_sum
 
 
-def _fake(
-    logits: Tensor, labels: Tensor, transform: list[float], with_entropy: bool, *_: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return statistics_like(logits, labels, with_entropy)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, labels, ctx.transform, with_entropy, ctx.inplace_backward, ctx.implementation, start, group = inputs
-    if group:
-        labels = local_labels(labels, start, logits.shape[-1])
+def _save(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
+    ctx.transform, ctx.inplace_backward, ctx.implementation = it.transform, it.inplace_backward, it.implementation
+    labels = local_labels(it.labels, it.vocab_start, it.logits.shape[-1]) if it.vocab_group else it.labels
     _logprobs, entropy, row_max, log_sum = output
-    ctx.save_for_backward(logits, labels, row_max, log_sum, entropy)
-    ctx.mark_non_differentiable(row_max, log_sum, *(() if with_entropy else (entropy,)))
+    ctx.save_for_backward(it.logits, labels, row_max, log_sum, entropy)
+    ctx.mark_non_differentiable(row_max, log_sum, *(() if it.with_entropy else (entropy,)))
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: object) -> tuple[Any, ...]:
-    others = (None,) * 7
+def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: object) -> dict[str, Any]:
     if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
-        return None, *others
+        return {}
     logits, labels, row_max, log_sum, entropy = ctx.saved_tensors
-    if grad_logprobs is None:
-        grad_logprobs = torch.zeros_like(row_max)
-    upstream = [grad_logprobs] if grad_entropy is None else [grad_logprobs, grad_entropy]
-    arguments = (labels, [row_max, log_sum, entropy], upstream, ctx.transform, ctx.implementation)
-    if not ctx.inplace_backward:
-        return token_logprob_backward(logits, *arguments), *others
-    # The op counts as a modification of the logits: autograd raises in any other backward that saved them.
-    token_logprob_backward_(logits, *arguments)
-    return logits.detach(), *others
+    # The op in place counts as a modification of the logits: autograd raises in any other backward that saved them.
+    overwrites = ctx.inplace_backward and not traced(logits)
+    run = token_logprob_backward_ if overwrites else token_logprob_backward
+    gradient = run(
+        logits=logits,
+        labels=labels,
+        row_max=row_max,
+        log_sum=log_sum,
+        entropy=None if grad_entropy is None else entropy,
+        grad_logprobs=torch.zeros_like(row_max) if grad_logprobs is None else grad_logprobs,
+        grad_entropy=grad_entropy,
+        transform=ctx.transform,
+        implementation=ctx.implementation,
+    )
+    return {"logits": logits.detach() if gradient is None else gradient}
 
 
-@op(_fake, setup_context=_setup_context, backward=_backward)
+@op(lambda it: statistics_like(it.logits, it.labels, it.with_entropy), save=_save, backward=_backward)
 def token_logprob(
     logits: Tensor,
     labels: Tensor,
@@ -84,66 +81,74 @@ def token_logprob(
         logprobs, entropy, row_max, log_sum: [B, T] fp32, or fp64 for fp64 logits; 0 where ignored.
     """
     del inplace_backward
-    kernels = kernels_for("token_logprob", implementation, logits.device)
-    logit_transform = LogitTransform.from_numbers(transform)
-
-    def forward(labels: Tensor) -> Statistics:
-        with device_guard(logits):
-            return kernels.forward(LogitRows(logits, labels.contiguous(), logit_transform), with_entropy)
-
+    kernels = backend_for(implementation, logits.device).token_logprob
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
     if not vocab_group:
-        return tensors_of(forward(labels))
-    size, scale = logits.shape[-1], logit_transform.scale
-    return tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group))
+        return tensors_of(kernels.forward(rows, with_entropy))
+    return tensors_of(
+        statistics_over_ranks(
+            lambda local: kernels.forward(rows._replace(labels=local.contiguous()), with_entropy),
+            labels,
+            vocab_start,
+            logits.shape[-1],
+            rows.transform.scale,
+            vocab_group,
+        )
+    )
 
 
-def _fake_backward(logits: Tensor, *_: object) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+def _fake_backward(it: Any) -> Tensor:
+    return torch.empty_like(it.logits, memory_format=torch.contiguous_format)
 
 
 @op(_fake_backward, backward=no_second_derivative)
 def token_logprob_backward(
     logits: Tensor,
     labels: Tensor,
-    statistics: list[Tensor],
-    upstream: list[Tensor],
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
     transform: list[float],
     implementation: str,
 ) -> Tensor:
     """The gradient with respect to the logits, in a new contiguous tensor.
 
-    statistics: max, log-sum and entropy (empty unless its gradient comes in).  upstream: the gradients of the
-    log-probabilities and, if there is one, of the entropies.
+    row_max, log_sum, entropy: of forward; the last is needed with `grad_entropy` only.
     """
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
-    _write_gradient(grad_logits, rows, statistics, upstream, implementation)
-    return grad_logits
+    statistics = Statistics(row_max, entropy, row_max, log_sum)
+    _write_gradient(gradient, rows, statistics, grad_logprobs, grad_entropy, implementation)
+    return gradient
 
 
-def _fake_inplace(*_: object) -> None:
-    return None
-
-
-@op(_fake_inplace, mutates=("logits",))
+@op(lambda _: None, mutates=("logits",))
 def token_logprob_backward_(
     logits: Tensor,
     labels: Tensor,
-    statistics: list[Tensor],
-    upstream: list[Tensor],
+    row_max: Tensor,
+    log_sum: Tensor,
+    entropy: Tensor | None,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
     transform: list[float],
     implementation: str,
 ) -> None:
     """`token_logprob_backward`, with the gradient written over the logits."""
     rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
-    _write_gradient(logits, rows, statistics, upstream, implementation)
+    statistics = Statistics(row_max, entropy, row_max, log_sum)
+    _write_gradient(logits, rows, statistics, grad_logprobs, grad_entropy, implementation)
 
 
 def _write_gradient(
-    grad_logits: Tensor, rows: LogitRows, statistics: list[Tensor], upstream: list[Tensor], implementation: str
+    gradient: Tensor,
+    rows: LogitRows,
+    statistics: Statistics,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor | None,
+    implementation: str,
 ) -> None:
-    row_max, log_sum, entropy = statistics
-    incoming = Upstream(*(x.contiguous() for x in upstream))
-    saved = Statistics(row_max, None if incoming.entropy is None else entropy, row_max, log_sum)
-    with device_guard(rows.logits):
-        kernels_for("token_logprob", implementation, rows.logits.device).backward(grad_logits, rows, saved, incoming)
+    upstream = Upstream(grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous())
+    backend_for(implementation, gradient.device).token_logprob.backward(gradient, rows, statistics, upstream)

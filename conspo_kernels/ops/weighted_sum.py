@@ -11,65 +11,56 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.registry import kernels_for
-from ..registration import device_guard, op
-from .derivative import without_derivative
+from ..backends.registry import backend_for
+from .registration import asked_for, op, traced
 
 
-def _fake_scale(*_: object) -> None:
-    return None
-
-
-@op(_fake_scale, mutates=("gradient",))
+@op(lambda _: None, mutates=("gradient",))
 def scale_(gradient: Tensor, factor: Tensor, implementation: str) -> None:
     """gradient *= factor (0-d), at no cost where the factor is 1; it counts as a modification even then."""
-    with device_guard(gradient):
-        kernels_for("scale", implementation, gradient.device).scale_(gradient, factor)
+    backend_for(implementation, gradient.device).scale.scale_(gradient, factor)
 
 
-@op(_fake_scale, mutates=("target",))
-def add_scaled_(target: Tensor, source: Tensor, factor: Tensor, implementation: str) -> None:
-    """target += source * factor (0-d)."""
-    with device_guard(target):
-        kernels_for("scale", implementation, target.device).add_scaled_(target, source, factor)
+@op(lambda _: None, mutates=("target",))
+def add_scaled_(target: Tensor, source: Tensor, factor: Tensor) -> None:
+    """target += source * factor (0-d); target and source have one shape and one dtype."""
+    target.addcmul_(source, factor.to(source.dtype))
 
 
-def _fake(values: Tensor, *_: object) -> Tensor:
-    return values.new_empty(())
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    del output
-    values, weights, counts, _hidden, _weight, _bias, *gradients, ctx.weight_grad, ctx.implementation = inputs
+def _save(ctx: Any, it: Any, output: Tensor) -> None:
+    ctx.weight_grad, ctx.implementation = it.weight_grad, it.implementation
     # A graph through the values: then no gradient is known.
-    ctx.save_for_backward(*((weights, counts) if values.requires_grad else (None, None)), *gradients)
+    weights, counts = (it.weights, it.counts) if it.values.requires_grad else (None, None)
+    ctx.save_for_backward(weights, counts, it.grad_x, it.grad_weight, it.grad_bias)
+    ctx.weight_node = None if it.weight is None else it.weight.grad_fn
     ctx.used = False
 
 
-def _backward(ctx: Any, grad_value: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad_value: Tensor) -> dict[str, Tensor | None]:
     weights, counts, *gradients = ctx.saved_tensors  # the first backward modified them: autograd raises in a second
     if ctx.used and any(gradient is not None for gradient in gradients):  # but not inside of saved-tensor hooks
         raise RuntimeError("a second backward through a loss of known weights, whose gradient the first has scaled")
     ctx.used = True
-    grad_values = None
+    result: dict[str, Tensor | None] = {}
     if weights is not None:
         used = weights != 0 if counts is None else (weights != 0) & (counts > 0)
-        grad_values = torch.where(used, weights * grad_value, 0.0)
-    given: list[Tensor | None] = []
-    for i, gradient in enumerate(gradients):
+        result["values"] = torch.where(used, weights * grad_value, 0.0)
+    for name, gradient in zip(("x", "weight", "bias"), gradients, strict=True):
         if gradient is None:
-            given.append(None)
-        elif i == 1 and ctx.weight_grad is not None:
-            add_scaled_(ctx.weight_grad, gradient.detach(), grad_value, ctx.implementation)
-            given.append(None)
+            continue
+        gradient = gradient.detach()
+        if name == "weight" and ctx.weight_grad is not None:
+            if traced(gradient) or asked_for(ctx.weight_node):
+                add_scaled_(target=ctx.weight_grad, source=gradient, factor=grad_value)
+        elif traced(gradient):
+            result[name] = gradient * grad_value
         else:
-            gradient = gradient.detach()
-            scale_(gradient, grad_value, ctx.implementation)
-            given.append(without_derivative(gradient))
-    return grad_values, None, None, *given, None, None, None, None, None
+            scale_(gradient=gradient, factor=grad_value, implementation=ctx.implementation)
+            result[name] = gradient
+    return result
 
 
-@op(_fake, setup_context=_setup_context, backward=_backward)
+@op(lambda it: it.values.new_empty(()), save=_save, backward=_backward)
 def weighted_sum(
     values: Tensor,
     weights: Tensor,
@@ -93,6 +84,5 @@ def weighted_sum(
         weight_grad: backward adds the gradient of weight to it, and returns none; `grad_weight` has its dtype.
     """
     del x, weight, bias, grad_x, grad_weight, grad_bias, weight_grad
-    with device_guard(values):
-        kernels = kernels_for("sequence_score", implementation, values.device)
-        return kernels.weighted_sum(values.contiguous(), weights.contiguous(), counts)
+    kernels = backend_for(implementation, values.device).sequence_score
+    return kernels.weighted_sum(values.contiguous(), weights.contiguous(), counts)

@@ -55,7 +55,7 @@ def conditions() -> dict[str, str]:
 
     cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
            if line.startswith("model name")] if sys.platform == "linux" else []  # fmt: skip
-    kernels = choose("token_logprob", "auto", torch.device("cpu"))
+    kernels = choose("auto", torch.device("cpu"))
     return {
         "commit": git("rev-parse", "--short=12", "HEAD"),
         "versions": f"torch {torch.__version__}, conspo_kernels {__version__} ({kernels})",

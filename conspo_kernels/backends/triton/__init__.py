@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:  # that the modules keep the contract
-    from .. import contract
-    from . import group_infonce, label_alignment, scale, selection, sequence_score, token_logprob
+if TYPE_CHECKING:
+    from . import group_infonce as group_infonce
+    from . import label_alignment as label_alignment
+    from . import scale as scale
+    from . import sequence_score as sequence_score
+    from . import token_logprob as token_logprob
+else:
 
-    _: contract.Ops = (token_logprob, sequence_score, group_infonce, scale, label_alignment, selection)
+    def __getattr__(op: str) -> Any:
+        """The module of an op, which imports Triton."""
+        if op not in OPS:
+            raise AttributeError(op)
+        return importlib.import_module(f".{op}", __name__)
 
-executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx.compiled`
+
+OPS = ("group_infonce", "label_alignment", "scale", "sequence_score", "token_logprob")
+executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx_executor`
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 

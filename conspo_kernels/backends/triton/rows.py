@@ -71,7 +71,7 @@ def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
 
 
 def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
-    """Constexprs and warps of a kernel that walks rows.  kernel: of `launch.TABLE` or `launch.KNOWN`."""
+    """Constexprs and warps of a kernel that walks rows.  kernel: of `launch.TABLE`."""
     size = logits.element_size()
     launch = launch_of(kernel, logits)
     cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes}

@@ -49,20 +49,6 @@ def _kernel(
             item += tl.num_programs(0)
 
 
-# Reads one number and, unless it is 0, source and target; writes the target.
-@triton.jit(do_not_specialize=("number",), do_not_specialize_on_alignment=("factor_ptr",))
-def _add_kernel(target_ptr, source_ptr, factor_ptr, number: tl.int64, BLOCK: tl.constexpr):
-    factor = tl.load(factor_ptr)
-    start = tl.program_id(0).to(tl.int64) * BLOCK
-    while start < number:
-        offsets = start + tl.arange(0, BLOCK)
-        mask = offsets < number
-        source = tl.load(source_ptr + offsets, mask=mask)
-        target = tl.load(target_ptr + offsets, mask=mask)
-        tl.store(target_ptr + offsets, target + source * factor.to(source.dtype), mask=mask)
-        start += tl.num_programs(0).to(tl.int64) * BLOCK
-
-
 @functools.lru_cache(maxsize=16)
 def num_programs(device: torch.device) -> int:
     """Of a grid that fills a device once."""
@@ -98,12 +84,3 @@ def _rows(x: Tensor) -> tuple[int, int, int, int, int] | None:
         ((1,) * (3 - x.dim()) + tuple(x.shape)), ((0,) * (3 - x.dim()) + x.stride())
     )  # fmt: skip
     return num_batches * num_positions, width, num_positions, stride_b, stride_t
-
-
-def add_scaled_(target: Tensor, source: Tensor, factor: Tensor) -> None:
-    """target += source * factor (0-d)."""
-    if target.is_contiguous() and source.is_contiguous() and target.numel():
-        grid = (min(triton.cdiv(target.numel(), BLOCK), num_programs(target.device)),)
-        _add_kernel[grid](target, source, factor, target.numel(), BLOCK=BLOCK, **LAUNCH)
-    else:
-        target.addcmul_(source, factor.to(source.dtype))

@@ -19,6 +19,8 @@ NOT_OF_CONSPO = (
     "vespo_lambda_neg", "vespo_lambda_pos",
 )  # fmt: skip
 
+HEADS = ("auto", "conspo", "trl")
+
 _Config: Any = object  # GRPOConfig, which is not there before TRL is imported
 
 
@@ -39,6 +41,11 @@ class ConSPOSettings(_Config):
         reward_threshold: a rollout is right if its reward, the weighted sum over the reward functions, is above.
         group_denominator: "valid": the loss of a step is the mean over its groups with right and wrong rollouts;
             "all": the sum over them divided by the number of all groups.
+        loss_head: what computes log-probabilities. "conspo": this library, from hidden states, or it raises; "trl":
+            TRL's own; "auto": "conspo", or "trl" with a warning that says why.
+        trust_region: a token's gradient stops where its ratio to the policy that sampled has left
+            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes it. None: never, as in
+            the paper.
 
     Raises:
         ValueError: a setting is out of range, has no meaning for ConSPO, or would cut groups over optimizer steps.
@@ -54,6 +61,20 @@ class ConSPOSettings(_Config):
         default="valid",
         metadata={
             "help": "What the sum over groups is divided by: 'valid', those with right and wrong rollouts, or 'all'."
+        },
+    )
+    loss_head: str = field(
+        default="auto",
+        metadata={
+            "help": "What computes log-probabilities: 'conspo', this library from hidden states; 'trl', TRL's own; "
+            "'auto', the first, or the second with a warning that says why."
+        },
+    )
+    trust_region: float | None = field(
+        default=None,
+        metadata={
+            "help": "A token's gradient stops where its ratio to the policy that sampled has left 1 by more than this, "
+            "in the direction of the gradient. None: never, as in the paper."
         },
     )
     loss_type: str = field(default="conspo", metadata={"help": "ConSPO has one loss: leave this at 'conspo'."})
@@ -81,6 +102,10 @@ class ConSPOSettings(_Config):
             raise ValueError("reward_threshold must not be NaN")
         if self.group_denominator not in ("valid", "all"):
             raise ValueError(f"group_denominator must be 'valid' or 'all', got {self.group_denominator!r}")
+        if self.loss_head not in HEADS:
+            raise ValueError(f"loss_head must be 'auto', 'conspo' or 'trl', got {self.loss_head!r}")
+        if self.trust_region is not None and not 0 < self.trust_region < math.inf:
+            raise ValueError(f"trust_region must be positive and finite, or None, got {self.trust_region}")
 
     def _check_grpo(self) -> None:
         defaults = {it.name: it.default for it in fields(self)}

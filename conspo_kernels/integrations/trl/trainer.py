@@ -6,7 +6,8 @@ needs nothing else, so an optimizer step goes in two phases:
     generate -> rewards of all ranks -> scores of the step's rollouts, no graph -> weights dloss/dscores, once
     each micro-batch: sum_i weights[i] * score_i, whose gradient is that of the whole loss
 
-The weights travel as one more column of TRL's batch.
+The weights travel as one more column of TRL's batch. Both phases run on this library's ops, see `policy_head`, or on
+TRL's own loss head.
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conspo_kernels import ConSPOWeights, CosineMargin, Parallel, conspo_weights, sequence_scores
+from conspo_kernels import ConSPOWeights, CosineMargin, Parallel, conspo_weights, sequence_scores, trust_region
 
 from .config import config_class, installed_trl
+from .policy_head import PolicyHead, PolicyPass, policy_head
 
 # What TRL hands to a model beside the tokens.
 MODEL_COLUMNS = (
@@ -43,10 +45,11 @@ class ConSPOSteps(_Trainer):
 
     Raises:
         TypeError: args is another config.
-        ValueError: the model has a router's load-balancing loss, which is not part of this one.
+        ValueError: the model has a router's load-balancing loss, which is not part of this one; or it does not fit
+            `loss_head="conspo"`.
 
     Cost: one forward pass more per optimizer step than GRPO has; none where TRL computes the old log-probabilities, or
-        where the step is one micro-batch.
+        where the step is one micro-batch. GEMMs of the head per step: 1 + 3, with a frozen head 1 + 2.
 
     Source: arXiv:2605.12969.
     """
@@ -71,6 +74,8 @@ class ConSPOSteps(_Trainer):
         self._step_loss = torch.tensor(torch.nan)  # of the rollouts whose weights were computed last, per micro-batch
         data = torch.distributed.group.WORLD if self.accelerator.num_processes > 1 else None
         self._parallel = Parallel(data=data)
+        self._entropy: Tensor | None = None  # of the tokens whose log-probabilities were taken last
+        self._head: PolicyHead | None = policy_head(self.model, args, self.accelerator, self.temperature)
 
     # Generation: the columns that TRL's batch lacks.
 
@@ -91,7 +96,7 @@ class ConSPOSteps(_Trainer):
         # The rows of all ranks, in rank order, are groups of `size` consecutive ones; ids are global.
         rollouts["conspo_groups"] = torch.arange(start, start + rows, device=self.accelerator.device) // size
         if (logprobs := rollouts.get("old_per_token_logps")) is not None:
-            rollouts["conspo_scores"] = _scores(logprobs, rollouts)
+            self._note(rollouts, logprobs)
         return rollouts
 
     def _generated_micro_batches(self, inputs: list[Rollouts]) -> list[Rollouts]:
@@ -127,7 +132,7 @@ class ConSPOSteps(_Trainer):
     # Between the phases: weights of all rollouts of an optimizer step, at its parameters.
 
     def _weigh(self, micro_batches: list[Rollouts], new: bool) -> None:
-        """Adds the columns conspo_weights and conspo_scores.  new: the parameters are those that generated."""
+        """Adds the column conspo_weights, and those of `_note`.  new: the parameters are those that generated."""
         if not new or "conspo_scores" not in micro_batches[0]:
             self._first_pass(micro_batches)
         scores, rewards, groups = (
@@ -143,7 +148,20 @@ class ConSPOSteps(_Trainer):
 
         with torch.no_grad(), disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
             for it in micro_batches:
-                it["conspo_scores"] = _scores(self._logprobs(self.model, it)[0], it)
+                self._note(it, self._logprobs(self.model, it))
+
+    def _note(self, rollouts: Rollouts, logprobs: Tensor) -> None:
+        """Adds what the second phase needs of log-probabilities that were taken just now, without a graph."""
+        mask = _response_mask(rollouts)
+        rollouts["conspo_scores"] = _scores(logprobs, mask)
+        assert self._entropy is not None
+        rollouts["conspo_entropy"] = (self._entropy * mask).sum(dim=1)
+        if self._bounded(rollouts):
+            rollouts["conspo_logprobs"] = logprobs
+
+    def _bounded(self, rollouts: Rollouts) -> bool:
+        """Whether a trust region may stop a token: without older log-probabilities every ratio is 1."""
+        return self.args.trust_region is not None and rollouts.get("old_per_token_logps") is not None
 
     def _weights(self, scores: Tensor, rewards: Tensor, groups: Tensor) -> ConSPOWeights:
         mode = "train" if self.model.training else "eval"
@@ -172,34 +190,82 @@ class ConSPOSteps(_Trainer):
     # Phase 2.
 
     def _compute_loss(self, model: Any, inputs: Rollouts) -> Tensor:
-        logprobs, entropy = self._logprobs(model, inputs, compute_entropy=True)
-        scores = _scores(logprobs, inputs)
-        mode = "train" if self.model.training else "eval"
-        if (weights := inputs.get("conspo_weights")) is not None:
-            loss = self._step_loss
-            drift = torch.where(weights != 0, (scores.detach() - inputs["conspo_scores"]).abs(), 0.0).max()
-            self._metrics[mode]["conspo/score_drift"].append(self.accelerator.gather(drift).max().item())
-        else:  # the micro-batch has all rollouts of the step: its scores are those of the first pass
-            weights, loss, _ = self._weights(scores.detach(), inputs["conspo_rewards"], inputs["conspo_groups"])
-        mask = _response_mask(inputs)
-        totals = self.accelerator.reduce(torch.stack([(entropy * mask).sum(), mask.sum()]).detach(), reduction="sum")
-        self._metrics[mode]["entropy"].append((totals[0] / totals[1].clamp(min=1.0)).item())
-        # Scores are NaN without tokens, which takes no part, and of NaN logits, which has to be seen.
-        scorable = mask.any(dim=1) & ~inputs["conspo_rewards"].isnan()
-        weighted = torch.where(scorable, weights * scores, 0.0).sum()
-        return weighted + (loss - weighted).detach()  # the gradient of the sum, the value of the loss
+        if inputs.get("conspo_weights") is None:  # the micro-batch has all rollouts of the step
+            return self._loss_of_a_step(model, inputs)
+        mask, weights = self._within_trust_region(inputs, inputs["conspo_weights"])
+        self._log_tokens(inputs, inputs["conspo_weights"], mask)
+        before = _scores(inputs["conspo_logprobs"], mask) if self._bounded(inputs) else inputs["conspo_scores"]
+        if self._head is not None:
+            known = self._head.weighted_scores(model, weights, before, mask, self._loss_scale())
+            self._logprobs(known, inputs)
+            weighted, drift = known.output.loss, known.output.metrics["conspo/score_drift"]
+        else:
+            scores = _scores(self._logprobs(model, inputs), mask)
+            weighted = _weighted(weights, scores, mask, inputs)
+            drift = torch.where(weights != 0, (scores.detach() - before).abs(), 0.0).max()
+        self._metrics["train"]["conspo/score_drift"].append(self.accelerator.gather(drift).max().item())
+        return _of_value(weighted, self._step_loss)
 
-    def _logprobs(self, model: Any, rollouts: Rollouts, compute_entropy: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probabilities of the responses, and the entropy, as TRL computes them."""
-        logprobs, entropy, _ = self._get_per_token_logps_and_entropies(
+    def _loss_of_a_step(self, model: Any, inputs: Rollouts) -> Tensor:
+        logprobs = self._logprobs(model, inputs)
+        self._note(inputs, logprobs.detach())
+        weights, loss, _ = self._weights(inputs["conspo_scores"], inputs["conspo_rewards"], inputs["conspo_groups"])
+        mask, trusted = self._within_trust_region(inputs, weights)
+        self._log_tokens(inputs, weights, mask)
+        if self.model.training:
+            self._metrics["train"]["conspo/score_drift"].append(0.0)  # the weights are of these very scores
+        return _of_value(_weighted(trusted, _scores(logprobs, mask), mask, inputs), loss)
+
+    def _within_trust_region(self, rollouts: Rollouts, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The response mask without the tokens that a trust region stops, and weights of means over the others.
+
+        Those have the coefficients that they had: w_i / n_i = (w_i * m_i / n_i) / m_i, where m_i tokens are left.
+        """
+        mask = _response_mask(rollouts)
+        if not self._bounded(rollouts):
+            return mask, weights
+        counts = mask.sum(dim=1).clamp(min=1)
+        coefficients = (weights / counts)[:, None] * mask
+        logprobs, old = rollouts["conspo_logprobs"], rollouts["old_per_token_logps"].to(weights.dtype)
+        kept = trust_region(coefficients, logprobs.to(weights.dtype), old, self.args.trust_region)
+        mask = mask * ((coefficients == 0) | (kept != 0))
+        return mask, weights * (mask.sum(dim=1) / counts)
+
+    def _log_tokens(self, rollouts: Rollouts, weights: Tensor, mask: Tensor) -> None:
+        """The mean entropy of response tokens; of those with a coefficient, the share that a trust region stopped."""
+        response = _response_mask(rollouts)
+        entropy, live = rollouts["conspo_entropy"].sum(), (weights != 0)[:, None]
+        counts = [response.sum(), (response * live).sum(), ((response - mask) * live).sum()]
+        sums = torch.stack([entropy, *(count.to(entropy) for count in counts)])
+        total, number, pushed, stopped = self.accelerator.reduce(sums, reduction="sum").tolist()
+        metrics = self._metrics["train" if self.model.training else "eval"]
+        metrics["entropy"].append(total / max(number, 1.0))
+        metrics["conspo/trust_region_fraction"].append(stopped / max(pushed, 1.0))
+
+    def _loss_scale(self) -> float:
+        """What fp16 multiplies the loss by in backward; that of the head is rounded before."""
+        scaler = self.accelerator.scaler
+        return float(scaler.get_scale()) if scaler is not None and scaler.is_enabled() else 1.0
+
+    def _logprobs(self, model: Any, rollouts: Rollouts) -> Tensor:
+        """Log-probabilities of the responses; their entropies are in `_entropy`."""
+        logprobs: Tensor = self._get_per_token_logps_and_entropies(
             model,
             torch.cat([rollouts["prompt_ids"], rollouts["completion_ids"]], dim=1),
             torch.cat([rollouts["prompt_mask"], rollouts["completion_mask"]], dim=1),
             rollouts["completion_ids"].size(1),
-            compute_entropy=compute_entropy,
             **{name: rollouts.get(name) for name in MODEL_COLUMNS},
-        )
-        return logprobs, entropy
+        )[0]
+        return logprobs
+
+    def _get_per_token_logps_and_entropies(self, model: Any, *arguments: Any, **options: Any) -> tuple[Any, Any, Any]:
+        """TRL's, which prepares the inputs of the model; in the model's place our pass through it."""
+        if self._head is not None and not isinstance(model, PolicyPass):
+            model = self._head.token_logprobs(model)
+        options["compute_entropy"] = with_entropy = getattr(model, "has_entropy", True)
+        result = super()._get_per_token_logps_and_entropies(model, *arguments, **options)
+        self._entropy = result[1].detach() if with_entropy else None
+        return result
 
     # Checkpoints: rollouts that are still to be trained on go with them.
 
@@ -228,9 +294,20 @@ def _response_mask(rollouts: Rollouts) -> Tensor:
     return mask if rollouts.get("tool_mask") is None else mask * rollouts["tool_mask"]
 
 
-def _scores(logprobs: Tensor, rollouts: Rollouts) -> Tensor:
+def _scores(logprobs: Tensor, mask: Tensor) -> Tensor:
     """[B], NaN for a rollout without response tokens."""
-    return sequence_scores(logprobs, rollouts["completion_ids"], response_mask=_response_mask(rollouts))
+    return sequence_scores(logprobs, torch.zeros_like(mask), response_mask=mask)
+
+
+def _weighted(weights: Tensor, scores: Tensor, mask: Tensor, rollouts: Rollouts) -> Tensor:
+    """sum_i weights[i] * scores[i]. A score without tokens is NaN and takes no part, one of NaN logits shows."""
+    scorable = mask.any(dim=1) & ~rollouts["conspo_rewards"].isnan()
+    return torch.where(scorable, weights * scores, 0.0).sum()
+
+
+def _of_value(weighted: Tensor, loss: Tensor) -> Tensor:
+    """The gradient of the sum, the value of the loss."""
+    return weighted + (loss - weighted).detach()
 
 
 @functools.cache

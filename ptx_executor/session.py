@@ -8,9 +8,10 @@ from collections.abc import Iterator
 import numpy as np
 from triton import knobs
 
-from ..backends import registry
-from ..backends import triton as backend
-from ..backends.triton import launch
+from conspo_kernels.backends import registry
+from conspo_kernels.backends import triton as backend
+from conspo_kernels.backends.triton import launch
+
 from .arithmetic import Perturbation
 from .driver import TARGETS, Settings, executing
 

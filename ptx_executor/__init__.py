@@ -1,6 +1,6 @@
 """Triton's kernels without a GPU: the PTX that they compile to, executed thread by thread on CPU tensors.
 
-    from conspo_kernels.ptx import compiled
+    from ptx_executor import compiled
 
     with compiled("sm_90"):  # or sm_80, sm_100
         logprobs = token_logprobs(logits, labels, implementation="triton")

@@ -133,6 +133,25 @@ def decode_field(op: Opcode, item: Instruction, slots: Slots) -> Run:
     return elementwise(field, [op.dtype, U32, U32], item, slots)
 
 
+@instruction("prmt")
+def decode_permutation(op: Opcode, item: Instruction, slots: Slots) -> Run:
+    """Each byte of the result is one of the 8 of (a, b) that 4 bits of c name; their highest: its sign, 8 times."""
+    if op.modifiers or op.kind != "b32":
+        raise NotImplementedError(f"mode {op.kind}")
+
+    def permute(a: Array, b: Array, c: Array) -> Array:
+        both = b.astype(U64) << np.uint64(32) | a
+        result = np.zeros(np.broadcast_shapes(both.shape, c.shape), U32)
+        for i in range(4):
+            selector = c >> np.uint32(4 * i) & np.uint32(15)
+            byte = (both >> (selector & np.uint32(7)).astype(U64) * np.uint64(8)).astype("u1")
+            sign = (byte.view("i1") >> 7).view("u1")
+            result |= np.where(selector & np.uint32(8), sign, byte).astype(U32) << np.uint32(8 * i)
+        return result
+
+    return elementwise(permute, [U32, U32, U32], item, slots)
+
+
 @instruction("mov")
 def decode_move(op: Opcode, item: Instruction, slots: Slots) -> Run:
     op.expect()

@@ -146,7 +146,7 @@ class Slots:
 
 
 def constant(text: str, dtype: DType) -> Array:
-    """A literal as an array of one: 7, -1, 0x10, 0f3F800000, 0d3FF0000000000000, or the start of shared memory."""
+    """A literal as an array of one: 7, -1, 0x10U, 0f3F800000, 0d3FF0000000000000, or the start of shared memory."""
     if text == SHARED_SYMBOL:
         return np.zeros(1, dtype)
     if text[:2] in ("0f", "0F"):
@@ -154,7 +154,7 @@ def constant(text: str, dtype: DType) -> Array:
     elif text[:2] in ("0d", "0D"):
         bits = np.array([int(text[2:], 16)], U64)
     else:
-        whole = int(text, 0) % 2 ** (8 * dtype.itemsize)
+        whole = int(text.removesuffix("U"), 0) % 2 ** (8 * dtype.itemsize)
         bits = np.array([whole], f"u{dtype.itemsize}")
     if bits.itemsize != dtype.itemsize:
         raise NotImplementedError(f"constant {text} as {dtype}")
@@ -167,7 +167,8 @@ def get(threads: Threads, slot: int, dtype: DType) -> Array:
 
 
 def opcode_of(op: str) -> Opcode:
-    name, *rest = op.split(".")
+    # Two names of one thing; the other CTAs of a cluster, `shared::cluster`, are unknown.
+    name, *rest = op.replace(".shared::cta", ".shared").split(".")
     kind = rest.pop() if rest else ""
     return Opcode(name, tuple(rest), kind)
 

@@ -1,0 +1,253 @@
+"""The ops in PyTorch, for any device: implementation="torch".
+
+Rows of logits are taken a few at a time, so that the working set stays a few copies of `CHUNK_ELEMENTS` numbers
+whatever N is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..objective import evaluate
+from ..values import ELSEWHERE, IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+
+CHUNK_ELEMENTS = 1 << 21
+
+
+def obstacle(device: torch.device) -> str | None:
+    """Why PyTorch cannot run on a device: it can."""
+    del device
+    return None
+
+
+class token_logprob:
+    """`contract.TokenLogprob`."""
+
+    @staticmethod
+    def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
+        """Statistics, each [B, T]."""
+        logits, labels, transform, _start = rows
+        acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        vocab_size = logits.shape[-1]
+        logprobs, row_max, log_sum = (torch.zeros(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
+        entropy = torch.zeros_like(logprobs) if with_entropy else None
+        active = labels != IGNORED
+        for chunk in _row_chunks(active, vocab_size):
+            u, _ = _transformed(logits[chunk].to(acc), transform)
+            m = u.amax(-1)
+            d = (u - torch.where(m == -torch.inf, 0.0, m)[:, None]) * transform.scale
+            e = d.exp()
+            s = e.sum(-1)
+            ls = s.log()
+            label = labels[chunk]
+            inside = (label >= 0) & (label < vocab_size)
+            label_d = d.gather(1, label.clamp(0, vocab_size - 1)[:, None])[:, 0]
+            values = [(logprobs, torch.where(inside, label_d, torch.nan) - ls), (row_max, m), (log_sum, ls)]
+            if entropy is not None:
+                values.append((entropy, ls - _moment(e, d).sum(-1) / s))
+            for result, value in values:
+                result[chunk] = torch.where(active[chunk], value, 0.0)
+        found = Statistics(logprobs, entropy, row_max, log_sum)
+        return found if out is None else found.copied_to(out)
+
+    @staticmethod
+    def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+        """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
+        logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
+        grad_logprobs, grad_entropy = upstream
+        _logprobs, entropy, row_max, log_sum = statistics
+        acc, vocab_size = row_max.dtype, logits.shape[-1]
+        active = labels != IGNORED
+        coefficient_bt = torch.where(active, grad_logprobs, 0.0)
+        nonzero = coefficient_bt != 0
+        if grad_entropy is not None:
+            entropy_coefficient_bt = torch.where(active, grad_entropy, 0.0)
+            nonzero |= entropy_coefficient_bt != 0
+        if _can_choose(nonzero):
+            for chunk in _row_chunks(~nonzero, vocab_size):
+                grad_logits[chunk] = 0.0
+        for chunk in _row_chunks(nonzero, vocab_size):
+            u, slope = _transformed(logits[chunk].to(acc), transform)
+            coefficient = coefficient_bt[chunk][:, None]
+            log_p = (u - row_max[chunk][:, None]) * transform.scale - log_sum[chunk][:, None]
+            p = log_p.exp()
+            g = -coefficient * p
+            label = labels[chunk][:, None]
+            inside = (label >= 0) & (label < vocab_size)
+            g.scatter_add_(1, label.clamp(0, vocab_size - 1), torch.where(inside, coefficient, 0.0))
+            if grad_entropy is not None:
+                assert entropy is not None
+                g -= entropy_coefficient_bt[chunk][:, None] * (_moment(p, log_p) + p * entropy[chunk][:, None])
+            g *= transform.scale
+            g *= slope
+            grad_logits[chunk] = torch.where(nonzero[chunk][:, None], g, 0.0).to(grad_logits.dtype)
+
+    @staticmethod
+    def forward_backward(
+        grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+    ) -> Tensor:
+        """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
+        statistics = token_logprob.forward(rows, with_entropy=False)
+        token_logprob.backward(grad_logits, rows, statistics, Upstream(coefficients))
+        return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
+
+
+def _row_chunks(keep: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions (b, t) of the tokens to keep, a chunk of rows at a time; of all tokens on a GPU."""
+    if _can_choose(keep):
+        tokens = keep.flatten().nonzero()[:, 0]
+    else:
+        tokens = torch.arange(keep.numel(), device=keep.device)
+    for chunk in tokens.split(max(1, CHUNK_ELEMENTS // vocab_size)):
+        yield chunk // keep.shape[1], chunk % keep.shape[1]
+
+
+def _can_choose(keep: Tensor) -> bool:
+    """Whether the number of tokens to keep is known without a synchronisation."""
+    return keep.device.type == "cpu"
+
+
+def _transformed(z: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
+    """u and du/dz of `LogitTransform`; -inf, a masked vocabulary entry, stays -inf with slope 0."""
+    if transform.softcap is None:
+        return z, 1.0
+    u = torch.tanh(z * transform.inner)
+    return torch.where(z == -torch.inf, z, u), (1 - u * u) * transform.inner
+
+
+def _moment(p: Tensor, log_p: Tensor) -> Tensor:
+    """p * log p with 0 * -inf = 0."""
+    return torch.where(p > 0, p * log_p, 0.0)
+
+
+class sequence_score:
+    """`contract.SequenceScore`."""
+
+    @staticmethod
+    def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+        """logprobs, labels [B, T], offsets [S+1] or None -> scores [S] (NaN where empty), counts [S] int32."""
+        active = labels != IGNORED
+        segments = _segments(active, offsets)
+
+        def total(values: Tensor) -> Tensor:
+            # One after another: in fp32 the mean of 32,768 equal log-probabilities would be off by 3e-4 of itself.
+            flat = values.flatten().double()
+            return torch.segment_reduce(flat, "sum", offsets=segments, initial=0, unsafe=True)
+
+        counts = total(active)
+        scores = (total(torch.where(active, logprobs, 0.0)) / counts).to(logprobs.dtype)
+        return torch.where(counts > 0, scores, torch.nan), counts.to(torch.int32)
+
+    @staticmethod
+    def backward(
+        weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
+    ) -> Tensor:
+        """The gradient of the scores, weights [S] times factor, at their tokens: [B, T], zero where ignored."""
+        active = labels != IGNORED
+        grad_scores = weights if factor is None else scaled(weights, factor)
+        per_token = torch.where(counts > 0, grad_scores / counts, 0.0)
+        per_token = torch.cat([per_token, per_token.new_zeros(1)])
+        index = _token_segments(_segments(active, offsets), labels.numel()).view(labels.shape)
+        return torch.where(active, per_token[index], 0.0)
+
+    @staticmethod
+    def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
+        counts = counts_of(labels, offsets)
+        spread = sequence_score.backward(weights, counts, labels, offsets)
+        return spread, counts, torch.where(spread != 0, labels, IGNORED)
+
+    @staticmethod
+    def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
+        spread = torch.where(labels == IGNORED, 0.0, coefficients)
+        return spread, torch.where(spread != 0, labels, IGNORED)
+
+    @staticmethod
+    def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
+        """The sum (0-d) of weights times values, without those whose weight (or count) is zero."""
+        unused = weights == 0
+        if counts is not None:
+            unused |= counts <= 0
+        return torch.where(unused, 0.0, weights * values).sum()
+
+
+def _segments(active: Tensor, offsets: Tensor | None) -> Tensor:
+    """[S+1] offsets into the flattened tokens; padded rows are segments of one length.
+
+    Those on an accelerator were not checked, and must not be followed out of the tensor.
+    """
+    if offsets is not None:
+        return offsets.long().clamp(0, active.numel()).cummax(0).values
+    num_rows, num_positions = active.shape
+    return torch.arange(num_rows + 1, device=active.device) * num_positions
+
+
+def _token_segments(offsets: Tensor, num_tokens: int) -> Tensor:
+    """The segment of every token; S for tokens past the last offset."""
+    return torch.searchsorted(offsets[1:].contiguous(), torch.arange(num_tokens, device=offsets.device), right=True)
+
+
+def scaled(weights: Tensor, factor: Tensor) -> Tensor:
+    """A weight of zero takes no part: an infinite or NaN factor must not reach it as NaN."""
+    return torch.where(weights == 0, 0.0, weights * factor)
+
+
+def counts_of(labels: Tensor, offsets: Tensor | None) -> Tensor:
+    """[S] int32 tokens with a label."""
+    active = labels != IGNORED
+    if offsets is None:
+        return active.sum(1, dtype=torch.int32)
+    total = torch.nn.functional.pad(active.flatten().cumsum(0), (1, 0))
+    before = total[offsets.long().clamp(0, labels.numel())]  # on an accelerator offsets are not checked
+    return (before[1:] - before[:-1]).clamp(min=0).int()
+
+
+class group_infonce:
+    """`contract.GroupInfoNCE`: the equations are those of `objective.py`."""
+
+    forward = staticmethod(evaluate)
+
+
+class label_alignment:
+    """`contract.LabelAlignment`."""
+
+    @staticmethod
+    def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int) -> Tensor:
+        """[B, T] int64 labels of the rows that predict them."""
+        given = labels.long()  # a narrower type may not hold `absent`: -100 is 156 in uint8
+        active = given != absent
+        if response_mask is not None:
+            active &= response_mask != 0
+        aligned = torch.where(active, torch.where(given < 0, ELSEWHERE, given), IGNORED)
+        if shift:
+            aligned = _next_labels(aligned, offsets)
+        if offsets is not None:
+            position = torch.arange(aligned.shape[1], device=aligned.device)
+            aligned = torch.where((position >= offsets[0]) & (position < offsets[-1]), aligned, IGNORED)
+        return aligned
+
+
+def _next_labels(labels: Tensor, offsets: Tensor | None) -> Tensor:
+    """Position t gets the label of t + 1; the last position of a sequence has none."""
+    shifted = torch.full_like(labels, IGNORED)
+    shifted[:, :-1] = labels[:, 1:]
+    if offsets is None or labels.shape[1] == 0:
+        return shifted
+    # Where a later sequence begins, the position before ends one. An offset of 0 (nothing before it) or past the last
+    # token lands on the last token, which has no successor anyway.
+    ends = torch.where((offsets > 0) & (offsets < labels.shape[1]), offsets - 1, labels.shape[1] - 1)
+    return shifted.index_fill(1, ends.long(), IGNORED)
+
+
+class scale:
+    """`contract.Scale`."""
+
+    @staticmethod
+    def scale_(gradient: Tensor, factor: Tensor) -> None:
+        """gradient *= factor (0-d), at no cost where the factor is 1 and can be looked at without waiting."""
+        if factor.device.type != "cpu" or factor.item() != 1:
+            gradient.mul_(factor)

@@ -1,1 +1,0 @@
-"""What crosses ranks: token statistics (vocab.py), sums over tokens (context.py), scores of groups (groups.py)."""
