@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from policy import Policy
 from rollout import accuracy, supervised_batch
-from tasks import Task
+from tasks import Entry, Task
 from tqdm import tqdm
 
 PROBE_EVERY = 25
@@ -26,11 +27,13 @@ def warm_up(
     rng: random.Random,
     generator: torch.Generator,
     show: bool = True,
+    measure: Callable[[Sequence[Entry]], float] | None = None,
 ) -> int:
     """Train on right answers until sampled accuracy on training prompts reaches the target; returns the steps taken.
 
     Training dynamics differ from seed to seed far more than the policies do that reach one accuracy, so the stop is by
-    accuracy. Its probe draws from the training prompts: the held-out ones decide nothing.
+    accuracy. Its probe draws from the training prompts: the held-out ones decide nothing.  measure: the accuracy of the
+    policy on a probe; None: that of one sample per prompt.
     """
     optimizer = torch.optim.AdamW(policy.model.parameters(), lr=lr, weight_decay=0.0)
     reached = 0.0
@@ -47,7 +50,10 @@ def warm_up(
             optimizer.step()
             if step % PROBE_EVERY == 0:
                 probe = task.draw(rng, PROBE_PROMPTS)
-                reached = accuracy(policy, task, probe, samples=1, generator=generator)
+                if measure is None:
+                    reached = accuracy(policy, task, probe, samples=1, generator=generator)
+                else:
+                    reached = measure(probe)
                 bar.set_postfix(loss=f"{loss.item():.3f}", accuracy=f"{reached:.3f}")
                 if reached >= target_accuracy:
                     return step

@@ -1,118 +1,143 @@
-"""All runs of the protocol that are not there yet, then the report.
+"""The study's runs that are not there yet, in the order of the protocol, then its page.
 
-Results are lines of runs.jsonl, written as each run ends: a command that was stopped goes on where it was.
+Records are lines of results/PART.jsonl, written as each run ends: a command that was stopped goes on where it was.
 
-    PYTHONPATH=examples python -m paper                        # everything; hours
-    PYTHONPATH=examples python -m paper --only running_sums    # runs whose name contains this
-    PYTHONPATH=examples python -m paper --repeat NAME          # one recorded run again: the same number, or exit code 1
+    PYTHONPATH=examples python -m paper                    # everything; hours
+    PYTHONPATH=examples python -m paper --hours 1.5        # start no run after so long
+    PYTHONPATH=examples python -m paper --plan             # what is there and what is missing, by part
+    PYTHONPATH=examples python -m paper --page             # figures and tables from the records alone
+    PYTHONPATH=examples python -m paper --repeat NAME      # a recorded run again, from its warm-up on: the same number,
+                                                           # or exit code 1
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from . import protocol, report
-from .protocol import Run
-from .training import train
+from . import protocol
+from .protocol import Run, Unit
 
 RESULTS = Path(__file__).parent / "results"
-REPORT = Path(__file__).parent.parent.parent / "docs" / "paper"
-Results = dict[str, dict[str, Any]]  # of a run, by its name
+ROOT = Path(__file__).parent.parent.parent
 
 
-def read(path: Path) -> Results:
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def read(folder: Path) -> dict[str, dict[str, Any]]:
+    """Records by the names of their units."""
+    lines = [line for path in sorted(folder.glob("*.jsonl")) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [json.loads(line) for line in lines]
-    return {Run(**row["run"]).name: row for row in rows}
+    return {protocol.unit_of(row).name: row for row in rows}
 
 
-def wanted(results: Results) -> list[Run]:
-    """Every run that can be named now: tuning, and the final runs of what is tuned."""
-    validation = {name: row["validation_accuracy"] for name, row in results.items()}
-    runs = []
-    for cell in protocol.cells():
-        runs += protocol.tuning_runs(*cell)
-        taken = protocol.chosen(*cell, validation)
-        if taken is not None:
-            runs += protocol.final_runs(*cell, taken)
-    return runs
+def conditions() -> dict[str, str]:
+    """Under which a record came to be. Sources that no commit has raise: nobody could repeat the run."""
+    from conspo_kernels import __version__
+    from conspo_kernels.backends.registry import choose
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    sources = ("examples/*.py", "examples/paper/*.py", "conspo_kernels", "csrc")
+    changed = git("status", "--porcelain", "--", *sources)
+    if changed:
+        raise SystemExit(f"records name a commit: commit these first\n{changed}")
+    import torch
+
+    cpu = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+           if line.startswith("model name")] if sys.platform == "linux" else []  # fmt: skip
+    kernels = choose("auto", torch.device("cpu"))
+    return {
+        "commit": git("rev-parse", "--short=12", "HEAD"),
+        "versions": f"torch {torch.__version__}, conspo_kernels {__version__} ({kernels})",
+        "processor": cpu[0] if cpu else platform.processor(),
+    }
 
 
-def execute(runs: Iterable[Run], out: Path, warm_ups: Path, workers: int, results: Results) -> None:
-    """Run and record. Tuning and final runs of a cell may overlap with those of others, never with each other."""
-    runs = list(runs)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool, tqdm(total=len(runs), unit="run") as bar:
-        pending = [pool.submit(train, run, warm_ups) for run in runs]
-        try:
-            for future in as_completed(pending):
-                row = future.result()
-                with (out / "runs.jsonl").open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
-                run = Run(**row["run"])
-                results[run.name] = row
-                bar.set_postfix_str(f"{run.name} {row[protocol.DECIDES]:.3f}")
-                bar.update()
-        except BaseException:
-            for future in pending:
-                future.cancel()
-            raise
+def perform(unit: Unit, warm_ups: Path) -> dict[str, Any]:
+    from .direction import probe
+    from .training import train
+
+    return train(unit, warm_ups) if isinstance(unit, Run) else probe(unit, warm_ups)
 
 
-def make_warm_ups(runs: Iterable[Run], warm_ups: Path, workers: int) -> None:
-    """The starting points, each by one process: two runs of a seed must not make it at once."""
-    from .training import warmed_up
-
-    missing = sorted({(run.task, run.seed) for run in runs})
-    missing = [pair for pair in missing if not (warm_ups / f"warm-up_{pair[0]}_{pair[1]}.pt").exists()]
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
-        futures = [pool.submit(warmed_up, *pair, warm_ups) for pair in missing]
-        for future in tqdm(as_completed(futures), total=len(futures), unit="warm-up", disable=not futures):
-            future.result()
+def next_of(results: protocol.Results, only: str) -> tuple[str, Unit] | None:
+    """The first unit that is missing, and its part."""
+    for part, units in protocol.planned(results).items():
+        for unit in units:
+            if unit.name not in results and only in f"{part}: {unit.name}":
+                return part, unit
+    return None
 
 
-def repeat(name: str, results: Results, warm_ups: Path) -> int:
-    """A recorded run once more: 0 if it gives the recorded accuracy."""
-    before = results[name][protocol.DECIDES]
-    after = train(Run(**results[name]["run"]), warm_ups)[protocol.DECIDES]
-    print(f"{name}: recorded {before:.6f}, now {after:.6f}")
+def execute(out: Path, warm_ups: Path, only: str, hours: float) -> None:
+    """One unit after another, recorded as each ends."""
+    results, by, stop = read(out), conditions(), time.monotonic() + 3600 * hours
+    with tqdm(initial=len(results), unit="run") as bar:
+        while time.monotonic() < stop and (following := next_of(results, only)) is not None:
+            part, unit = following
+            bar.set_postfix_str(f"{part}: {unit.name}")
+            row = {**protocol.parameters(unit), **perform(unit, warm_ups), **by}
+            with (out / f"{part.replace(', ', '-')}.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, separators=(",", ":")) + "\n")
+            results[unit.name] = row
+            bar.update()
+
+
+def repeat(name: str, results: protocol.Results) -> int:
+    """A recorded unit once more, from nothing: 0 if it gives the recorded result to the last digit."""
+    before = results[name]["result"]
+    with tempfile.TemporaryDirectory() as warm_ups:
+        after = perform(protocol.unit_of(results[name]), Path(warm_ups))["result"]
+    print(f"{name}: recorded {before!r}, now {after!r}; recorded at {results[name]['commit']}")
     return int(before != after)
 
 
+def plan(results: protocol.Results) -> str:
+    """A line for each part: the runs that are there of those that can be named now, core-hours used and expected."""
+    lines = []
+    for part, units in protocol.planned(results).items():
+        there = [results[unit.name]["cpu_seconds"] for unit in units if unit.name in results]
+        hours = f"{sum(there) / 3600:.2f} core-hours, {protocol.HOURS[part]:.1f} expected"
+        lines.append(f"{part:18} {len(there):4} of {len(units):4} runs named so far; {hours}")
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m paper", description=__doc__.split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of runs.jsonl")
-    parser.add_argument("--report", type=Path, help="folder of report.md and the plots (docs/paper, or that of --out)")
-    parser.add_argument("--warm-ups", type=Path, default=Path("runs/paper"), help="folder of the warmed-up policies")
-    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
-    parser.add_argument("--only", default="", help="runs whose name contains this")
-    parser.add_argument("--most", type=int, help="stop after so many runs")
+    parser = argparse.ArgumentParser(
+        "python -m paper", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--warm-ups", type=Path, default=Path("runs/paper"), help="folder of the policies at the start")
+    parser.add_argument("--only", default="", help="units whose `PART: NAME` contains this")
+    parser.add_argument("--hours", type=float, default=float("inf"), help="start no run after so long")
+    parser.add_argument("--plan", action="store_true", help="what is there and what is missing")
+    parser.add_argument("--page", action="store_true", help="figures and tables, no run")
     parser.add_argument("--repeat", metavar="NAME", help="one recorded run again")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    results = read(args.out / "runs.jsonl")
+    results = read(args.out)
+    if args.plan:
+        print(plan(results))
+        return 0
     if args.repeat is not None:
         if args.repeat not in results:
             parser.error(f"--repeat: no recorded run has the name {args.repeat!r}")
-        return repeat(args.repeat, results, args.warm_ups)
-    left = args.most
-    while True:  # tuning first; what it decides adds the final runs
-        runs = [run for run in wanted(results) if run.name not in results and args.only in run.name][:left]
-        if not runs:
-            break
-        make_warm_ups(runs, args.warm_ups, args.workers)
-        execute(runs, args.out, args.warm_ups, args.workers, results)
-        left = None if left is None else left - len(runs)
-    report.write(results, args.report or (REPORT if args.out == RESULTS else args.out))
+        return repeat(args.repeat, results)
+    if not args.page:
+        execute(args.out, args.warm_ups, args.only, args.hours)
+    from . import report
+
+    report.write(read(args.out))
     return 0
 
 

@@ -1,211 +1,265 @@
-"""The tables and the curves of the recorded runs: means over seeds, and differences to ConSPO in pairs of seeds."""
+"""The page's tables and figures, from the records. The page's own words stand between them and are written by hand."""
 
 from __future__ import annotations
 
-import itertools
-import math
+import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import matplotlib
 from records import replace_atomically
 
-from . import protocol
-from .protocol import DECIDES, LEARNING_RATES, METHODS, SEEDS, TASKS, UPDATES, Run
+from . import compare, protocol
+from .protocol import CAUSE, MAIN, SEEDS, SENSITIVITY, Results, Run, Start
 
-matplotlib.use("Agg")  # before pyplot is imported: there may be no display
-import matplotlib.pyplot as plt
-
-Results = dict[str, dict[str, Any]]
-Finished = dict[str, list[dict[str, Any]]]  # of a task and setting: by method, the rows of SEEDS
-REFERENCE = "conspo"
-CURVES = {
-    "reward": "fraction of rollouts solved",
-    "entropy": "entropy (nats per token)",
-    "response_length": "response length (tokens)",
-    "score_gap": "score gap, right - wrong (nats per token)",
-    "valid_groups": "fraction of valid groups",
-}
-SMOOTHING = 10  # steps
-DPI = 72
+PAGE = Path(__file__).parent.parent.parent / "docs" / "paper"
+PAPER = {  # averages over its benchmarks, R1-Distill-Qwen-1.5B: figure 3, read off, and sections 5.2 and 5.3
+    "conspo": 44.4, "tau 1": 40.0, "tau 5": 43.2, "tau 20": 43.6, "linear": 42.7, "M 0": 44.1, "M 0.05": 43.0,
+    "alpha 0.1": 43.9, "alpha 1": 43.0,
+}  # fmt: skip
 
 
-def final_rows(results: Results, task: str, setting: str, method: str) -> list[dict[str, Any]]:
-    """The rows of SEEDS in their order; empty unless all are there."""
-    validation = {name: row["validation_accuracy"] for name, row in results.items()}
-    taken = protocol.chosen(task, setting, method, validation)
-    if taken is None:
-        return []
-    rows = [results.get(run.name) for run in protocol.final_runs(task, setting, method, taken)]
-    return [row for row in rows if row is not None] if None not in rows else []
+def full_plan() -> dict[str, int]:
+    """How many runs each part has that no part before it has, if no grid needs an extension."""
+    inside: dict[str, dict[str, float]] = {}
+    middle = protocol.rate(sum(protocol.START_GRID) // 2)
+    for _ in range(2):  # tuning, then what it decides
+        for unit in [unit for units in protocol.planned(inside).values() for unit in units]:
+            inside[unit.name] = {"result": -abs(unit.lr - middle) if isinstance(unit, Run) else 0.0}
+    seen: set[str] = set()
+    counts = {}
+    for part, units in protocol.planned(inside).items():
+        names = {unit.name for unit in units} - seen
+        counts[part] = len(names)
+        seen |= names
+    return counts
 
 
-def finished(results: Results, task: str, setting: str) -> Finished:
-    """The methods that have all their rows."""
-    rows = {method: final_rows(results, task, setting, method) for method in protocol.methods_in(setting)}
-    return {method: there for method, there in rows.items() if there}
+def status(results: Results) -> Iterator[str]:
+    """What is there of what the protocol plans."""
+    yield "| part | runs there | planned | core-hours used | expected |"
+    yield "|---|---|---|---|---|"
+    seen: set[str] = set()
+    totals = [0.0] * 4
+    counts = full_plan()
+    for part, units in protocol.planned(results).items():
+        names = list(dict.fromkeys(unit.name for unit in units if unit.name not in seen))
+        seen |= set(names)
+        there = [results[name]["cpu_seconds"] / 3600 for name in names if name in results]
+        row = [len(there), max(len(names), counts[part]), sum(there), protocol.HOURS[part]]
+        totals = [total + value for total, value in zip(totals, row, strict=True)]
+        yield f"| {part} | {row[0]} | {row[1]} | {row[2]:.2f} | {row[3]:.1f} |"
+    yield f"| all | {totals[0]:.0f} | {totals[1]:.0f} | {totals[2]:.2f} | {totals[3]:.1f} |"
 
 
-def compared(done: Finished) -> dict[str, list[float]]:
-    """Held-out accuracy minus ConSPO's, seed by seed, of every other method; nothing without ConSPO's."""
-    if REFERENCE not in done:
-        return {}
-    pairs = {method: zip(rows, done[REFERENCE], strict=True) for method, rows in done.items() if method != REFERENCE}
-    return {method: [row[DECIDES] - its[DECIDES] for row, its in rows] for method, rows in pairs.items()}
+def points(differences: Sequence[float], digits: int = 1) -> str:
+    """Mean and interval in points."""
+    if not differences:
+        return ""
+    mean, half = 100 * statistics.mean(differences), 100 * compare.half_width(differences)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}" if len(differences) > 1 else f"{mean:+.{digits}f} (one seed)"
 
 
-def standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / math.sqrt(len(values))
+def directions(results: Results) -> Iterator[str]:
+    """Part 0, by factors: changes of accuracy in points, paired over seeds."""
+    yield f"| points of accuracy | {' | '.join(protocol.STARTS)} |"
+    yield "|---|" + "---|" * len(protocol.STARTS)
+    columns = [changes(results, policy) for policy in protocol.STARTS]
+    if not any(columns):
+        return
+    cells = [points([change[protocol.LINEAR] for change in column], 2) for column in columns]
+    yield f"| linear gap: group weight 1, equal shares | {' | '.join(cells)} |"
+    for name in EFFECTS:
+        cells = [points([effect(change, name) for change in column], 2) for column in columns]
+        yield f"| {name} | {' | '.join(cells)} |"
+    yield f"| seeds of {len(protocol.DIRECTION_SEEDS)} | {' | '.join(str(len(column)) for column in columns)} |"
 
 
-def sign_flip(differences: Sequence[float]) -> float:
-    """Two-sided p-value of a mean difference: the share of sign assignments whose mean is at least as far from 0."""
-    observed = abs(sum(differences))
-    sums = [abs(sum(s * d for s, d in zip(signs, differences, strict=True)))
-            for signs in itertools.product((1, -1), repeat=len(differences))]  # fmt: skip
-    return sum(value >= observed - 1e-12 for value in sums) / len(sums)
+Direction = tuple[str, str, str]  # group weight, credit, margin
+Change = dict[Direction, float]  # of accuracy
 
 
-def table(done: Finished, setting: str) -> Iterator[str]:
-    """Markdown, the best method first; `> 2 SE` marks a difference to ConSPO beyond two standard errors."""
-    yield "| method | constants, learning rate | held-out accuracy, mean ± SE | minus ConSPO, paired ± SE | p | |"
-    yield "|---|---|---|---|---|---|"
-    against = compared(done)
-    lines = []
-    for method, rows in done.items():
-        values = [row[DECIDES] for row in rows]
-        run = Run(**rows[0]["run"])
-        settings = ", ".join(k if v is True else f"{k} {v:g}" for k, v in run.constants.items()) or "none of its own"
-        cells = [method, f"{settings}; {run.lr:g}", f"{statistics.mean(values):.1%} ± {standard_error(values):.1%}"]
-        if method not in against:
-            cells += ["", "", ""]
-        else:
-            differences = against[method]
-            mean, error = statistics.mean(differences), standard_error(differences)
-            cells += [f"{mean:+.1%} ± {error:.1%}", f"{sign_flip(differences):.2f}"]
-            cells.append("> 2 SE" if abs(mean) > 2 * error else "")
-        lines.append((statistics.mean(values), f"| {' | '.join(cells)} |"))
-    yield from (line for _value, line in sorted(lines, key=lambda pair: -pair[0]))
-    for method, about in METHODS.items():
-        if setting in about.same_as:
-            yield f"| {method} | | equals {about.same_as[setting]} here | | | |"
+def changes(results: Results, policy: str) -> list[Change]:
+    """One for each seed that is there."""
+    names = [Start(policy, seed).name for seed in protocol.DIRECTION_SEEDS]
+    return [dict(zip(protocol.DIRECTIONS, results[name]["change"], strict=True)) for name in names if name in results]
 
 
-def start(done: Finished) -> str:
-    """The held-out accuracy of the policies that all methods start from."""
-    values = [row["held_out_curve"]["0"] for row in done.get(REFERENCE, [])]
-    return f"Before training: {statistics.mean(values):.1%} ± {standard_error(values):.1%}." if values else ""
+def effects() -> Iterator[tuple[str, list[tuple[Direction, Direction]]]]:
+    """What the table of part 0 shows: the mean of these differences between two directions."""
+    weights, shares = protocol.GROUP_WEIGHTS, protocol.CREDITS
+    yield "GRPO's direction - linear", [(protocol.GRPO, protocol.LINEAR)]
+    yield "ConSPO's, 10 / 0.01 - linear", [(protocol.CONSPO, protocol.LINEAR)]
+    for credit in shares[1:]:
+        yield f"shares at tau {credit} - equal shares", [((w, credit, "0"), (w, "flat", "0")) for w in weights]
+    for weight in weights[1:]:
+        yield f"group weight {weight} - weight 1", [((weight, c, "0"), ("1", c, "0")) for c in shares]
+    for margin in protocol.MARGINS[1:]:
+        pairs = [(("mean q", c, margin), ("mean q", c, "0")) for c in shares[1:]]
+        yield f"margin {margin} - none, in ConSPO's own group weight", pairs
 
 
-def tuning_table(results: Results, task: str, setting: str) -> Iterator[str]:
-    """Markdown: validation accuracy of the tuning seed after the last step, at each learning rate."""
-    yield f"| validation accuracy, seed {protocol.TUNING_SEED} | {' | '.join(f'{lr:g}' for lr in LEARNING_RATES)} |"
-    yield "|---|" + "---|" * len(LEARNING_RATES)
-    for method in protocol.methods_in(setting):
+def effect(change: Change, name: str) -> float:
+    return statistics.mean(change[one] - change[other] for one, other in EFFECTS[name])
+
+
+EFFECTS = dict(effects())
+
+
+def tuning(results: Results, task: str) -> Iterator[str]:
+    """Accuracy on the validation problems, mean of the tuning seeds, at each rate that was tried."""
+    runs = {method: protocol.tuning(task, method, results)[0] for method in MAIN}
+    rates = sorted({run.lr for some in runs.values() for run in some if run.name in results})
+    if not rates:
+        return
+    yield f"| validation accuracy | {' | '.join(f'{lr:g}' for lr in rates)} |"
+    yield "|---|" + "---|" * len(rates)
+    for method, some in runs.items():
+        best = protocol.tuning(task, method, results)[1]
         cells = []
-        for lr in LEARNING_RATES:
-            runs = [run for run in protocol.tuning_runs(task, setting, method) if run.lr == lr]
-            rows = [results[run.name] for run in runs if run.name in results]
-            cells.append(" / ".join(f"{row['validation_accuracy']:.1%}" for row in rows))
+        for lr in rates:
+            found = list(compare.values(results, [run for run in some if run.lr == lr]).values())
+            text = f"{statistics.mean(found):.1%}" if found else ""
+            text += f" ({len(found)} of {len(protocol.tuning_seeds(task))} seeds)" * (
+                0 < len(found) < len(protocol.tuning_seeds(task))
+            )
+            cells.append(f"**{text}**" if best is not None and lr == protocol.rate(best) else text)
         yield f"| {method} | {' | '.join(cells)} |"
 
 
-def running_mean(values: Sequence[float | None]) -> list[float]:
-    """Over the last SMOOTHING steps; a step without a number (no valid group) does not count."""
-    means = []
-    for end in range(1, len(values) + 1):
-        window = [value for value in values[max(0, end - SMOOTHING) : end] if value is not None]
-        means.append(statistics.mean(window) if window else math.nan)
-    return means
+def finals(results: Results, task: str, method: str, shift: int = 0) -> list[Run]:
+    """A method's runs at its best rate times 2^shift; none before that rate is known."""
+    return list(protocol.finals(task, [method], (shift,), results))
 
 
-def plot(done: Finished, title: str, methods: Sequence[str], path: Path) -> None:
-    """Means over seeds with bands of two standard errors: held-out accuracy, then what the rollouts show."""
-    figure, axes = plt.subplots(2, 3, figsize=(13, 7), constrained_layout=True)
-    for color, method in enumerate(methods):
-        if method not in done:
+def main_table(results: Results, task: str) -> Iterator[str]:
+    """Part 1: every method at its best rate and at the two beside it."""
+    conspo = finals(results, task, "conspo")
+    differences = {method: compare.paired(results, finals(results, task, method), conspo) for method in MAIN}
+    differences = {method: d for method, d in differences.items() if method != "conspo" and len(d) > 1}
+    p_values = {method: compare.sign_flip(d) for method, d in differences.items()}
+    corrected = compare.holm({method: p for method, p in p_values.items() if method != "grpo"})
+    yield "| method | rate | seeds | accuracy | minus ConSPO, points | p | at half the rate | at twice |"
+    yield "|---|---|---|---|---|---|---|---|"
+    lines = []
+    for method in MAIN:
+        runs = finals(results, task, method)
+        found = list(compare.values(results, runs).values())
+        if not found:
             continue
-        rows = done[method]
-        steps = [int(step) for step in rows[0]["held_out_curve"]]
-        series = [[row["held_out_curve"][step] for step in row["held_out_curve"]] for row in rows]
-        _band(axes.flat[0], steps, series, color, method)
-        for ax, name in zip(axes.flat[1:], CURVES, strict=True):
-            smooth = [running_mean(row["curve"][name]) for row in rows]
-            _band(ax, list(range(1, len(smooth[0]) + 1)), smooth, color, method)
-    titles = [f"held-out accuracy, mean of {len(SEEDS)} seeds ± 2 SE", *CURVES.values()]
-    for ax, name in zip(axes.flat, titles, strict=True):
-        ax.set_title(name, fontsize=10)
-        ax.set_xlabel("step")
-        ax.grid(alpha=0.3)
-    axes.flat[0].legend(fontsize=8)
-    figure.suptitle(title)
-    replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=DPI))
-    plt.close(figure)
+        p = {"grpo": f"**{p_values.get('grpo', 1):.3f}**"}.get(method, f"{corrected.get(method, 1):.3f}")
+        beside = [list(compare.values(results, finals(results, task, method, shift)).values()) for shift in (-1, 1)]
+        cells = [
+            method, f"{runs[0].lr:g}", f"{len(found)} of {len(SEEDS)}", f"{statistics.mean(found):.1%}",
+            points(differences.get(method, [])), p if method in differences else "",
+            *(f"{statistics.mean(x):.1%} ({len(x)})" if x else "" for x in beside),
+        ]  # fmt: skip
+        lines.append((statistics.mean(found), f"| {' | '.join(cells)} |"))
+    yield from (line for _mean, line in sorted(lines, reverse=True))
 
 
-def _band(ax: Any, steps: list[int], series: list[list[float]], color: int, label: str) -> None:
-    means = [statistics.mean(values) for values in zip(*series, strict=True)]
-    errors = [2 * standard_error(values) for values in zip(*series, strict=True)]
-    ax.plot(steps, means, color=f"C{color}", label=label, linewidth=1.2)
-    low, high = ([m + sign * e for m, e in zip(means, errors, strict=True)] for sign in (-1, 1))
-    ax.fill_between(steps, low, high, color=f"C{color}", alpha=0.15, linewidth=0)
+def cause_runs(results: Results, method: str, updates: str) -> dict[float, list[Run]]:
+    """A method's runs of part 2, by rate."""
+    runs = [run for run in protocol.cause(results) if run.method == method and run.updates == updates]
+    return {lr: [run for run in runs if run.lr == lr] for lr in sorted({run.lr for run in runs})}
 
 
-def overview(results: Results, path: Path) -> None:
-    """Every comparison on one page: a dot per seed, the mean and two standard errors."""
-    shape = len(TASKS), len(UPDATES)
-    figure, axes = plt.subplots(*shape, figsize=(12, 8), constrained_layout=True, squeeze=False)
-    for ax, (task, setting) in zip(axes.flat, itertools.product(TASKS, UPDATES), strict=True):
-        differences = compared(finished(results, task, setting))
-        order = sorted(differences, key=lambda name: statistics.mean(differences[name]))
-        for height, method in enumerate(order):
-            points = [100 * value for value in differences[method]]
-            mean, band = statistics.mean(points), 2 * standard_error(points)
-            ax.plot(points, [height] * len(points), "o", color="C0", alpha=0.35, markersize=4, markeredgewidth=0)
-            ax.errorbar(mean, height, xerr=band, fmt="o", color="C0", capsize=3)
-        ax.axvline(0, color="0.4", linewidth=1)
-        ax.set_yticks(range(len(order)), order)
-        ax.set_title(f"{task}, {setting}", fontsize=10)
-        ax.grid(axis="x", alpha=0.3)
-    figure.suptitle(f"Held-out accuracy minus {REFERENCE}'s, in points: {len(SEEDS)} seeds, mean ± 2 standard errors")
-    replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=DPI))
-    plt.close(figure)
+def cause_table(results: Results) -> Iterator[str]:
+    """Part 2: accuracy by score, bound, use of the batch and rate, with the seeds that are there."""
+    for updates in ("mini-batches", "repetition"):
+        rates = list(cause_runs(results, "conspo", updates))
+        yield f"| {updates} | {' | '.join(f'{lr:g}' for lr in rates)} |"
+        yield "|---|" + "---|" * len(rates)
+        for method in [*CAUSE, "grpo"]:
+            cells = []
+            for runs in cause_runs(results, method, updates).values():
+                found = list(compare.values(results, runs).values())
+                cells.append(f"{statistics.mean(found):.1%} ({len(found)})" if found else "")
+            if any(cells):
+                yield f"| {method} | {' | '.join(cells)} |"
+        yield ""
 
 
-BASELINES = [name for name in METHODS if name == REFERENCE or name in ("grpo", "dapo", "dr_grpo", "disco")]
-RATIOS = [name for name in METHODS if name in (REFERENCE, "grpo", "gmpo", "cispo", "sapo")]
-ABLATIONS = [REFERENCE, *[name for name in METHODS if name.startswith(("conspo,", "linear"))]]
-PLOTS = {"baselines": BASELINES, "ratios": RATIOS, "ablations": ABLATIONS}
+def sensitivity_table(results: Results) -> Iterator[str]:
+    """Part 3: one constant at a time, beside the paper's values."""
+    runs: dict[str, list[Run]] = {}
+    for run in protocol.sensitivity(results):
+        runs.setdefault(run.method, []).append(run)
+    differences = {name: compare.paired(results, some, runs["conspo"]) for name, some in runs.items()}
+    tested = {name: compare.sign_flip(d) for name, d in differences.items() if name != "conspo" and len(d) > 1}
+    corrected = compare.holm(tested)
+    yield "| ConSPO with | seeds | accuracy | minus tau 10, M 0.01, alpha 0.3, points | p | the paper's average |"
+    yield "|---|---|---|---|---|---|"
+    for name in ("conspo", *SENSITIVITY):
+        found = list(compare.values(results, runs.get(name, [])).values())
+        if found:
+            cells = [name, f"{len(found)} of {len(SEEDS)}", f"{statistics.mean(found):.1%}"]
+            cells += [points(differences[name]), f"{corrected[name]:.3f}"] if name in corrected else ["", ""]
+            yield f"| {' | '.join(cells)} | {PAPER.get(name, '')} |"
 
 
-def write(results: Results, out: Path) -> None:
-    """report.md, the overview, and a plot for each task, setting and set of methods."""
-    out.mkdir(parents=True, exist_ok=True)
-    overview(results, out / "overview.png")
-    hours = sum(row["seconds"] for row in results.values()) / 3600
-    lines = [
-        "# The paper in small: all tables and curves",
-        "",
-        f"Written by `make paper` from {len(results)} of {protocol.number_of_runs()} runs: {hours:.1f} hours of one",
-        "thread, the warm-ups not counted. The protocol is `examples/paper/protocol.py`; each run is a line of",
-        "`examples/paper/results/runs.jsonl`. [What follows from it](index.md) is on a page of its own.",
-        "",
-        f"SE: standard error over {len(SEEDS)} seeds. p: two-sided sign-flip test over them; its least value is",
-        f"{2 / 2 ** len(SEEDS):.2f}.",
-        "",
-        "![Every method's held-out accuracy minus ConSPO's](overview.png)",
-        "",
-    ]
-    for task, setting in itertools.product(TASKS, UPDATES):
-        done, title = finished(results, task, setting), f"{task}, {setting}"
-        lines += [f"## {title}", "", f"{TASKS[task].capitalize()}. {start(done)}", "", *table(done, setting), ""]
-        for name, methods in PLOTS.items():
-            if not done.keys().isdisjoint(methods):
-                picture = f"{task}_{setting.replace(' ', '-')}_{name}.png"
-                plot(done, title, methods, out / picture)
-                lines += [f"![{title}: {name}]({picture})", ""]
-        lines += ["Tuning, by learning rate; the candidates of the constants are apart by a slash:", ""]
-        lines += [*tuning_table(results, task, setting), ""]
-    replace_atomically(out / "report.md", lambda file: file.write_text("\n".join(lines), encoding="utf-8"))
+def pretrained_table(results: Results) -> Iterator[str]:
+    """Part 4: before and after, by seed."""
+    yield "| method | held-out accuracy by seed, before -> after |"
+    yield "|---|---|"
+    for method in ("conspo", "grpo", "disco"):
+        runs = [Run("smollm2", method, "one update", 2e-5, seed) for seed in protocol.PRETRAINED_SEEDS]
+        curves = [results[run.name]["accuracy"] for run in runs if run.name in results]
+        if curves:
+            yield f"| {method} | {'; '.join(f'{curve[0]:.1%} -> {curve[-1]:.1%}' for curve in curves)} |"
+
+
+TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
+    "status": status,
+    "directions": directions,
+    "tuning": lambda results: tuning(results, "spell_backward"),
+    "main": lambda results: main_table(results, "spell_backward"),
+    "cause": cause_table,
+    "sensitivity": sensitivity_table,
+    "pretrained": pretrained_table,
+    "sums": lambda results: main_table(results, "long_sums"),
+}
+
+
+# Figures: what they show in words, and the parts of which one has a run. A table of the same name stands below.
+FIGURES = {
+    "overview": ("Four parts in one figure: means over seeds with 95 % intervals", ("directions", "tuning")),
+    "directions": ("Change of accuracy by shares, group weight and margin, for four starts", ("directions",)),
+    "main": ("Accuracy over a run, by learning rate, and against ConSPO", ("tuning",)),
+    "cause": ("Divergence, gradient norm and scores over a run, by score and bound", ("cause",)),
+    "sensitivity": ("Accuracy by tau, margin and warm-up, and the paper's averages", ("sensitivity",)),
+}
+
+
+def drawn(results: Results) -> list[str]:
+    """The figures whose parts have runs of their own: ConSPO's of part 1 count in part 1 alone."""
+    plan = protocol.planned(results)
+    main = {unit.name for unit in plan["main"] + plan["neighbours"]}
+    there = {part for part, units in plan.items()
+             if any(unit.name in results and (part in ("main", "neighbours") or unit.name not in main)
+                    for unit in units)}  # fmt: skip
+    return [name for name, (_about, parts) in FIGURES.items() if there & set(parts)]
+
+
+def filled(page: str, results: Results) -> str:
+    """The page with the figures and tables of these records between its marks."""
+    figures = drawn(results)
+
+    def block(match: re.Match[str]) -> str:
+        name = match["name"]
+        body = f"![{FIGURES[name][0]}]({name}.png)\n\n" if name in figures else ""
+        if name in TABLES:
+            lines = list(TABLES[name](results))
+            body += "\n".join(lines) if len([line for line in lines if line]) > 2 else "No run yet."
+        return f"<!-- records: {name} -->\n\n{body.strip()}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- records: (?P<name>\w+) -->.*?<!-- end -->", block, page, flags=re.DOTALL)
+
+
+def write(results: Results, page: Path = PAGE) -> None:
+    """Tables into index.md, and the figures beside it."""
+    from . import figures
+
+    text = filled((page / "index.md").read_text(encoding="utf-8"), results)
+    replace_atomically(page / "index.md", lambda file: file.write_text(text, encoding="utf-8"))
+    figures.draw(results, page)
