@@ -30,7 +30,7 @@ def align(i: int, mask: torch.dtype | None = None, packed: bool = False, shift: 
 
 
 def known(logits: Tensor, softcap: float | None = None, cached: bool = True) -> None:
-    token_logprob.caches_rows = lambda _: cached  # type: ignore[assignment]
+    token_logprob.row_fits_cache = lambda _: cached  # type: ignore[assignment]
     labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
     rows = LogitRows(logits, labels, LogitTransform(softcap=softcap))
     token_logprob.forward_backward(torch.empty(logits.shape, dtype=logits.dtype), rows, torch.ones(labels.shape))

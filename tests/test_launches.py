@@ -224,7 +224,7 @@ def test_compiled_launchers() -> None:
         assert registers * num_warps * 32 <= 65_536, (case, kernel, registers)
         assert spills == 0, (case, kernel)
         if kernel == "_known_kernel" and "fp32" not in case:
-            assert registers > 32, case  # one row per multiprocessor, as `caches_rows` counts
+            assert registers > 32, case  # one row per multiprocessor, as `row_fits_cache` counts
     assert result["binaries"] == {
         "labels": [1, 1, 12], "labels, masked": [1, 1, 12], "labels, packed": [1, 1, 12], "tile": [3, 3, 36]
     }  # fmt: skip

@@ -50,7 +50,7 @@ def test_known_coefficients(
     from conspo_kernels.backends.triton import token_logprob
 
     if where == "three launches":
-        monkeypatch.setattr(token_logprob, "caches_rows", lambda _: False)
+        monkeypatch.setattr(token_logprob, "row_fits_cache", lambda _: False)
     logits = torch.randn(2, 3, vocab_size, device=DEVICE)
     if "view" in where:
         logits = torch.randn(2, 4, vocab_size + 5, device=DEVICE)[:, :-1, 3:-2]
@@ -151,18 +151,18 @@ def test_coefficients(offsets: list[int] | None) -> None:
 
 
 def test_tokens_that_take_part_are_gathered_and_put_back() -> None:
-    from conspo_kernels.linear.tiles import Tokens
+    from conspo_kernels.linear.tiles import RowSelection
 
     for total, places in ((9, [0, 3, 8]), (2000, list(range(1, 2000, 3))), (5, []), (4, [3])):
         where = torch.tensor(places, dtype=torch.int64, device=DEVICE)
         hidden = torch.randn(total, 3, device=DEVICE)
         tensors = [torch.randn(total, device=DEVICE), torch.arange(total, device=DEVICE)]
-        tokens = Tokens(hidden, tensors[1][places], where)
-        for x, gathered in zip((hidden, *tensors), (tokens.hidden_rows(), *tokens.compact(*tensors)), strict=True):
+        tokens = RowSelection(hidden, tensors[1][places], where)
+        for x, gathered in zip((hidden, *tensors), (tokens.hidden_rows(), *tokens.gather(*tensors)), strict=True):
             assert torch.equal(gathered, x[places])
             expected = torch.zeros_like(x)
             expected[places] = x[places]
-            assert torch.equal(tokens.spread(gathered), expected)
+            assert torch.equal(tokens.scatter(gathered), expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows", "columns", "empty"])

@@ -26,7 +26,7 @@ from ..backends.contract import TokenLogprob
 from ..values import LogitRows, LogitTransform, Statistics, Upstream
 from . import gemm as gemms
 from .gemm import Sum, slices
-from .tiles import Head, LogitTiles, Tokens
+from .tiles import Head, LogitTiles, RowSelection
 from .tiling import Tile, backward_tile, fixed_tile, row_tile
 
 
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     """The arguments that all modes share.  workspace: bytes for tiles of logits."""
 
     kernels: TokenLogprob
-    tokens: Tokens
+    tokens: RowSelection
     head: Head
     transform: LogitTransform
     workspace: int
@@ -60,7 +60,7 @@ def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) ->
     tile = _row_tile(run, Needs(False, False, False), batch_invariant)
     for rows, _hidden, z, _grad in _row_tiles(run, tile, batch_invariant):
         run.kernels.forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
-    return run.tokens.spread_all(statistics)
+    return run.tokens.scatter_all(statistics)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
@@ -70,7 +70,7 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
     run.kernels.forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
-    return tokens.spread_all(statistics), stored
+    return tokens.scatter_all(statistics), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
@@ -84,7 +84,7 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Ten
         logit_rows = _logit_rows(run, z, rows)
         run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
         gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
-    return tokens.spread(logprobs), tokens.spread(grad_hidden)
+    return tokens.scatter(logprobs), tokens.scatter(grad_hidden)
 
 
 def backward_store(
@@ -95,7 +95,7 @@ def backward_store(
     z = grad = stored[everything]
     if head.narrows(needs.bias) or not overwrite:
         grad = head.new_logits(z.shape[0], z.shape[1], head.weight.dtype if head.narrows(needs.bias) else z.dtype)
-    statistics, upstream = _compact(tokens, statistics, upstream)
+    statistics, upstream = _gather(tokens, statistics, upstream)
     part, incoming = _part(statistics, everything), _upstream_part(upstream, everything)
     run.kernels.backward(grad[None], _logit_rows(run, z, everything), part, incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
@@ -106,7 +106,7 @@ def backward_store(
     if weight_sum is not None:
         weight_sum.add(slice(None), True, dz.t(), hidden)
     return Gradients(
-        None if grad_hidden is None else tokens.spread(grad_hidden),
+        None if grad_hidden is None else tokens.scatter(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         grad_bias,
     )
@@ -120,7 +120,7 @@ def backward_recompute(
     weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
     """
     tokens, head = run.tokens, run.head
-    statistics, upstream = _compact(tokens, statistics, upstream)
+    statistics, upstream = _gather(tokens, statistics, upstream)
     vocab_size, hidden_size = head.weight.shape
     tile = backward_tile(tokens.problem(head), run.workspace, needs.hidden, needs.weight)
     narrow = head.narrows(needs.bias)
@@ -153,7 +153,7 @@ def backward_recompute(
         if weight_sum is not None:
             weight_sum.result()
     return Gradients(
-        None if hidden_sum is None else tokens.spread(hidden_sum.result()),
+        None if hidden_sum is None else tokens.scatter(hidden_sum.result()),
         grad_weight,
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
@@ -168,7 +168,7 @@ def forward_known(
     """
     tokens, head = run.tokens, run.head
     vocab_size, hidden_size = head.weight.shape
-    (coefficients,) = tokens.compact(coefficients)
+    (coefficients,) = tokens.gather(coefficients)
     logprobs = torch.empty_like(coefficients)
     tile = _row_tile(run, needs)
     new, terms = tokens.hidden.new_empty, math.ceil(tokens.number / max(1, tile.rows))
@@ -186,8 +186,8 @@ def forward_known(
             gemms.gemm(dz, head.weight, grad_hidden[rows])
         if weight_sum is not None:
             weight_sum.add(slice(None), rows.start == 0, dz.t(), hidden)
-    return tokens.spread(logprobs), Gradients(
-        None if grad_hidden is None else tokens.spread(grad_hidden),
+    return tokens.scatter(logprobs), Gradients(
+        None if grad_hidden is None else tokens.scatter(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
@@ -246,10 +246,10 @@ def _part(statistics: Statistics, rows: slice) -> Statistics:
     return Statistics(*(None if x is None else x[None, rows] for x in statistics))  # type: ignore[arg-type]
 
 
-def _compact(tokens: Tokens, statistics: Statistics, upstream: Upstream) -> tuple[Statistics, Upstream]:
+def _gather(tokens: RowSelection, statistics: Statistics, upstream: Upstream) -> tuple[Statistics, Upstream]:
     """[N] -> [n]. Log-probabilities, which no backward reads, stay out of it."""
     given = (statistics.entropy, statistics.row_max, statistics.log_sum, *upstream)
-    present = iter(tokens.compact(*(x for x in given if x is not None)))
+    present = iter(tokens.gather(*(x for x in given if x is not None)))
     entropy, row_max, log_sum, *incoming = (None if x is None else next(present) for x in given)
     assert row_max is not None
     assert log_sum is not None

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
-from ..linear.tiles import Head, Tokens
+from ..linear.tiles import Head, RowSelection
 from ..values import IGNORED, LogitTransform, Statistics, Upstream
 from . import flops
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
@@ -35,7 +35,7 @@ def run_of(
     """The arguments of an op as the modes take them."""
     return Run(
         kernels=backend_for(implementation, hidden.device).token_logprob,
-        tokens=Tokens.from_labels(hidden, labels, indices),
+        tokens=RowSelection.from_labels(hidden, labels, indices),
         head=Head(weight, bias, logits_dtype),
         transform=LogitTransform(*transform),
         workspace=workspace,

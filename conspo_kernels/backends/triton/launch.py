@@ -79,7 +79,7 @@ def _cached_row_bytes(device: torch.device) -> float:
     return L2_SHARE * properties.L2_cache_size / properties.multi_processor_count
 
 
-def caches_rows(logits: Tensor) -> bool:
+def row_fits_cache(logits: Tensor) -> bool:
     """Whether the L2 holds the rows in flight of kernel "known".
 
     It depends on V, the dtype and the device alone, as the order of every sum does.

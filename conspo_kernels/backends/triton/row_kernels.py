@@ -58,7 +58,7 @@ def _chunk_statistics(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _statistics_kernel(
     logits_ptr, labels_ptr, partial_ptr,
-    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_positions: tl.int64,
+    logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_positions: tl.int64,
     inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
     LANES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
@@ -71,7 +71,7 @@ def _statistics_kernel(
     inner = tl.full((), inner, tl.float64)
     scale2 = tl.full((), scale, ACC) * LOG2_E
 
-    row = row_offset(token, num_positions, logits_early, stride_logits_b, stride_logits_t)
+    row = row_offset(token, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
     first, last = interior(row, vocab_size, VECTOR)
     start = first + chunk * CHUNK
     stop = tl.minimum(start + CHUNK, last)
@@ -110,7 +110,7 @@ def _label_distance(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _combine_kernel(
     logits_ptr, labels_ptr, partial_ptr, logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr,
-    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_tokens: tl.int64,
+    logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_tokens: tl.int64,
     num_positions: tl.int64, inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def _combine_kernel(
     m, s, w = merge(m, s, w, scale * LOG2_E, 1, HAS_ENTROPY)
     log_sum = tl.log(s)
 
-    row = row_offset(tokens, num_positions, logits_early, stride_logits_b, stride_logits_t)
+    row = row_offset(tokens, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
     d = _label_distance(logits_ptr, row, labels, active, vocab_size, m, inner, TANH, ACC)
     zero = tl.zeros_like(log_sum)
     tl.store(logprobs_ptr + tokens, tl.where(active, tl.fma(d, scale, -log_sum), zero), mask=in_range)
@@ -207,7 +207,7 @@ def _write_gradient(
 def _backward_kernel(
     logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
     grad_logits_ptr,
-    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_early: tl.int64,
+    logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_misalignment: tl.int64,
     stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64, vocab_start: tl.int64,
     inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, SAME_ALIGNMENT: tl.constexpr, ACC: tl.constexpr,
@@ -229,9 +229,9 @@ def _backward_kernel(
     inner = tl.full((), inner, tl.float64)
     scale = tl.full((), scale, ACC)
 
-    row = row_offset(token, num_positions, logits_early, stride_logits_b, stride_logits_t)
+    row = row_offset(token, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
     first, last = interior(row, vocab_size, VECTOR)
-    grad_row = row_offset(token, num_positions, grad_early, stride_grad_b, stride_grad_t)
+    grad_row = row_offset(token, num_positions, grad_misalignment, stride_grad_b, stride_grad_t)
     start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, last - first)
     has_edges = (chunk == 0) & (last - first < vocab_size)
@@ -247,7 +247,7 @@ def _backward_kernel(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _known_kernel(
     logits_ptr, labels_ptr, coefficients_ptr, logprobs_ptr, grad_logits_ptr,
-    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_early: tl.int64,
+    logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_misalignment: tl.int64,
     stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64,
     inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     TANH: tl.constexpr, SAME_ALIGNMENT: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
@@ -259,8 +259,8 @@ def _known_kernel(
     c = tl.load(coefficients_ptr + token, mask=active, other=0.0)
     inner = tl.full((), inner, tl.float64)
     scale = tl.full((), scale, ACC)
-    row = row_offset(token, num_positions, logits_early, stride_logits_b, stride_logits_t)
-    grad_row = row_offset(token, num_positions, grad_early, stride_grad_b, stride_grad_t)
+    row = row_offset(token, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
+    grad_row = row_offset(token, num_positions, grad_misalignment, stride_grad_b, stride_grad_t)
     first, last = interior(row, vocab_size, VECTOR)
     has_edges = last - first < vocab_size
 

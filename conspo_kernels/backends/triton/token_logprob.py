@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...values import LogitRows, LogitTransform, Statistics, Upstream
-from .launch import caches_rows
+from .launch import row_fits_cache
 from .row_kernels import _backward_kernel, _combine_kernel, _known_kernel, _statistics_kernel
 from .rows import VECTOR_BYTES, aligned_base, num_chunks_of, tiles
 
@@ -25,8 +25,8 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
     logprobs, entropy, row_max, log_sum = out
 
     partial = torch.empty(num_tokens * num_chunks * (3 if with_entropy else 2), dtype=acc, device=logits.device)
-    base, early = aligned_base(logits)
-    row = (early, logits.stride(0), logits.stride(1))
+    base, misalignment = aligned_base(logits)
+    row = (misalignment, logits.stride(0), logits.stride(1))
     constants = _constants(logits, transform) | {"HAS_ENTROPY": with_entropy}
     _statistics_kernel[(num_tokens * num_chunks,)](
         base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, "forward")
@@ -63,7 +63,7 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
     """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
     logits, labels, transform, _start = rows
     logprobs = torch.empty_like(coefficients) if out is None else out
-    if not caches_rows(logits):
+    if not row_fits_cache(logits):
         acc, device = coefficients.dtype, coefficients.device
         statistics = Statistics.empty(tuple(labels.shape), acc, device, False)._replace(logprobs=logprobs)
         backward(grad_logits, rows, forward(rows, False, statistics), Upstream(coefficients))
@@ -80,10 +80,10 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
 
 def _strided(logits: Tensor, grad_logits: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], bool]:
     """Both from an aligned base, offset and strides of the rows of each, and whether these are aligned alike."""
-    base, early = aligned_base(logits)
-    grad_base, grad_early = aligned_base(grad_logits)
-    row = (early, logits.stride(0), logits.stride(1))
-    grad_row = (grad_early, grad_logits.stride(0), grad_logits.stride(1))
+    base, misalignment = aligned_base(logits)
+    grad_base, grad_misalignment = aligned_base(grad_logits)
+    row = (misalignment, logits.stride(0), logits.stride(1))
+    grad_row = (grad_misalignment, grad_logits.stride(0), grad_logits.stride(1))
     vector = VECTOR_BYTES // logits.element_size()
     same_alignment = all((a - b) % vector == 0 for a, b in zip(row, grad_row, strict=True))
     return base, grad_base, row, grad_row, same_alignment
