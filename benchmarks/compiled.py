@@ -27,7 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from conspo_kernels.objective import GroupLoss, Groups, Objective, Rollouts
-from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.values import LogitRows, LogitTransform, Statistics
 from ptx_executor.driver import CompilingDriver
 
 from .occupancy import Occupancy, occupancy
@@ -101,7 +101,7 @@ def call_token_logprob(
     rows = LogitRows(logits, labels, LogitTransform(softcap=softcap))
     statistics = kernels.forward(rows, entropy)
     grad = torch.empty(logits.shape, dtype=logits.dtype)
-    kernels.backward(grad, rows, statistics, Upstream(statistics.logprobs, statistics.entropy))
+    kernels.backward(grad, rows, statistics.incoming(statistics.logprobs, statistics.entropy))
     return rows, statistics, grad
 
 

@@ -117,11 +117,17 @@ class LogitRows(NamedTuple):
         return torch.where(inside, self.labels - self.start, torch.where(self.labels == IGNORED, IGNORED, ELSEWHERE))
 
 
-class Upstream(NamedTuple):
-    """The gradients that come into backward, [B, T], contiguous: of log-probabilities and of entropies."""
+class Incoming(NamedTuple):
+    """What a backward takes of each token, [B, T], contiguous: statistics of forward, and the gradients that come in.
 
-    logprobs: Tensor
+    grad_logprobs: of log-probabilities.  entropy: of forward, with grad_entropy, that of entropies.
+    """
+
+    row_max: Tensor
+    log_sum: Tensor
+    grad_logprobs: Tensor
     entropy: Tensor | None = None
+    grad_entropy: Tensor | None = None
 
 
 class Statistics(NamedTuple):
@@ -139,6 +145,11 @@ class Statistics(NamedTuple):
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, with_entropy: bool) -> Statistics:
         logprobs, row_max, log_sum = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
         return cls(logprobs, torch.empty_like(logprobs) if with_entropy else None, row_max, log_sum)
+
+    def incoming(self, grad_logprobs: Tensor, grad_entropy: Tensor | None = None) -> Incoming:
+        """For the backward of these rows."""
+        entropy = None if grad_entropy is None else self.entropy
+        return Incoming(self.row_max, self.log_sum, grad_logprobs, entropy, grad_entropy)
 
     def copied_to(self, out: Statistics) -> Statistics:
         for mine, other in zip(self, out, strict=True):

@@ -16,7 +16,7 @@ from torch import Tensor
 from benchmarks.compiled import TARGETS, _amd, _nvidia, offline
 from conspo_kernels.backends.triton import group_infonce, label_alignment, scale, sequence_score, token_logprob
 from conspo_kernels.objective import Groups, Objective, Rollouts
-from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.values import Incoming, LogitRows, LogitTransform, Statistics
 
 OFFSETS = torch.tensor([0, 3, 8])
 LABELS = torch.zeros(2, 8, dtype=torch.int64)
@@ -43,7 +43,7 @@ def tile(i: int) -> None:
     longer = torch.zeros(4, 40)[:, None, i : i + 4].unbind()
     statistics = Statistics(*longer)
     token_logprob.forward(rows._replace(start=0), True, statistics)
-    token_logprob.backward(logits, rows, statistics, Upstream(statistics.logprobs, statistics.entropy))
+    token_logprob.backward(logits, rows, statistics.incoming(statistics.logprobs, statistics.entropy))
 
 
 def wide() -> None:
@@ -51,7 +51,7 @@ def wide() -> None:
     logits = torch.zeros(1, 4, 151_936)
     ones = torch.ones(1, 4)
     rows = LogitRows(logits, LABELS.view(4, 4)[:1], LogitTransform())
-    token_logprob.backward(logits.bfloat16(), rows, Statistics(ones, None, ones, ones), Upstream(ones))
+    token_logprob.backward(logits.bfloat16(), rows, Incoming(ones, ones, ones))
 
 
 def contrast(num_rollouts: int, on_device: bool) -> None:

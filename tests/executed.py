@@ -29,7 +29,7 @@ from conspo_kernels.backends.triton import (
 )
 from conspo_kernels.objective import GroupLoss
 from conspo_kernels.reference import group_losses, prompt_groups
-from conspo_kernels.values import LogitRows, LogitTransform, Upstream
+from conspo_kernels.values import LogitRows, LogitTransform
 from ptx_executor import Fault, compiled, driver
 from ptx_executor.execute import Program
 
@@ -271,7 +271,7 @@ def far_labels(device: str = "cpu") -> dict[str, Any]:
         given = LogitRows(logits, torch.tensor([FAR_LABELS], device=device), LogitTransform())
         statistics = token_logprob.forward(given, False)
         grad = torch.empty_like(logits)
-        token_logprob.backward(grad, given, statistics, Upstream(torch.ones(1, len(FAR_LABELS), device=device)))
+        token_logprob.backward(grad, given, statistics.incoming(torch.ones(1, len(FAR_LABELS), device=device)))
         result[str(vocab_size)] = [
             int((~statistics.logprobs.isnan()).sum()), worst(grad, -logits.double().softmax(-1)), grad.max().item(),
         ]  # fmt: skip
@@ -308,15 +308,14 @@ def hostile(target: str) -> list[dict[str, Any]]:
             logits[0, 0, 1] = logits[1, 0, -1] = -torch.inf
         given = LogitRows(logits, labels, LogitTransform(softcap=softcap))
         before = logits.double().clone()  # of fp64 it would be the logits themselves
-        upstream = Upstream(torch.ones(2, 3).to(torch.promote_types(logits.dtype, torch.float32)))
-        if with_entropy:
-            upstream = Upstream(upstream.logprobs, upstream.logprobs.clone())
+        ones = torch.ones(2, 3).to(torch.promote_types(logits.dtype, torch.float32))
         with compiled(target, perturb=seed, seed=seed):
             nothing = LogitRows(logits[:, :0], labels[:, :0].contiguous(), given.transform)
             assert token_logprob.forward(nothing, with_entropy).logprobs.shape == (2, 0)
             statistics = token_logprob.forward(given, with_entropy)
             grad = logits if inplace else torch.empty_like(logits)
-            token_logprob.backward(grad, given, statistics, upstream)
+            incoming = statistics.incoming(ones, ones.clone() if with_entropy else None)
+            token_logprob.backward(grad, given, incoming)
         leaf = before.requires_grad_()
         y = leaf if softcap is None else torch.where(leaf == -torch.inf, leaf, softcap * torch.tanh(leaf / softcap))
         full = y.log_softmax(-1)

@@ -16,7 +16,7 @@ from conspo_kernels.backends.eager import sequence_score as eager_scores
 from conspo_kernels.backends.eager import token_logprob as eager_kernels
 from conspo_kernels.linear.tiling import Problem, workspace_of
 from conspo_kernels.objective import Groups, Objective, Rollouts
-from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.gpu
@@ -74,14 +74,14 @@ def test_slices_of_the_vocabulary_and_narrow_gradients() -> None:
     labels = torch.tensor([[0, 150, 299, IGNORED, 130]], device=DEVICE)
     rows = LogitRows(logits, labels, LogitTransform())
     statistics = eager_kernels.forward(rows, True)
-    upstream = Upstream(torch.randn(1, 5, device=DEVICE), torch.randn(1, 5, device=DEVICE))
+    incoming = statistics.incoming(torch.randn(1, 5, device=DEVICE), torch.randn(1, 5, device=DEVICE))
     whole = torch.empty_like(logits)
-    eager_kernels.backward(whole, rows, statistics, upstream)
+    eager_kernels.backward(whole, rows, incoming)
     for kernels, dtype in itertools.product((token_logprob, eager_kernels), (torch.float32, torch.bfloat16)):
         for columns in (slice(0, 128), slice(128, 299), slice(299, 300)):
             tile = logits[..., columns].contiguous()
             grad = torch.empty_like(tile, dtype=dtype)
-            kernels.backward(grad, LogitRows(tile, labels, LogitTransform(), columns.start), statistics, upstream)
+            kernels.backward(grad, LogitRows(tile, labels, LogitTransform(), columns.start), incoming)
             atol = 1e-6 if dtype == torch.float32 else 2e-2  # the interpreter truncates
             torch.testing.assert_close(grad.float(), whole[..., columns], rtol=2e-2, atol=atol)
     into = Statistics(*torch.empty(4, 1, 5, device=DEVICE))

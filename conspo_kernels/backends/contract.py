@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objective import GroupLoss, Objective, Rollouts
-from ..values import LogitRows, Statistics, Upstream
+from ..values import Incoming, LogitRows, Statistics
 
 
 class LabelAlignment(Protocol):
@@ -38,11 +38,11 @@ class TokenLogprob(Protocol):
     def forward(self, rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
         """out: contiguous, to write the results to; whole rows of logits."""
 
-    def backward(self, grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+    def backward(self, grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `rows.logits` itself.
 
-        Its dtype may be narrower than that of the logits, on an accelerator. `statistics.logprobs` is not read. A token
-        whose coefficients are zero is not read, and its gradient is zero. The logits may be a slice of the columns.
+        Its dtype may be narrower than that of the logits, on an accelerator. A token whose coefficients are zero is not
+        read, and its gradient is zero. The logits may be a slice of the columns.
         """
 
     def forward_backward(

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objective import evaluate
-from ..values import ELSEWHERE, IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+from ..values import ELSEWHERE, IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 
 CHUNK_ELEMENTS = 1 << 21
 
@@ -54,11 +54,10 @@ class token_logprob:
         return found if out is None else found.copied_to(out)
 
     @staticmethod
-    def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+    def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
         logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
-        grad_logprobs, grad_entropy = upstream
-        _logprobs, entropy, row_max, log_sum = statistics
+        row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
         acc, vocab_size = row_max.dtype, logits.shape[-1]
         active = labels != IGNORED
         coefficient_bt = torch.where(active, grad_logprobs, 0.0)
@@ -91,7 +90,7 @@ class token_logprob:
     ) -> Tensor:
         """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
         statistics = token_logprob.forward(rows, with_entropy=False)
-        token_logprob.backward(grad_logits, rows, statistics, Upstream(coefficients))
+        token_logprob.backward(grad_logits, rows, statistics.incoming(coefficients))
         return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
 
 

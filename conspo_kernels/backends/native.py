@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..objective import GroupLoss, Objective, Rollouts
-from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+from ..values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 from . import eager
 from .eager import label_alignment as label_alignment
 from .eager import scale as scale
@@ -80,10 +80,10 @@ class token_logprob:
         return found if out is None else found.copied_to(out)
 
     @staticmethod
-    def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
-        _logprobs, entropy, row_max, log_sum = statistics
+    def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
+        row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
         _C.token_logprob_backward(
-            grad_logits, rows.logits, rows.labels_in_slice(), row_max, log_sum, entropy, *upstream,
+            grad_logits, rows.logits, rows.labels_in_slice(), row_max, log_sum, entropy, grad_logprobs, grad_entropy,
             *_numbers(rows.transform),
         )  # fmt: skip
 

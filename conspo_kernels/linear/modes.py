@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import TokenLogprob
-from ..values import LogitRows, LogitTransform, Statistics, Upstream
+from ..values import Incoming, LogitRows, LogitTransform, Statistics
 from . import gemm as gemms
 from .gemm import Sum, slices
 from .tiles import Head, LogitTiles, RowSelection
@@ -87,17 +87,14 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Ten
     return tokens.scatter(logprobs), tokens.scatter(grad_hidden)
 
 
-def backward_store(
-    run: Run, statistics: Statistics, stored: Tensor, overwrite: bool, upstream: Upstream, needs: Needs
-) -> Gradients:
+def backward_store(run: Run, incoming: Incoming, stored: Tensor, overwrite: bool, needs: Needs) -> Gradients:
     """From the logits that were stored: two GEMMs.  overwrite: their gradient is written over them."""
     tokens, head, everything = run.tokens, run.head, slice(0, run.tokens.number)
     z = grad = stored[everything]
     if head.narrows(needs.bias) or not overwrite:
         grad = head.new_logits(z.shape[0], z.shape[1], head.weight.dtype if head.narrows(needs.bias) else z.dtype)
-    statistics, upstream = _gather(tokens, statistics, upstream)
-    part, incoming = _part(statistics, everything), _upstream_part(upstream, everything)
-    run.kernels.backward(grad[None], _logit_rows(run, z, everything), part, incoming)
+    incoming = _incoming_part(_gather(tokens, incoming), everything)
+    run.kernels.backward(grad[None], _logit_rows(run, z, everything), incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
     dz = head.operand(grad)
     hidden = tokens.hidden_rows()
@@ -112,15 +109,13 @@ def backward_store(
     )
 
 
-def backward_recompute(
-    run: Run, statistics: Statistics, upstream: Upstream, needs: Needs, weight_grad: Tensor | None = None
-) -> Gradients:
+def backward_recompute(run: Run, incoming: Incoming, needs: Needs, weight_grad: Tensor | None = None) -> Gradients:
     """From the statistics: a GEMM for the logits, and one for each of the gradients of hidden and weight.
 
     weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
     """
     tokens, head = run.tokens, run.head
-    statistics, upstream = _gather(tokens, statistics, upstream)
+    incoming = _gather(tokens, incoming)
     vocab_size, hidden_size = head.weight.shape
     tile = backward_tile(tokens.problem(head), run.workspace, needs.hidden, needs.weight)
     narrow = head.narrows(needs.bias)
@@ -129,7 +124,7 @@ def backward_recompute(
     new = tokens.hidden.new_empty
     hidden_sum = Sum(new(tokens.number, hidden_size), len(column_slices)) if needs.hidden else None
     grad_weight = new(vocab_size, hidden_size) if needs.weight and weight_grad is None else None
-    grad_bias = statistics.row_max.new_zeros(vocab_size) if needs.bias else None
+    grad_bias = incoming.row_max.new_zeros(vocab_size) if needs.bias else None
     for columns in column_slices:
         # A slice of dW is summed over the tiles of rows before the next slice begins.
         weight_sum = None
@@ -142,7 +137,7 @@ def backward_recompute(
             z = logits.compute(hidden, columns)
             logit_rows = LogitRows(z[None], tokens.labels[None, rows], run.transform, columns.start)
             grad = logits.gradient(z)
-            run.kernels.backward(grad[None], logit_rows, _part(statistics, rows), _upstream_part(upstream, rows))
+            run.kernels.backward(grad[None], logit_rows, _incoming_part(incoming, rows))
             if grad_bias is not None:
                 grad_bias[columns] += _bias_sum(grad)
             dz = head.operand(grad)
@@ -246,15 +241,12 @@ def _part(statistics: Statistics, rows: slice) -> Statistics:
     return Statistics(*(None if x is None else x[None, rows] for x in statistics))  # type: ignore[arg-type]
 
 
-def _gather(tokens: RowSelection, statistics: Statistics, upstream: Upstream) -> tuple[Statistics, Upstream]:
-    """[N] -> [n]. Log-probabilities, which no backward reads, stay out of it."""
-    given = (statistics.entropy, statistics.row_max, statistics.log_sum, *upstream)
-    present = iter(tokens.gather(*(x for x in given if x is not None)))
-    entropy, row_max, log_sum, *incoming = (None if x is None else next(present) for x in given)
-    assert row_max is not None
-    assert log_sum is not None
-    return Statistics(row_max, entropy, row_max, log_sum), Upstream(*incoming)  # type: ignore[arg-type]
+def _gather(tokens: RowSelection, incoming: Incoming) -> Incoming:
+    """[N] -> [n]."""
+    gathered = iter(tokens.gather(*(x for x in incoming if x is not None)))
+    return Incoming(*(None if x is None else next(gathered) for x in incoming))  # type: ignore[arg-type]
 
 
-def _upstream_part(upstream: Upstream, rows: slice) -> Upstream:
-    return Upstream(*(None if x is None else x[None, rows] for x in upstream))  # type: ignore[arg-type]
+def _incoming_part(incoming: Incoming, rows: slice) -> Incoming:
+    """Of a tile, as the kernels take them: [1, r]."""
+    return Incoming(*(None if x is None else x[None, rows] for x in incoming))  # type: ignore[arg-type]

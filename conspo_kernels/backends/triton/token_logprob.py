@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...values import LogitRows, LogitTransform, Statistics, Upstream
+from ...values import Incoming, LogitRows, LogitTransform, Statistics
 from .launch import row_fits_cache
 from .row_kernels import _backward_kernel, _combine_kernel, _known_kernel, _statistics_kernel
 from .rows import VECTOR_BYTES, aligned_base, num_chunks_of, tiles
@@ -41,14 +41,13 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
     return out
 
 
-def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
     """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
     logits, labels, transform, start = rows
-    grad_logprobs, grad_entropy = upstream
+    row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
     num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
     if num_tokens == 0:
         return
-    _logprobs, entropy, row_max, log_sum = statistics
     base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
     # The slope of a softcap and the addresses of narrow stores double the registers per logit: a smaller tile.
     light = transform.softcap is None and same_alignment
@@ -66,7 +65,7 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
     if not row_fits_cache(logits):
         acc, device = coefficients.dtype, coefficients.device
         statistics = Statistics.empty(tuple(labels.shape), acc, device, False)._replace(logprobs=logprobs)
-        backward(grad_logits, rows, forward(rows, False, statistics), Upstream(coefficients))
+        backward(grad_logits, rows, forward(rows, False, statistics).incoming(coefficients))
     elif labels.numel():
         base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
         light = transform.softcap is None and same_alignment
