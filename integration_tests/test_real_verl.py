@@ -25,6 +25,7 @@ from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.losses import ppo_loss
 
 from conspo_kernels import CosineMargin, conspo_weights, token_logprobs
+from conspo_kernels.integrations import support
 from conspo_kernels.integrations.verl import fused_loss_head, register, replace_loss_head
 
 UIDS = np.array(["a", "b", "c", "d"] * 4, dtype=object)
@@ -356,3 +357,9 @@ def test_estimator_is_given_what_verl_gives():
     finally:
         del core_algos.ADV_ESTIMATOR_REGISTRY["probe"]
     assert set(seen) == {"token_level_rewards", "response_mask", "config", "index"}
+
+
+def test_this_version_is_supported():
+    described = support.support("verl")
+    assert (described["supported"], described["missing"]) == (True, {})
+    assert described["versions"]["verl"] == verl.__version__ == described["tested"]

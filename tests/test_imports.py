@@ -74,6 +74,7 @@ RULES = {
     "weighted": Rule(ours={"ops", "sources", "conspo", "parallel", "values"}, foreign={"torch"}),
     "options": Rule(ours={"parallel"}, foreign={"torch"}),
     "integrations.required": Rule(ours=set(), foreign=set(), computed=True),
+    "integrations.support": Rule(ours={"integrations.required"}, foreign=set(), computed=True),
     # trust_region: the public function and its module have one name.
     "integrations": Rule(ours={ROOT, "integrations", "trust_region"}, foreign=ANYTHING, lazy=True),
     # The public functions.
