@@ -258,7 +258,7 @@ VALUE_ERRORS: list[tuple[Callable[[dict[str, Any]], Any], dict[str, Any], str]] 
     (phase_two, weighted(weights=torch.zeros(4, dtype=torch.long)), "weights must be floating point, got torch.int64"),
     (phase_two, weighted(weights=torch.zeros(4, device=META)), "weights must be on the CPU, got meta"),
     (phase_two, weighted(weights=torch.zeros(4, requires_grad=True)), r"weights .* pass weights.detach\(\)"),
-    (phase_two, weighted(logits=torch.randn(4, 3, 9, requires_grad=True), inplace=True), "inplace overwrites logits"),
+    (phase_two, weighted(logits=torch.randn(4, 3, 9, requires_grad=True), inplace=True), "inplace would overwrite"),
     (phase_two, weighted(scores=torch.randn(3)), r"scores must have shape \[4\] \(one per rollout\), got \[3\]"),
     (lambda a: conspo_weights(**a), scores(tau=0), "tau must be positive and finite"),
     (known, weighted(coefficients=torch.zeros(4)),

@@ -297,11 +297,13 @@ def overwritten(name: str, inplace: Any, value: Tensor) -> None:
     if not (value.requires_grad and torch.is_grad_enabled()):
         return
     if value.is_leaf:
-        raise ValueError(f"{name} overwrites logits: they must not be a leaf, which the caller owns, got a leaf")
+        raise ValueError(
+            f"{name} would overwrite logits, a leaf tensor of yours: pass a model's output or logits.clone()"
+        )
     _memory_holds(name, value)
     if not torch.compiler.is_compiling():
         if value._base is not None and value._base.is_leaf:
-            raise ValueError(f"{name} overwrites logits: they must not be a view of a leaf, the caller's own, got one")
+            raise ValueError(f"{name} would overwrite logits, a view of a leaf tensor of yours: pass logits.clone()")
         # What hooks pack and unpack, activation checkpointing's too, autograd does not check for modifications.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             raise ValueError(f"{name} must be called outside of saved-tensor hooks and checkpoint(), got inside")

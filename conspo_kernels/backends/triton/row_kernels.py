@@ -97,8 +97,8 @@ def _label_distance(
     readable = active & (label >= 0) & (label < vocab_size)
     u = tl.load(logits_ptr + row + label, mask=readable, other=float("nan")).to(ACC)
     if TANH is not None:
-        # A softcap of 50 makes 7e-6 of tanh's error in fp32: the sum has it, the label need not. Only the maximum keeps
-        # it: there both errors are the same and cancel, so that logp <= 0.
+        # A softcap of 50 makes 7e-6 of tanh's error in fp32. Recompute the label's tanh in fp64, except where the label
+        # is the row maximum: there both terms carry the same error, it cancels, and logp <= 0.
         z, u = u, capped(u, inner, TANH)
         d = tl.where(u == m, u - m, capped(z.to(tl.float64), inner, "series") - m).to(ACC)
     else:
