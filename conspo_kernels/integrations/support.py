@@ -38,8 +38,7 @@ FRAMEWORKS = {
         ),
         (
             'ConSPOTrainer, loss_head="auto": linear_token_logprobs and linear_weighted_score_loss',
-            "ConSPOTrainer with ZeRO-3, torch_compile, DeepSpeed in fp16, or where the model's head does not fit: "
-            "TRL's own loss head, with a warning that says why",
+            "ConSPOTrainer with ZeRO-3, torch_compile, DeepSpeed in fp16, or a head that does not fit: TRL's own",
             "fused_loss_head(): linear_token_logprobs and token_logprobs in every trainer of TRL",
         ),
     ),
