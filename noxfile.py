@@ -18,7 +18,7 @@ from nox.command import CommandFailed
 
 REPOSITORY = Path(__file__).resolve().parent
 FOLDERS = ("conspo_kernels", "csrc", "benchmarks", "examples", "ptx_executor", "tests")
-FILES = ("pyproject.toml", "setup.py", "README.md", "LICENSE")
+FILES = ("noxfile.py", "pyproject.toml", "setup.py", "README.md", "LICENSE")
 
 nox.options.envdir = "build/nox"
 nox.options.default_venv_backend = "venv"
