@@ -47,7 +47,7 @@ def scratch(kernel: str, vocab_size: int, dtype: torch.dtype, device: torch.devi
     num_rows = max(SCRATCH_BYTES // (vocab_size * dtype.itemsize), 1)
     logits = torch.randn(1, num_rows, vocab_size, dtype=dtype, device=device)
     labels = torch.zeros(1, num_rows, dtype=torch.int64, device=device)
-    rows = LogitRows(logits, labels, LogitTransform(softcap=30.0 if kernel == "heavy" else None))
+    rows = LogitRows(logits, labels, LogitTransform(softcap=1000.0 if kernel == "heavy" else None))
 
     def forward() -> Statistics:
         return kernels.forward(rows, with_entropy=False)

@@ -64,6 +64,16 @@ def token_errors(result: tuple[Any, ...]) -> dict[str, float]:
     return errors | {"gradient": worst(grad / size, exact / size)}
 
 
+def known_errors(result: tuple[Any, ...]) -> dict[str, float]:
+    """Of `call_known`, likewise."""
+    (logits, labels, _transform, _start), logprobs, grad = result
+    leaf = logits.double().requires_grad_()
+    expected = leaf.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    (exact,) = torch.autograd.grad(expected.sum(), leaf)
+    size = exact.abs().amax(-1, keepdim=True)
+    return {"logprobs": worst(logprobs, expected.detach()), "gradient": worst(grad / size, exact / size)}
+
+
 def score_errors(result: tuple[Any, ...]) -> dict[str, float]:
     logprobs, scores, grad = result
     exact = logprobs.double().mean(-1)
@@ -91,7 +101,7 @@ def errors_of(case: str, result: tuple[Any, ...]) -> dict[str, float]:
         "padded": score_errors, "packed": score_errors, "equal groups": group_errors, "ragged groups": group_errors,
         "bf16, by a scalar": scale_errors,
     }  # fmt: skip
-    return kinds.get(case, token_errors)(result)
+    return kinds.get(case, known_errors if case.startswith("known") else token_errors)(result)
 
 
 @contextlib.contextmanager

@@ -57,6 +57,27 @@ def test_half_of_the_weights_zero(name: str) -> None:
     assert grad[used].abs().amax((1, 2)).min() > 0
 
 
+def test_the_second_look_begins_where_the_first_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of three tiles and a part of one: what was read last is read again first, from the L1."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    load, starts = InterpreterBuilder.create_masked_load, []
+
+    def recorded(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        if pointers.data.ndim == 2 and pointers.data.shape[0] > 16:
+            starts.append(int(pointers.data.min()))
+        return load(self, pointers, mask, *args)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", recorded)
+    with simulated():
+        logits = torch.randn(1, 1, 110_000).bfloat16().to("cuda").requires_grad_()
+        label = torch.tensor([[7]], device="cuda")
+        ck.weighted_score_loss(logits, label, torch.ones(1, device="cuda"), **AS)  # type: ignore[call-overload]
+    assert len(starts) == 8
+    assert starts[:4] == sorted(starts)[::2]
+    assert starts[4:] == starts[3::-1]
+
+
 @pytest.mark.parametrize("options", [{"return_metrics": True}, {"scores": torch.zeros(ROLLOUTS)}], ids=str)
 def test_scores_that_are_asked_for_are_read(options: dict[str, Any]) -> None:
     options = {name: x.to("cpu") if isinstance(x, Tensor) else x for name, x in options.items()}

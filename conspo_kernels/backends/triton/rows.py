@@ -75,9 +75,9 @@ def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
     size = logits.element_size()
     launch = launch_of(kernel, logits)
     cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes}
-    if not kernel.endswith("known"):  # a whole row per program
+    if kernel != "known":  # a whole row per program
         cut["CHUNK"] = CHUNK_BYTES // size
-    if kernel == "forward" or kernel.endswith("known"):
+    if kernel not in ("backward", "heavy"):
         cut["PARTS"] = vectors_per_thread(launch, logits.device)
     return cut | FUSED | {"num_warps": launch.num_warps}
 

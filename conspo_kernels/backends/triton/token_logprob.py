@@ -28,8 +28,9 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
     base, misalignment = aligned_base(logits)
     row = (misalignment, logits.stride(0), logits.stride(1))
     constants = _constants(logits, transform) | {"HAS_ENTROPY": with_entropy}
+    kernel = "heavy forward" if constants["TANH"] == "series" and logits.element_size() == 2 else "forward"
     _statistics_kernel[(num_tokens * num_chunks,)](
-        base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, "forward")
+        base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, kernel)
     )
     _combine_kernel[(triton.cdiv(num_tokens, COMBINE_ROWS),)](
         base, labels, partial, logprobs, entropy, row_max, log_sum, *row, num_tokens, labels.shape[1],
@@ -49,8 +50,8 @@ def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
     if num_tokens == 0:
         return
     base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
-    # The slope of a softcap and the addresses of narrow stores double the registers per logit: a smaller tile.
-    light = transform.softcap is None and same_alignment
+    # A series for tanh and the addresses of narrow stores double the registers per logit: a smaller tile.
+    light = transform.tanh(logits.dtype) != "series" and same_alignment
     _backward_kernel[(num_tokens * num_chunks,)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
         labels.shape[1], start, **_constants(logits, transform), **tiles(logits, "backward" if light else "heavy"),
@@ -62,17 +63,16 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
     """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
     logits, labels, transform, _start = rows
     logprobs = torch.empty_like(coefficients) if out is None else out
-    if not row_fits_cache(logits):
+    base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
+    # With a softcap, or narrow stores, arithmetic takes as long as a third look at the row would.
+    if transform.softcap is not None or not same_alignment or not row_fits_cache(logits):
         acc, device = coefficients.dtype, coefficients.device
         statistics = Statistics.empty(tuple(labels.shape), acc, device, False)._replace(logprobs=logprobs)
         backward(grad_logits, rows, forward(rows, False, statistics).incoming(coefficients))
     elif labels.numel():
-        base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
-        light = transform.softcap is None and same_alignment
         _known_kernel[(labels.numel(),)](
             base, labels, coefficients, logprobs, grad_base, *row, *grad_row, labels.shape[1],
-            **_constants(logits, transform), **tiles(logits, "known" if light else "heavy known"),
-            SAME_ALIGNMENT=same_alignment,
+            **_constants(logits, transform), **tiles(logits, "known"),
         )  # fmt: skip
     return logprobs
 
