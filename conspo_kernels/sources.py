@@ -131,6 +131,8 @@ class LogitsSource(NamedTuple):
     def known_gradient(self, tokens: Tokens, coefficients: Tensor) -> KnownGradient | None:
         if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.vocab_group:
             return None  # with a split vocabulary the gradient needs the statistics of all ranks first
+        if torch.compiler.is_compiling():
+            return None  # compiled, its product with what comes in would be one more pass over all logits
         z = self.logits.detach()
         if self.inplace:
             gradient = z
