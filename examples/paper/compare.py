@@ -17,6 +17,13 @@ def values(results: Results, runs: Sequence[Run]) -> dict[int, float]:
     return {run.seed: results[run.name]["result"] for run in runs if run.name in results}
 
 
+def complete(results: Results, runs: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
+    """By name, the runs of the seeds that every name has: nothing is compared over different seeds."""
+    seeds = [set(values(results, some)) for some in runs.values()]
+    common = set.intersection(*seeds) if seeds else set()
+    return {name: [run for run in some if run.seed in common] for name, some in runs.items()}
+
+
 def paired(results: Results, runs: Sequence[Run], others: Sequence[Run]) -> list[float]:
     """runs - others, over the seeds that both have."""
     left, right = values(results, runs), values(results, others)

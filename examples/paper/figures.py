@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 from records import replace_atomically
 
 from . import compare, protocol, report
-from .protocol import CAUSE, MAIN, SENSITIVITY, Results, Run
+from .protocol import CAUSE, MAIN, Results, Run
 
 DPI = 100
 TASK = "spell_backward"
@@ -52,19 +52,14 @@ def with_intervals(ax: Any, rows: dict[str, list[float]], unit: str) -> None:
 
 
 def against_conspo(results: Results, task: str) -> dict[str, list[float]]:
-    conspo = report.finals(results, task, "conspo")
-    others = [method for method in MAIN if method != "conspo"]
-    return {name: compare.paired(results, report.finals(results, task, name), conspo) for name in others}
+    runs = report.finals(results, task)
+    return {name: compare.paired(results, runs[name], runs["conspo"]) for name in runs if name != "conspo"}
 
 
 def against_centre(results: Results) -> dict[str, list[float]]:
     """Differences of part 3 to ConSPO's own constants."""
-    runs = protocol.sensitivity(results)
-    by_method: dict[str, list[Run]] = {}
-    for run in runs:
-        by_method.setdefault(run.method, []).append(run)
-    centre = by_method.get("conspo", [])
-    return {name: compare.paired(results, by_method.get(name, []), centre) for name in SENSITIVITY}
+    runs = report.sensitivity_runs(results)
+    return {name: compare.paired(results, runs[name], runs["conspo"]) for name in runs if name != "conspo"}
 
 
 def credit_effects(results: Results) -> dict[str, dict[str, list[float]]]:
@@ -94,24 +89,21 @@ def draw_credit(ax: Any, results: Results) -> None:
 
 
 def draw_cause(ax: Any, results: Results) -> None:
-    """Mini-batches and repetition side by side, each method at the best of its three rates."""
+    """Mini-batches and repetition side by side, each method at the best of its rates."""
     names = ["grpo", *CAUSE]
-    if not any(run.name in results for run in protocol.cause(results) if run.updates == "repetition"):
+    by_updates = {updates: report.cause_runs(results, updates) for updates in ("mini-batches", "repetition")}
+    by_updates["mini-batches"][math.nan] = {"grpo": report.finals(results, TASK).get("grpo", [])}  # at its own best
+    if not any(runs["conspo"] for runs in by_updates["repetition"].values()):
         empty(ax)
         return
-    for shift, updates in ((-0.2, "mini-batches"), (0.2, "repetition")):
-        heights, halves, places = [], [], []
+    for shift, (updates, by_rate) in zip((-0.2, 0.2), by_updates.items(), strict=True):
         for place, name in enumerate(names):
-            found = [list(compare.values(results, runs).values())
-                     for runs in report.cause_runs(results, name, updates).values()]  # fmt: skip
-            if name == "grpo" and updates == "mini-batches":
-                found = [list(compare.values(results, report.finals(results, TASK, name)).values())]
+            found = [list(compare.values(results, runs.get(name, [])).values()) for runs in by_rate.values()]
             best = max((values for values in found if values), key=statistics.mean, default=None)
             if best is not None:
-                places.append(place + shift)
-                heights.append(100 * statistics.mean(best))
-                halves.append(100 * compare.half_width(best) if len(best) > 1 else 0.0)
-        ax.bar(places, heights, 0.38, yerr=halves, capsize=3, label=updates)
+                half = 100 * compare.half_width(best) if len(best) > 1 else 0.0
+                ax.bar(place + shift, 100 * statistics.mean(best), 0.38, yerr=half, capsize=3,
+                       color="C0" if shift < 0 else "C1", label=updates if place == 1 else None)  # fmt: skip
     ax.set_xticks(range(len(names)), [name.replace(" of ", "\nof ").replace(", ", ",\n") for name in names], fontsize=8)
     ax.set_ylabel("accuracy at the best of the rates, %")
     ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the legend
@@ -166,9 +158,9 @@ def mean_curve(results: Results, runs: Sequence[Run], name: str) -> list[float]:
 
 def main_part(results: Results) -> Any:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), constrained_layout=True)
-    every = protocol.SIZES[TASK].every
+    every, finals = protocol.SIZES[TASK].every, report.finals(results, TASK)
     for method in MAIN:
-        curve = mean_curve(results, report.finals(results, TASK, method), "accuracy")
+        curve = mean_curve(results, finals[method], "accuracy")
         if curve:
             axes[0].plot([every * i for i in range(len(curve))], [100 * y for y in curve], label=method,
                          color=COLOURS[method], linewidth=2.2 if method == "conspo" else 1.2)  # fmt: skip
@@ -198,12 +190,9 @@ def cause_part(results: Results) -> Any:
     names = {"kl": "KL over a batch, nats per token", "norm_last": "norm of the last gradient",
              "wrong_change": "change of wrong scores", "right_change": "change of right scores"}  # fmt: skip
     for row, updates in zip(axes, ("mini-batches", "repetition"), strict=True):
-        for method in [*CAUSE, "grpo"]:
-            by_rate = list(report.cause_runs(results, method, updates).values())
-            if not by_rate:
-                continue
+        for method, runs in list(report.cause_runs(results, updates).values())[1].items():  # the rate in the middle
             for ax, name in zip(row, names, strict=True):
-                curve = mean_curve(results, by_rate[1], name)
+                curve = mean_curve(results, runs, name)
                 ax.plot(range(1, len(curve) + 1), curve, color=COLOURS[method], label=method, linewidth=1.5)
         for ax, title in zip(row, names.values(), strict=True):
             ax.set_title(f"{updates}: {title}", fontsize=9)
@@ -231,12 +220,27 @@ def sensitivity_part(results: Results) -> Any:
     return figure
 
 
+def pretrained_part(results: Results) -> Any:
+    figure, ax = plt.subplots(figsize=(6, 4), constrained_layout=True)
+    for method, curves in report.pretrained_curves(results).items():
+        for seed, curve in enumerate(curves):
+            ends = [100 * curve[0], 100 * curve[-1]]
+            ax.plot([0, 1], ends, marker="o", color=COLOURS[method], label=None if seed else method)
+    ax.set_xticks([0, 1], ["before", "after"])
+    ax.set_ylabel("held-out accuracy, %")
+    ax.set_title("Part 4: SmolLM2-135M-Instruct, a line per seed", fontsize=10)
+    ax.legend(fontsize=8)
+    ax.grid(alpha=0.3)
+    return figure
+
+
 DRAW = {
     "overview": overview,
     "directions": directions,
     "main": main_part,
     "cause": cause_part,
     "sensitivity": sensitivity_part,
+    "pretrained": pretrained_part,
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from records import replace_atomically
 
 from . import compare, protocol
-from .protocol import CAUSE, MAIN, SEEDS, SENSITIVITY, Results, Run, Start
+from .protocol import MAIN, SEEDS, SENSITIVITY, Results, Run, Start
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "paper"
 PAPER = {  # averages over its benchmarks, R1-Distill-Qwen-1.5B: figure 3, read off, and sections 5.2 and 5.3
@@ -127,86 +127,104 @@ def tuning(results: Results, task: str) -> Iterator[str]:
         yield f"| {method} | {' | '.join(cells)} |"
 
 
-def finals(results: Results, task: str, method: str, shift: int = 0) -> list[Run]:
-    """A method's runs at its best rate times 2^shift; none before that rate is known."""
-    return list(protocol.finals(task, [method], (shift,), results))
+def finals(results: Results, task: str, shift: int = 0) -> dict[str, list[Run]]:
+    """By method, the runs at its best rate times 2^shift, of the seeds that every method has."""
+    methods = list(MAIN) if shift == 0 or task == "spell_backward" else ["conspo", "grpo"]
+    runs = {method: list(protocol.finals(task, [method], (shift,), results)) for method in methods}
+    return compare.complete(results, runs)
 
 
 def main_table(results: Results, task: str) -> Iterator[str]:
     """Part 1: every method at its best rate and at the two beside it."""
-    conspo = finals(results, task, "conspo")
-    differences = {method: compare.paired(results, finals(results, task, method), conspo) for method in MAIN}
-    differences = {method: d for method, d in differences.items() if method != "conspo" and len(d) > 1}
-    p_values = {method: compare.sign_flip(d) for method, d in differences.items()}
-    corrected = compare.holm({method: p for method, p in p_values.items() if method != "grpo"})
-    yield "| method | rate | seeds | accuracy | minus ConSPO, points | p | at half the rate | at twice |"
-    yield "|---|---|---|---|---|---|---|---|"
-    lines = []
-    for method in MAIN:
-        runs = finals(results, task, method)
-        found = list(compare.values(results, runs).values())
-        if not found:
-            continue
-        p = {"grpo": f"**{p_values.get('grpo', 1):.3f}**"}.get(method, f"{corrected.get(method, 1):.3f}")
-        beside = [list(compare.values(results, finals(results, task, method, shift)).values()) for shift in (-1, 1)]
-        cells = [
-            method, f"{runs[0].lr:g}", f"{len(found)} of {len(SEEDS)}", f"{statistics.mean(found):.1%}",
-            points(differences.get(method, [])), p if method in differences else "",
-            *(f"{statistics.mean(x):.1%} ({len(x)})" if x else "" for x in beside),
-        ]  # fmt: skip
-        lines.append((statistics.mean(found), f"| {' | '.join(cells)} |"))
-    yield from (line for _mean, line in sorted(lines, reverse=True))
+    best, half, twice = (finals(results, task, shift) for shift in (0, -1, 1))
+    if not best["conspo"]:
+        return
+    yield f"{len(best['conspo'])} of {len(SEEDS)} seeds."
+    yield ""
+    yield "| method | rate | accuracy | minus ConSPO, points | p | at half the rate | at twice |"
+    yield "|---|---|---|---|---|---|---|"
+    differences = {method: compare.paired(results, runs, best["conspo"]) for method, runs in best.items()}
+    p_values = {method: compare.sign_flip(d) for method, d in differences.items() if method != "conspo"}
+    primary = "grpo" if task == "spell_backward" else None
+    corrected = compare.holm({method: p for method, p in p_values.items() if method != primary})
+    order = sorted(best, key=lambda method: -statistics.mean(compare.values(results, best[method]).values()))
+    for method in order:
+        p = f"**{p_values[method]:.3f}**" if method == primary else f"{corrected.get(method, 1):.3f}"
+        cells = [method, f"{best[method][0].lr:g}", mean_of(results, best[method])]
+        cells += ["", ""] if method == "conspo" else [points(differences[method]), p]
+        cells += [mean_of(results, beside.get(method, [])) for beside in (half, twice)]
+        yield f"| {' | '.join(cells)} |"
 
 
-def cause_runs(results: Results, method: str, updates: str) -> dict[float, list[Run]]:
-    """A method's runs of part 2, by rate."""
-    runs = [run for run in protocol.cause(results) if run.method == method and run.updates == updates]
-    return {lr: [run for run in runs if run.lr == lr] for lr in sorted({run.lr for run in runs})}
+def mean_of(results: Results, runs: Sequence[Run], of: int = len(SEEDS)) -> str:
+    """Accuracy, with the number of seeds where some are missing."""
+    found = list(compare.values(results, runs).values())
+    some = f" ({len(found)} of {of})" if len(found) < of else ""
+    return f"{statistics.mean(found):.1%}{some}" if found else ""
+
+
+def cause_runs(results: Results, updates: str) -> dict[float, dict[str, list[Run]]]:
+    """Part 2's runs by rate and method, of the seeds that every method has at that rate."""
+    runs: dict[float, dict[str, list[Run]]] = {}
+    for run in protocol.cause(results):
+        if run.updates == updates:
+            runs.setdefault(run.lr, {}).setdefault(run.method, []).append(run)
+    return {lr: compare.complete(results, runs[lr]) for lr in sorted(runs)}
 
 
 def cause_table(results: Results) -> Iterator[str]:
-    """Part 2: accuracy by score, bound, use of the batch and rate, with the seeds that are there."""
+    """Part 2: accuracy by score, bound, use of the batch and rate; GRPO in mini-batches is in part 1."""
     for updates in ("mini-batches", "repetition"):
-        rates = list(cause_runs(results, "conspo", updates))
-        yield f"| {updates} | {' | '.join(f'{lr:g}' for lr in rates)} |"
-        yield "|---|" + "---|" * len(rates)
-        for method in [*CAUSE, "grpo"]:
-            cells = []
-            for runs in cause_runs(results, method, updates).values():
-                found = list(compare.values(results, runs).values())
-                cells.append(f"{statistics.mean(found):.1%} ({len(found)})" if found else "")
-            if any(cells):
-                yield f"| {method} | {' | '.join(cells)} |"
+        by_rate = cause_runs(results, updates)
+        if not any(runs["conspo"] for runs in by_rate.values()):
+            continue
+        yield f"| {updates} | {' | '.join(f'{lr:g}' for lr in by_rate)} |"
+        yield "|---|" + "---|" * len(by_rate)
+        for method in next(iter(by_rate.values())):
+            cells = [mean_of(results, runs[method], len(protocol.CAUSE_SEEDS)) for runs in by_rate.values()]
+            yield f"| {method} | {' | '.join(cells)} |"
         yield ""
+
+
+def sensitivity_runs(results: Results) -> dict[str, list[Run]]:
+    """Part 3's runs by what differs, of the seeds that all have."""
+    runs: dict[str, list[Run]] = {}
+    for run in protocol.sensitivity(results):
+        runs.setdefault(run.method, []).append(run)
+    return compare.complete(results, runs)
 
 
 def sensitivity_table(results: Results) -> Iterator[str]:
     """Part 3: one constant at a time, beside the paper's values."""
-    runs: dict[str, list[Run]] = {}
-    for run in protocol.sensitivity(results):
-        runs.setdefault(run.method, []).append(run)
-    differences = {name: compare.paired(results, some, runs["conspo"]) for name, some in runs.items()}
-    tested = {name: compare.sign_flip(d) for name, d in differences.items() if name != "conspo" and len(d) > 1}
-    corrected = compare.holm(tested)
-    yield "| ConSPO with | seeds | accuracy | minus tau 10, M 0.01, alpha 0.3, points | p | the paper's average |"
-    yield "|---|---|---|---|---|---|"
+    runs = sensitivity_runs(results)
+    if not any(runs.values()):
+        return
+    yield f"{len(runs['conspo'])} of {len(SEEDS)} seeds."
+    yield ""
+    yield "| ConSPO with | accuracy | minus tau 10, M 0.01, alpha 0.3, points | p | the paper's average |"
+    yield "|---|---|---|---|---|"
+    differences = {name: compare.paired(results, runs[name], runs["conspo"]) for name in SENSITIVITY}
+    corrected = compare.holm({name: compare.sign_flip(d) for name, d in differences.items()})
     for name in ("conspo", *SENSITIVITY):
-        found = list(compare.values(results, runs.get(name, [])).values())
-        if found:
-            cells = [name, f"{len(found)} of {len(SEEDS)}", f"{statistics.mean(found):.1%}"]
-            cells += [points(differences[name]), f"{corrected[name]:.3f}"] if name in corrected else ["", ""]
-            yield f"| {' | '.join(cells)} | {PAPER.get(name, '')} |"
+        cells = ["", ""] if name == "conspo" else [points(differences[name]), f"{corrected[name]:.3f}"]
+        yield f"| {name} | {mean_of(results, runs[name])} | {' | '.join(cells)} | {PAPER.get(name, '')} |"
+
+
+def pretrained_curves(results: Results) -> dict[str, list[list[float]]]:
+    """Held-out accuracy before and after, by method and seed."""
+    curves: dict[str, list[list[float]]] = {}
+    for unit in protocol.planned(results)["pretrained"]:
+        if isinstance(unit, Run) and unit.name in results:
+            curves.setdefault(unit.method, []).append(results[unit.name]["accuracy"])
+    return curves
 
 
 def pretrained_table(results: Results) -> Iterator[str]:
     """Part 4: before and after, by seed."""
     yield "| method | held-out accuracy by seed, before -> after |"
     yield "|---|---|"
-    for method in ("conspo", "grpo", "disco"):
-        runs = [Run("smollm2", method, "one update", 2e-5, seed) for seed in protocol.PRETRAINED_SEEDS]
-        curves = [results[run.name]["accuracy"] for run in runs if run.name in results]
-        if curves:
-            yield f"| {method} | {'; '.join(f'{curve[0]:.1%} -> {curve[-1]:.1%}' for curve in curves)} |"
+    for method, curves in pretrained_curves(results).items():
+        yield f"| {method} | {'; '.join(f'{curve[0]:.1%} -> {curve[-1]:.1%}' for curve in curves)} |"
 
 
 TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
@@ -228,6 +246,7 @@ FIGURES = {
     "main": ("Accuracy over a run, by learning rate, and against ConSPO", ("tuning",)),
     "cause": ("Divergence, gradient norm and scores over a run, by score and bound", ("cause",)),
     "sensitivity": ("Accuracy by tau, margin and warm-up, and the paper's averages", ("sensitivity",)),
+    "pretrained": ("Accuracy before and after, by method and seed", ("pretrained",)),
 }
 
 
