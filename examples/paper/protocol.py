@@ -32,11 +32,11 @@ pairs over seeds. The result of a run is its accuracy on the held-out problems a
 run that on the validation problems; neither is trained on. It is exact for spell_backward, sampled for the others.
 Ties in tuning: the smaller rate. No run is left out, no metric, seed or step is chosen afterwards.
 
-Order of the runs: that of `planned`, in which part 0 stops after four of its seeds until part 1's first results
-are there; no number depends on it. Expected: HOURS, 14 in all. So that it is no more, part 1's second task has two
-tuning seeds, and neighbouring rates for ConSPO and GRPO alone. Its numbers of terms and its sizes are those of the
-demo's kind and stand until a pilot of its warm-up, which comes before its first run: what that changes is a commit
-of its own.
+Order of the runs: that of `planned`, in which part 0 stops after four of its seeds until parts 1 and 2 are there;
+no number depends on it. Expected: HOURS, 14 in all. So that it is no more, part 1's second task has two tuning
+seeds, and neighbouring rates for ConSPO and GRPO alone. Its numbers of terms and its sizes are those of the demo's
+kind and stand until a pilot of its warm-up, which comes before its first run: what that changes is a commit of its
+own.
 """
 
 from __future__ import annotations
@@ -224,8 +224,8 @@ def planned(results: Results) -> dict[str, list[Unit]]:
     task = "spell_backward"
     plan["tuning"] = [run for method in MAIN for run in tuning(task, method, results)[0]]
     plan["main"] = list(finals(task, list(MAIN), (0,), results))
-    plan["directions, more"] = starts[first:]
     plan["cause"] = list(cause(results))
+    plan["directions, more"] = starts[first:]
     plan["sensitivity"] = list(sensitivity(results))
     plan["neighbours"] = list(finals(task, list(MAIN), (-1, 1), results))
     plan["pretrained"] = [
