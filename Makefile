@@ -58,9 +58,15 @@ quick: export OMP_NUM_THREADS ?= 1
 quick: $(VENV)/.installed-dev  ## a minute of tests: PyTorch and native, no interpreter
 	$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal @tests/quick.txt
 
-# 5 GB and six minutes per row; pip has to find those releases of torch.
-versions:  ## the tests with each release of torch and Triton, in environments of their own: ROWS='2.11.0 2.15.0'
-	$(PYTHON) tests/versions.py $(ROWS)
+# 5 GB and six minutes per row; pip has to find those releases of torch. noxfile.py says more.
+NOX := build/nox-env
+versions: $(NOX)/.installed  ## the tests with each release of torch and Triton, in environments of their own: ROWS='2.11.0 2.15.0'
+	$(NOX)/bin/nox --force-python $(PYTHON) --session ${if ${ROWS},${ROWS:%='versions(%)'},versions}
+
+$(NOX)/.installed: constraints.txt
+	$(PYTHON) -m venv $(NOX)
+	$(NOX)/bin/python -m pip install --only-binary :all: -c constraints.txt nox
+	@touch $@
 
 # In this environment, not one of pip's own: the kernels are built against the torch that will load them.
 wheel: $(VENV)/.installed-dev  ## dist/: a wheel with the native kernels, for the torch of $(VENV), and an sdist

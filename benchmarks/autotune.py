@@ -17,7 +17,7 @@ import torch
 
 from conspo_kernels.backends.triton import token_logprob as kernels
 from conspo_kernels.backends.triton.launch import TABLE, Launch, family
-from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.values import LogitRows, LogitTransform, Statistics
 
 KERNELS = ("forward", "backward", "heavy")  # the others keep one row per multiprocessor, whatever is faster alone
 CANDIDATES = (Launch(256, 4), Launch(512, 4), Launch(1024, 4), Launch(256, 8), Launch(512, 8), Launch(1024, 8))
@@ -47,7 +47,7 @@ def scratch(kernel: str, vocab_size: int, dtype: torch.dtype, device: torch.devi
     num_rows = max(SCRATCH_BYTES // (vocab_size * dtype.itemsize), 1)
     logits = torch.randn(1, num_rows, vocab_size, dtype=dtype, device=device)
     labels = torch.zeros(1, num_rows, dtype=torch.int64, device=device)
-    rows = LogitRows(logits, labels, LogitTransform(softcap=30.0 if kernel == "heavy" else None))
+    rows = LogitRows(logits, labels, LogitTransform(softcap=1000.0 if kernel == "heavy" else None))
 
     def forward() -> Statistics:
         return kernels.forward(rows, with_entropy=False)
@@ -55,7 +55,7 @@ def scratch(kernel: str, vocab_size: int, dtype: torch.dtype, device: torch.devi
     if kernel == "forward":
         return forward
     statistics, grad = forward(), torch.empty_like(logits)
-    return lambda: kernels.backward(grad, rows, statistics, Upstream(statistics.logprobs))
+    return lambda: kernels.backward(grad, rows, statistics.incoming(statistics.logprobs))
 
 
 def seconds(run: Callable[[], object]) -> float:

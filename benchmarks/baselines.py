@@ -22,6 +22,7 @@ class Rival(NamedTuple):
     with_entropy: the same to log-probabilities and entropies, stacked; None where it has none.
     softcap: what the two above cap the logits with.
     package: what has to be installed, None where PyTorch is enough.
+    in_forward: it computes the gradient in forward, so that a backward alone would time next to nothing.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Rival(NamedTuple):
     with_entropy: TokenLogprobs | None = None
     softcap: float | None = None
     package: str | None = None
+    in_forward: bool = False
 
 
 def log_softmax(logits: Tensor, softcap: float | None) -> Tensor:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
@@ -26,10 +27,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from conspo_kernels.objective import ContrastSettings, GroupLoss, Rollouts, equal_segments
-from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.objective import GroupLoss, Groups, Objective, Rollouts
+from conspo_kernels.values import LogitRows, LogitTransform, Statistics
 from ptx_executor.driver import CompilingDriver
 
+from .machine_code import least_in_flight
 from .occupancy import Occupancy, occupancy
 
 TARGETS = {
@@ -38,6 +40,9 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
+
+
+ROW_KERNELS = ("_statistics_kernel", "_backward_kernel", "_known_kernel")  # whose main loops load logits
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Compiled:
     stores: dict[int, int]
     num_warps: int
     occupancy: Occupancy  # expected, from the three before
+    in_flight: int  # bytes of logits per multiprocessor, of the main loop that has fewest; 0 where this is not counted
 
 
 def target_name(target: GPUTarget) -> str:
@@ -101,8 +107,19 @@ def call_token_logprob(
     rows = LogitRows(logits, labels, LogitTransform(softcap=softcap))
     statistics = kernels.forward(rows, entropy)
     grad = torch.empty(logits.shape, dtype=logits.dtype)
-    kernels.backward(grad, rows, statistics, Upstream(statistics.logprobs, statistics.entropy))
+    kernels.backward(grad, rows, statistics.incoming(statistics.logprobs, statistics.entropy))
     return rows, statistics, grad
+
+
+def call_known(logits: Tensor) -> tuple[LogitRows, Tensor, Tensor]:
+    """Logits and labels, log-probabilities, and the gradient of their sum: one launch, as where caches hold a row."""
+    from conspo_kernels.backends.triton import token_logprob as kernels
+
+    labels = torch.linspace(0, logits.shape[-1] - 1, logits.shape[:-1].numel()).long().view(logits.shape[:-1])
+    rows, grad = LogitRows(logits.clone(), labels, LogitTransform()), logits
+    with mock.patch.object(kernels, "row_fits_cache", return_value=True):
+        logprobs = kernels.forward_backward(grad, rows._replace(logits=grad), torch.ones(labels.shape))
+    return rows, logprobs, grad
 
 
 def call_sequence_score(packed: bool, num_tokens: int = 8) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,17 +134,17 @@ def call_sequence_score(packed: bool, num_tokens: int = 8) -> tuple[Tensor, Tens
 
 def call_group_infonce(
     ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0, rewards: Tensor | None = None
-) -> tuple[Rollouts, ContrastSettings, GroupLoss]:
-    """Every second rollout is right, unless rewards are given."""
+) -> tuple[Tensor, Rollouts, Objective, GroupLoss]:
+    """Scores, rollouts, objective and result. Every second rollout is right, unless rewards are given."""
     from conspo_kernels.backends.triton import group_infonce as kernels
 
     n = num_groups * size
-    segments = equal_segments(n, size, torch.device("cpu")) if ragged else None
+    groups = Groups(size).sorted(n, torch.device("cpu")) if ragged else Groups(size)
     rewards = torch.arange(n).remainder(2).float() if rewards is None else rewards
     counts = torch.ones(n, dtype=torch.int32)
-    rollouts = Rollouts(-torch.rand(n), rewards, counts, segments, 0 if ragged else size)
-    settings = ContrastSettings(1.0, torch.tensor(margin), 0.5, "mean", None)
-    return rollouts, settings, kernels.forward(rollouts, settings)
+    scores, rollouts = -torch.rand(n), Rollouts(rewards, groups)
+    objective = Objective(1.0, torch.tensor(margin), 0.5, "mean", None)
+    return scores, rollouts, objective, kernels.forward(scores, counts, rollouts, objective)
 
 
 def call_scale() -> tuple[Tensor, Tensor]:
@@ -144,7 +161,7 @@ def _logits(vocab_size: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(1, 2, vocab_size, dtype=dtype)
 
 
-CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
+CASES: dict[str, Callable[[], object]] = {
     "bf16, V 151,936": lambda: call_token_logprob(_logits(151_936, torch.bfloat16)),
     "bf16, V 50,257": lambda: call_token_logprob(_logits(50_257, torch.bfloat16)),
     "bf16, V 50,257, gradient elsewhere": lambda: call_token_logprob(_logits(50_257 * 2, torch.bfloat16)[..., :50_257]),
@@ -157,6 +174,8 @@ CASES: dict[str, Callable[[], tuple[Any, ...]]] = {
     "bf16, V 151,936, entropy": lambda: call_token_logprob(_logits(151_936, torch.bfloat16), entropy=True),
     "fp32, V 151,936": lambda: call_token_logprob(_logits(151_936, torch.float32)),
     "fp64, V 1,000": lambda: call_token_logprob(_logits(1000, torch.float64)),
+    "known, bf16, V 151,936": lambda: call_known(_logits(151_936, torch.bfloat16)),
+    "known, fp32, V 50,257": lambda: call_known(_logits(50_257, torch.float32)),
     "padded": lambda: call_sequence_score(packed=False),
     "packed": lambda: call_sequence_score(packed=True),
     "equal groups": lambda: call_group_infonce(ragged=False),
@@ -224,10 +243,13 @@ def compiled(target: str) -> list[Compiled]:
         for kernel in kernels:
             registers, stack, loads, stores = _amd(kernel) if "amdgcn" in kernel.asm else _nvidia(kernel.asm["cubin"])
             shared, warps = kernel.metadata.shared, kernel.metadata.num_warps
+            resident = occupancy(target, registers, shared, warps)
+            flight = 0
+            if kernel.metadata.name in ROW_KERNELS and ", V " in case and "cubin" in kernel.asm:
+                flight = least_in_flight(kernel.asm["cubin"]) * 32 * resident.warps
             table.append(
                 Compiled(
-                    case, kernel.metadata.name, target, registers, stack, shared, loads, stores, warps,
-                    occupancy(target, registers, shared, warps),
+                    case, kernel.metadata.name, target, registers, stack, shared, loads, stores, warps, resident, flight
                 )
             )  # fmt: skip
     return table
@@ -243,13 +265,13 @@ def main() -> None:
         print(json.dumps([asdict(row) for row in rows]))
         return
     print(
-        f"{'target':8}{'kernel':22}{'case':38}{'regs':>5}{'stack':>7}{'shared':>7}  {'occupancy':24}"
+        f"{'target':8}{'kernel':22}{'case':38}{'regs':>5}{'stack':>7}{'shared':>7}{'flight':>8}  {'occupancy':24}"
         "loads, stores {bits: count}"
     )
     for row in rows:
         print(
-            f"{row.target:8}{row.kernel:22}{row.case:38}{row.registers:5}{row.stack_bytes:7}{row.shared_bytes:7}  "
-            f"{'{}/{} ({})'.format(*row.occupancy):24}{row.loads} {row.stores}"
+            f"{row.target:8}{row.kernel:22}{row.case:38}{row.registers:5}{row.stack_bytes:7}{row.shared_bytes:7}"
+            f"{row.in_flight:8}  {'{}/{} ({})'.format(*row.occupancy):24}{row.loads} {row.stores}"
         )
 
 

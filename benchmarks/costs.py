@@ -17,7 +17,7 @@ from conspo_kernels.linear.tiling import Problem, Tile, accumulator_bytes, backw
 from .counted import GPUS
 from .tables import markdown
 
-TOKENS, VOCAB, HIDDEN, ITEMSIZE = 8192, 151_936, (2048, 4096, 7168), 2
+TOKENS, VOCAB, HIDDEN, ITEMSIZE, FP32 = 8192, 151_936, (2048, 4096, 7168), 2, 4
 SMALL = 512 * 2**20  # the default workspace of a GPU with up to 16 GiB
 
 
@@ -32,7 +32,7 @@ class Device(NamedTuple):
 # GEMMs: what an H100 was measured to reach, 81 % of its data sheet's 989 TFLOP/s; the same share of a B200's 2,250.
 DEVICES = {
     "H100": Device(798e12, int(79.2 * 2**30), 50 * 2**20),
-    "H200": Device(798e12, int(139.8 * 2**30), 50 * 2**20),
+    "H200": Device(798e12, int(139.8 * 2**30), 60 * 2**20),
     "B200": Device(0.807 * 2250e12, int(178.3 * 2**30), 126 * 2**20),
 }
 
@@ -100,7 +100,8 @@ class Cost(NamedTuple):
 def cost(problem: Problem, mode: str, workspace: int, gpu: str) -> Cost:
     device, known = DEVICES[gpu], GPUS[gpu]
     problem = problem._replace(multiprocessors=known.multiprocessors)
-    in_flight = known.multiprocessors * problem.vocab_size * problem.itemsize
+    wide = problem.logit_bytes - problem.itemsize if problem.logit_bytes else problem.itemsize
+    in_flight = known.multiprocessors * problem.vocab_size * wide
     moved = moved_bytes(problem, mode, workspace, cached=in_flight <= L2_SHARE * device.l2)
     logits, sums, rows = (size / 1e9 for size in moved)
     return Cost(gemm_operations(problem, mode) / device.flops, moved.total / known.bandwidth, (logits, sums, rows))
@@ -124,6 +125,24 @@ def table(tokens: int, vocab: int, workspace: int | None) -> str:
             tera = gemm_operations(problem, mode) / 1e12
             lines.append((f"{hidden}, {mode}", gemms, f"{tera:.1f}", *gigabytes, *times))
     return markdown(headers, lines)
+
+
+def wide_share(problem: Problem, mode: str, workspace: int, gpu: str) -> float:
+    """By how much a mode's time grows with fp32 logits, gradients in 16 bits; what GEMMs write more of counts too."""
+    before, after = (cost(it, mode, workspace, gpu) for it in (problem, problem._replace(logit_bytes=FP32 + ITEMSIZE)))
+    products = 2 if mode == "recompute" else 1
+    written = products * problem.num_tokens * problem.vocab_size * (FP32 - ITEMSIZE) / GPUS[gpu].bandwidth
+    return (after.gemms + after.moved + written) / (before.gemms + before.moved) - 1
+
+
+def wide_table(tokens: int, vocab: int, hidden: int = 4096) -> str:
+    """A line per mode."""
+    problem = Problem(tokens, vocab, hidden, ITEMSIZE)
+    lines = [
+        (mode, *(f"{wide_share(problem, mode, workspace_of(it.memory), gpu):.1%}" for gpu, it in DEVICES.items()))
+        for mode in GEMMS
+    ]
+    return markdown(["mode", *DEVICES], lines)
 
 
 PAGE = """\
@@ -160,6 +179,14 @@ A 32nd of the GPU's memory, at least 512 MiB: {workspaces}.
 left out.
 
 {small}
+
+## fp32 logits
+
+`logits_dtype=torch.float32` with 16-bit operands, H 4,096, the default workspace: by how much a mode's time grows. A
+logit is written and read in 4 bytes, and its gradient, in 2, has memory of its own; so fewer rows fit a tile, and rows
+of an H100 or H200 no longer fit the L2.
+
+{wide}
 """
 
 
@@ -172,7 +199,8 @@ def page(tokens: int = TOKENS, vocab: int = VOCAB) -> str:
     workspaces = ", ".join(f"{gpu} {workspace_of(device.memory) / 2**20:,.0f} MiB" for gpu, device in DEVICES.items())
     return PAGE.format(
         tokens=tokens, vocab=vocab, look=tokens * vocab * ITEMSIZE / 1e9, devices=devices, workspaces=workspaces,
-        share=L2_SHARE, default=table(tokens, vocab, None), small=table(tokens, vocab, SMALL),
+        share=L2_SHARE, wide=wide_table(tokens, vocab), default=table(tokens, vocab, None),
+        small=table(tokens, vocab, SMALL),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from conspo_kernels import linear_conspo_loss, linear_weighted_score_loss
 from conspo_kernels.linear.tiles import Head
 from conspo_kernels.ops.linear_logprob import linear_logprob
+from conspo_kernels.ops.workspace import default_workspace
 from conspo_kernels.values import IGNORED, LogitTransform
 
 from .baselines import IGNORE, log_softmax
@@ -93,14 +94,15 @@ def ours(op: Op, inputs: Inputs, implementation: str) -> Compute:
     """Log-probabilities [N]; for known weights and the loss a scalar."""
     labels, shape = inputs.labels, inputs.shape
     aligned = torch.where(labels == IGNORE, IGNORED, labels).flatten()
-    workspace = shape.workspace_mib * 2**20
+    mib = shape.workspace_mib
+    workspace = default_workspace(labels.device) if mib is None else mib * 2**20
     transform = LogitTransform(softcap=shape.softcap).to_numbers()
     options: dict[str, Any] = {"softcap": shape.softcap, "implementation": implementation}
     weights = torch.full((shape.rollouts,), COEFFICIENT * shape.length)
 
     def tokens(hidden: Tensor, weight: Tensor) -> Tensor:
         return linear_logprob(
-            hidden=hidden.flatten(0, 1), weight=weight, bias=None, labels=aligned, places=None, weight_grad=None,
+            hidden=hidden.flatten(0, 1), weight=weight, bias=None, labels=aligned, indices=None, weight_grad=None,
             logits_dtype=hidden.dtype, transform=transform, with_entropy=False, mode=op.mode, workspace=workspace,
             implementation=implementation, vocab_start=0, vocab_group="", batch_invariant=False,
         )[0]  # fmt: skip

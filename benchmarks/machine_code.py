@@ -161,22 +161,60 @@ def pipes(code: Sequence[Instruction]) -> Pipes:
     return Pipes(len(code), fma, alu, mufu, lsu)
 
 
-def passes(kernel: Any) -> list[Walk]:
-    """The innermost loops that load the most bytes of global memory, the whole kernel where there is none.
+def main_loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
+    """The innermost loops that load the most bytes of global memory; none where none loads any.
 
     A kernel that goes over its rows twice has two of the kind. Loops that load less are tails.
     """
+    bodies = loops(code)
+    most = max((logit_bytes(body) for body in bodies), default=0)
+    return [body for body in bodies if logit_bytes(body) == most] if most else []
+
+
+def passes(kernel: Any) -> list[Walk]:
+    """Of the main loops, or of the whole kernel where there is none."""
     code = instructions(disassembled(kernel.asm["cubin"]))
-    walks = [_walk(body, is_loop=True) for body in loops(code)]
-    most = max((walk.load_bytes for walk in walks), default=0)
-    return [walk for walk in walks if walk.load_bytes == most] if most else [_walk(code, is_loop=False)]
+    return [_walk(body, is_loop=True) for body in main_loops(code)] or [_walk(code, is_loop=False)]
+
+
+def logit_bytes(code: Sequence[Instruction]) -> int:
+    """That are loaded: by the widest loads, as narrower ones are labels and coefficients."""
+    loads = [width(it) for it in code if it.name == "LDG"]
+    return sum(size for size in loads if size == max(loads))
+
+
+def least_in_flight(cubin: bytes) -> int:
+    """Bytes per thread, of the main loop that has fewest; of a kernel without one, of all of it."""
+    code = instructions(disassembled(cubin))
+    return min(
+        in_flight(body, max(width(it) for it in body if it.name == "LDG")) for body in main_loops(code) or [code]
+    )
+
+
+def in_flight(code: Sequence[Instruction], size: int) -> int:
+    """Bytes that loads of `size` bytes ask for before one of them is used, the most that there are at a time.
+
+    A loop is gone through twice, so that a load at its end meets the beginning.
+    """
+    waiting: list[set[str]] = []
+    most = 0
+    for it in [*code, *code]:
+        if it.name == "LDG" and width(it) == size:
+            first = re.search(r"\bR(\d+),", it.text)
+            assert first, it.text
+            waiting.append({f"R{int(first.group(1)) + i}" for i in range(size // 4)})
+            most = max(most, size * len(waiting))
+        else:
+            operands = it.text if it.name in ("STG", "ST", "STS") else it.text.partition(",")[2]
+            used = set(re.findall(r"\bR\d+\b", operands))
+            waiting = [registers for registers in waiting if not registers & used]
+    return most
 
 
 def _walk(code: Sequence[Instruction], is_loop: bool) -> Walk:
-    loads = [width(it) for it in code if it.name == "LDG"]
     return Walk(
         pipes(code),
-        load_bytes=sum(size for size in loads if size == max(loads)),  # narrower ones are labels and coefficients
+        load_bytes=logit_bytes(code),
         store_bytes=sum(width(it) for it in code if it.name == "STG"),
         barriers=sum(it.name == "BAR" for it in code),
         is_loop=is_loop,

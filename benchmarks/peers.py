@@ -81,7 +81,10 @@ def peers(device: torch.device, inplace: bool, softcap: float | None = None) -> 
     yield Rival("TRL kernel", trl_kernel, with_entropy=trl_entropy, package="trl")
     yield Rival("flash-attn cross-entropy", flash_attn, ignores=True, package="flash_attn")
     yield Rival("FLA cross-entropy", fla, ignores=True, softcap=softcap, package="fla")
-    yield Rival("Liger cross-entropy", liger, rounds_to=None, ignores=True, softcap=softcap, package="liger_kernel")
+    yield Rival(
+        "Liger cross-entropy", liger, rounds_to=None, ignores=True, softcap=softcap, package="liger_kernel",
+        in_forward=True,
+    )  # fmt: skip
     yield Rival("quack cross_entropy", quack, ignores=True, package="quack")
 
 

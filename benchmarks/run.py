@@ -7,6 +7,7 @@ python -m benchmarks.run --suite gpu --out DIR    # all of it: correctness, ceil
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import os
 import sys
 import time
@@ -72,6 +73,9 @@ def measure(suite: str, ops: Sequence[str], choice: Choice, targets: Sequence[st
                 yield from _surviving(name, shape, measure_op(OPS[name], shape, inputs, exact, choice))
         del inputs, exact
     for linear in filter(wanted, LINEAR_SUITES[suite]) if any(name in fused_linear.OPS for name in ops) else ():
+        if linear.needs is not None and importlib.util.find_spec(linear.needs) is None:
+            yield _without(linear, linear.needs)
+            continue
         hidden = fused_linear.Inputs.from_shape(linear, choice.device)
         exact_linear = fused_linear.Exact.from_inputs(hidden)
         for name in ops:
@@ -83,6 +87,14 @@ def measure(suite: str, ops: Sequence[str], choice: Choice, targets: Sequence[st
         yield from measure_scores(choice)
     if HOST_OP in ops and choice.device.type == "cpu" and choice.implementation in ("auto", "native"):
         yield from measure_host()
+
+
+def _without(shape: LinearShape, module: str) -> Row:
+    """A row that says why a shape has no other."""
+    return {
+        "op": "linear, recompute", "shape": str(shape), "provider": "Liger fused scaled CE", "target": shape.target,
+        "ok": False, "status": "not installed", "note": f"not installed: {module}, without which it works in chunks",
+    }  # fmt: skip
 
 
 def _surviving(op: str, shape: Shape | LinearShape, rows: Iterator[Row]) -> Iterator[Row]:

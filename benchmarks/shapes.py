@@ -95,7 +95,9 @@ class Shape:
 class LinearShape:
     """Hidden states [rollouts, length, hidden_size] and a head [vocab_size, hidden_size].
 
+    workspace_mib: None: the library's default, which is what users have.
     few: timed beside eager PyTorch alone.
+    needs: a module without which the rival that the shape is there for computes something else.
     """
 
     rollouts: int
@@ -104,10 +106,11 @@ class LinearShape:
     vocab_size: int
     dtype: torch.dtype
     group_size: int = 8
-    workspace_mib: int = 512
+    workspace_mib: int | None = None
     softcap: float | None = None
     few: bool = False
     target: str = ""
+    needs: str | None = None
 
     @property
     def tokens(self) -> int:
@@ -125,7 +128,9 @@ class LinearShape:
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        return f"{self.tokens:,} x {self.hidden_size:,} x {self.vocab_size:,} {dtype}{', softcap' * bool(self.softcap)}"
+        kinds = [dtype, *["softcap"] * bool(self.softcap)]
+        kinds += [] if self.workspace_mib is None else [f"{self.workspace_mib} MiB"]
+        return f"{self.tokens:,} x {self.hidden_size:,} x {self.vocab_size:,} {', '.join(kinds)}"
 
 
 QWEN, LLAMA, GEMMA, GPT2 = (MODELS[name][1] for name in ("Qwen3-8B", "Llama-3-8B", "Gemma-3-4B", "GPT-2"))
@@ -180,11 +185,13 @@ def _linear(model: str, rollouts: int, length: int, dtype: torch.dtype, target: 
 LINEAR_SUITES = {
     "quick": (LinearShape(4, 3, 16, 1000, FP32, 2), LinearShape(4, 3, 16, 1003, BF16, 2)),
     "cpu": (LinearShape(32, 16, 896, QWEN, FP32), LinearShape(32, 16, 896, QWEN, BF16)),
-    # F1 to F4; the shape at which Liger states its rate; vocabularies whose rows are no whole 16 bytes, GPT-2's and
-    # Llama 3's with one token more; the smallest and the widest head.
+    # F1 to F4, with the workspace that users have; the shape at which Liger states its rate; the first, with the
+    # workspace of a small GPU; vocabularies of rows that are no whole 16 bytes, GPT-2's and Llama 3's with one token
+    # more; the widest and the smallest head.
     "gpu": (
         _linear("Qwen3-8B", 32, 256, BF16, target="F1 F2 F3 F4"),
-        LinearShape(32, 256, 4096, 131_072, BF16, target="F1-Liger"),
+        LinearShape(32, 256, 4096, 131_072, BF16, target="F1-Liger", needs="cutlass"),
+        LinearShape(32, 256, *MODELS["Qwen3-8B"], BF16, workspace_mib=512, few=True),
         LinearShape(32, 256, *MODELS["GPT-2"], BF16, few=True),
         LinearShape(32, 256, MODELS["Llama-3-8B"][0], LLAMA + 1, BF16, few=True),
         LinearShape(32, 256, *MODELS["Gemma-3-12B"], BF16, softcap=GEMMA_SOFTCAP),

@@ -48,6 +48,7 @@ class Memory:
         self.sizes: dict[int, tuple[StorageWeakRef, int]] = {}  # a weak reference keeps the address from being reused
         self.peak = 0
         self.waiting_is_an_error = False
+        self.bytes_read = 0  # by Triton's kernels
         self.current = 0  # index of the device that Triton launches on; tensors lie on 0
 
     def holds(self, x: Tensor) -> bool:
@@ -271,7 +272,7 @@ def _replacements(ops: Ops) -> dict[str, Any]:
 @contextlib.contextmanager
 def simulated() -> Iterator[Memory]:
     """Within, "cuda" is a device of this machine. Triton has to be interpreting: TRITON_INTERPRET=1 from the start."""
-    from triton.runtime.interpreter import GridExecutor
+    from triton.runtime.interpreter import GridExecutor, InterpreterBuilder
 
     from conspo_kernels.backends import registry
     from conspo_kernels.backends.triton import launch
@@ -279,7 +280,12 @@ def simulated() -> Iterator[Memory]:
 
     memory = Memory()
     ops = Ops(memory)
-    run = GridExecutor.__call__
+    run, load = GridExecutor.__call__, InterpreterBuilder.create_masked_load
+
+    def loaded(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        result = load(self, pointers, mask, *args)
+        memory.bytes_read += int(mask.data.sum()) * result.data.itemsize
+        return result
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
         pointers = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
@@ -317,6 +323,7 @@ def simulated() -> Iterator[Memory]:
         # Eager mode's own way: the modes of this module do not have to see an op.
         stack.enter_context(mock.patch.object(registration, "_dispatch_modes", return_value=0))
         stack.enter_context(mock.patch.object(GridExecutor, "__call__", launched))
+        stack.enter_context(mock.patch.object(InterpreterBuilder, "create_masked_load", loaded))
         stack.enter_context(mock.patch.object(torch.autograd, "_engine_run_backward", backward))
         stack.enter_context(mock.patch.object(torch, "compile", _as_it_is))
         stack.callback(forget)

@@ -24,11 +24,14 @@ from typing import Any, NamedTuple
 from .fused_linear import OPS as LINEAR_OPS
 from .logits_path import OPS, OURS
 from .tables import markdown, write
-from .targets import Rows, table, verdicts
+from .targets import WORDS, Rows, table, verdicts
+from .triton_cache import binaries
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SECONDS = 420  # of the whole suite
 START = 20  # seconds until the first part: `import torch` on a cold disk
+# Of Triton's compilations, counted: 37 binaries in the decisive gradients, 66 more in all gradients, each 0.3 to 1 s of
+# one core. The parts hold them; with a cache that was made beforehand (`benchmarks/warm.py`) there are next to none.
 WORKERS = 8  # of the tests; each compiles for itself, and holds a few GB
 SLOW = ["torch.compile", "Liger chunked GRPO"]  # inductor takes seconds for each op and shape: a part of their own
 LONG = ["tests of a GPU", "all gradients", "shared tests"]  # part of the tests without a GPU, too
@@ -68,14 +71,14 @@ def parts(suite: str, out: Path, wheels: Path | None) -> list[Part]:
     slow = ["forward", "loss + backward", "linear, known weights"]
     compiled = [*run, "--name", "compiled", "--target", "L1", "F2", "--provider", OURS, *SLOW, "--op", *slow]
     all_parts = [
-        Part("ceilings", ["-m", "benchmarks.ceilings", *at, *to, *(["--tiny"] * tiny)], 15),
-        Part("decisive gradients", decisive, 25),
-        Part("tests of a GPU", [*tests, "--stop-after", "30", "tests/test_gpu.py"], 45, needs="pytest"),
-        Part("logits", [*run, "--name", "logits", *only, "--op", *OPS, "scores + backward"], 95),
-        Part("linear", [*run, "--name", "linear", *only, "--op", *LINEAR_OPS], 80),
+        Part("ceilings", ["-m", "benchmarks.ceilings", *at, *to, *(["--tiny"] * tiny)], 30),
+        Part("decisive gradients", decisive, 35),
+        Part("tests of a GPU", [*tests, "--stop-after", "30", "tests/test_gpu.py"], 40, needs="pytest"),
+        Part("logits", [*run, "--name", "logits", *only, "--op", *OPS, "scores + backward"], 90),
+        Part("linear", [*run, "--name", "linear", *only, "--op", *LINEAR_OPS], 75),
         Part("behaviour", ["-m", "benchmarks.behaviour", "--suite", suite, *to], 25),
-        Part("all gradients", check, 40),
-        Part("shared tests", [*tests, "--stop-after", "30", "--ignore", "tests/test_gpu.py"], 45, "pytest"),
+        Part("all gradients", check, 45),
+        Part("shared tests", [*tests, "--stop-after", "20", "--ignore", "tests/test_gpu.py"], 30, "pytest"),
         Part("compiled", compiled, 25),
         Part("report", ["-m", "benchmarks.report", str(out), *to, "--no-plots"], 5),
     ]
@@ -140,8 +143,8 @@ def summary(out: Path, outcomes: Sequence[Outcome]) -> str:
     measured = [row for name in ("logits", "linear", "compiled") for row in read(out / f"{name}.json")]
     judged = verdicts(Rows(measured, read(out / "behaviour.json")))
     write(out / "targets.json", [{**verdict._asdict(), "verdict": verdict.word} for verdict in judged])
-    lines = [(o["part"], o["status"], f"{o['seconds']:.0f}", o["note"]) for o in outcomes]
-    count = {word: sum(v.word == word for v in judged) for word in ("met", "missed", "not measured")}
+    lines = [(o["part"], o["status"], f"{o['seconds']:.0f}", o.get("compiled"), o["note"]) for o in outcomes]
+    count = {word: sum(v.word == word for v in judged) for word in WORDS}
     ceilings = json.loads((out / "ceilings.json").read_text()) if (out / "ceilings.json").exists() else {}
     limits = "; ".join(f"{row['what']} {row['rate'] / 1e9:,.1f} G{row['unit']}" for row in ceilings.values())
     exposed = sum(row.get("outlasted", 0) > 0 for row in measured)
@@ -149,7 +152,7 @@ def summary(out: Path, outcomes: Sequence[Outcome]) -> str:
     text = "\n\n".join(
         [
             *filter(None, [stand_in]),
-            markdown(("part", "status", "s", "last line"), lines, text_columns=2),
+            markdown(("part", "status", "s", "compiled", "last line"), lines, text_columns=2),
             f"Ceilings: {limits or 'not measured'}",
             rivals(measured),
             f"Queueing outlasted the spin in {exposed} of {len(measured)} rows: their time may be the host's.",
@@ -186,12 +189,16 @@ def run(suite: str, out: Path, wheels: Path | None) -> int:
         from .dry_run import run_part as runner
     outcomes: list[Outcome] = []
     deadline = started
+    cache = Path(os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache"))
+    print(f"Triton's cache {cache}: {binaries(cache)} binaries", flush=True)
     with _ended_by_signals():
         for part in parts(suite, out, wheels):
             deadline += part.seconds
             log = out / f"{part.name.replace(' ', '_')}.log"
             print(f"{part.name} ...", end=" ", flush=True)
+            before = binaries(cache)
             outcomes.append(runner(part, log, deadline - time.monotonic(), environment))
+            outcomes[-1]["compiled"] = binaries(cache) - before
             print(f"{outcomes[-1]['status']} in {outcomes[-1]['seconds']} s", flush=True)
             write(out / "parts.json", outcomes)
             text = summary(out, outcomes)

@@ -1,7 +1,6 @@
 """ConSPO (arXiv:2605.12969), the group-contrastive loss for RL with verifiable rewards, as fused kernels."""
 
-from .contrast import ConSPOOutput
-from .inputs.parallel import Parallel
+from .conspo import ConSPOOutput
 from .logprobs import (
     linear_token_logprobs,
     linear_weighted_logprob_loss,
@@ -12,6 +11,7 @@ from .logprobs import (
 from .loss import conspo_loss, conspo_loss_from_scores, linear_conspo_loss
 from .margin import CosineMargin
 from .modules import ConSPOLoss, LinearConSPOLoss
+from .parallel import Parallel
 from .trust_region import trust_region
 from .two_phase import (
     ConSPOWeights,

@@ -1,6 +1,7 @@
 """The command line: python -m conspo_kernels info, and python -m conspo_kernels gradcheck.
 
-info prints versions, devices and the implementation of each op.  gradcheck compares values and gradients with fp64.
+info prints versions, devices and the implementation of each op; with --trainer also what of the installed TRL, verl or
+transformers is supported and which path would run.  gradcheck compares values and gradients with fp64.
 
 Exit codes: 0; 1 where a gradient check fails; 2 for wrong usage.
 """
@@ -24,6 +25,7 @@ from .backends import triton as triton_backend
 from .backends.registry import BACKENDS, choose, unavailable
 from .gradcheck import command as gradcheck
 from .gradcheck.command import OPS
+from .integrations import support
 
 
 def interpreting() -> bool:
@@ -97,6 +99,8 @@ def print_information(info: dict[str, Any]) -> None:
     print()
     for device, name, reason in dict.fromkeys(reasons):
         print(f"{name} does not run on {device}: {reason}")
+    if "trainer" in info:
+        print("", *support.lines(info["trainer"]), sep="\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -112,12 +116,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=formatter,
     )
     gradcheck.add_arguments(check)
+    info.add_argument("--trainer", choices=support.FRAMEWORKS, help="what of it is supported, and what would run")
     for command in (info, check):
         command.add_argument("--json", action="store_true", help="print JSON rather than a table")
     arguments = parser.parse_args(argv)
     if arguments.command == "gradcheck":
         return gradcheck.run(arguments, check)
     described = information()
+    if arguments.trainer:
+        described["trainer"] = support.support(arguments.trainer)
     if arguments.json:
         print(json.dumps(described, indent=1))
     else:

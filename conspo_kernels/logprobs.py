@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
+from .conspo import rollout_scores
 from .inputs import check
-from .inputs.parallel import Parallel, parallel_from
-from .inputs.tokens import Predictions, TokenLayout
-from .ops import check_implementation
-from .ops.label_alignment import NOT_CHECKED
-from .scores import rollout_scores
-from .sources import HiddenSource, LogitSettings, LogitsSource, Source
+from .inputs.sources import hidden_source, logits_source, logprobs_source
+from .inputs.tokens import tokens_of
+from .inputs.weights import coefficients_of
+from .parallel import Parallel
+from .sources import Source
+from .values import Tokens
 from .weighted import weighted_logprobs
 
 if TYPE_CHECKING:
@@ -96,10 +97,11 @@ def token_logprobs(
 
     Source: arXiv:2605.12969.
     """
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     check.flags(return_entropy=return_entropy)
-    source = LogitsSource.from_arguments(logits, settings, inplace_backward=inplace_backward)
-    tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
+    source = logits_source(
+        logits, temperature, logit_scale, softcap, parallel, implementation, inplace_backward, "inplace_backward"
+    )
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index)
     return _logprobs(source, tokens, return_entropy)
 
 
@@ -186,17 +188,17 @@ def linear_token_logprobs(
 
     Source: arXiv:2605.12969.
     """
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
     check.flags(return_entropy=return_entropy)
-    source = HiddenSource.from_arguments(
-        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
-        weight_grad=weight_grad, batch_invariant=batch_invariant, synchronize=synchronize,
+    source = hidden_source(
+        hidden, weight, bias, temperature, logit_scale, softcap, parallel, implementation,
+        workspace_mib=workspace_mib, logits_dtype=logits_dtype, weight_grad=weight_grad,
+        batch_invariant=batch_invariant, synchronize=synchronize,
     )  # fmt: skip
-    tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index)
     return _logprobs(source, tokens, return_entropy)
 
 
-def _logprobs(source: Source, tokens: TokenLayout, return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
+def _logprobs(source: Source, tokens: Tokens, return_entropy: bool) -> Tensor | tuple[Tensor, Tensor]:
     logprobs, entropy = source.logprobs(tokens, with_entropy=return_entropy)
     return (logprobs.view(tokens.shape), entropy.view(tokens.shape)) if return_entropy else logprobs.view(tokens.shape)
 
@@ -236,14 +238,10 @@ def sequence_scores(
 
     Source: arXiv:2605.12969.
     """
-    check.logprobs(logprobs)
-    check_implementation(implementation)
-    split = parallel_from(parallel)
-    shape = tuple(logprobs.shape)
-    predictions = Predictions("logprobs", logprobs, shape, NOT_CHECKED, split.context is not None, implementation)
-    tokens = TokenLayout.from_arguments(predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores")
-    dtype = torch.float64 if logprobs.dtype == torch.float64 else torch.float32
-    return rollout_scores(logprobs.to(dtype).resolve_neg().view(tokens.labels.shape), tokens, split, implementation)[0]
+    source = logprobs_source(logprobs, parallel, implementation)
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index, "scores")
+    values = source.values.view(tokens.labels.shape)
+    return rollout_scores(values, tokens, source.parallel, implementation)[0]
 
 
 def weighted_logprob_loss(
@@ -282,15 +280,14 @@ def weighted_logprob_loss(
     Raises:
         TypeError, ValueError: as `token_logprobs`.
 
-    Cost: one read and one write of the logits where the caches hold a row; tokens whose coefficient is zero are not
-        written to (in a new buffer: zero-filled). With `parallel.vocab` the gradient is left to backward: one read
-        more.
+    Cost: one read and one write of the logits where the caches hold a row. Tokens whose coefficient is zero are not
+        read, only zero-filled. With `parallel.vocab` the gradient is left to backward: one read more.
 
     Source: the chain rule.
     """
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
-    source = LogitsSource.from_arguments(logits, settings, inplace=inplace)
-    tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
+    source = logits_source(logits, temperature, logit_scale, softcap, parallel, implementation, inplace)
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index)
+    coefficients, tokens = coefficients_of(source, tokens, coefficients)
     return weighted_logprobs(source, tokens, coefficients)
 
 
@@ -331,10 +328,10 @@ def linear_weighted_logprob_loss(
 
     Source: the chain rule.
     """
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
-    source = HiddenSource.from_arguments(
-        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
-        weight_grad=weight_grad, synchronize=synchronize,
+    source = hidden_source(
+        hidden, weight, bias, temperature, logit_scale, softcap, parallel, implementation,
+        workspace_mib=workspace_mib, logits_dtype=logits_dtype, weight_grad=weight_grad, synchronize=synchronize,
     )  # fmt: skip
-    tokens = TokenLayout.from_arguments(source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index)
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index)
+    coefficients, tokens = coefficients_of(source, tokens, coefficients)
     return weighted_logprobs(source, tokens, coefficients)

@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Literal, overload
 import torch
 from torch import Tensor
 
-from .contrast import ConSPOOutput, Contrast, contrast_loss, loss_of_scores
-from .inputs.parallel import Parallel
-from .inputs.tokens import TokenLayout
-from .sources import HiddenSource, LogitSettings, LogitsSource
+from .conspo import ConSPOOutput, loss_of_scores, loss_of_tokens, metrics_of
+from .inputs import check
+from .inputs.rollouts import rollouts_of, tokens_with_gradient
+from .inputs.sources import hidden_source, logits_source, scores_source
+from .inputs.tokens import tokens_of
+from .parallel import Parallel
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -126,15 +128,15 @@ def conspo_loss(
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast.from_arguments(
-        tau, margin, reward_threshold, reduction, num_groups, parallel, implementation, return_metrics
+    check.flags(return_metrics=return_metrics)
+    source = logits_source(
+        logits, temperature, logit_scale, softcap, parallel, implementation, inplace_backward, "inplace_backward"
     )
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
-    source = LogitsSource.from_arguments(logits, settings, inplace_backward=inplace_backward)
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss")
+    rollouts, objective = rollouts_of(
+        source, tokens.num_rollouts, rewards, groups, tau, margin, reward_threshold, reduction, num_groups
     )
-    return contrast_loss(source, tokens, contrast, rewards, groups)
+    return loss_of_tokens(source, tokens, rollouts, objective, return_metrics)
 
 
 @overload
@@ -219,18 +221,18 @@ def linear_conspo_loss(
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast.from_arguments(
-        tau, margin, reward_threshold, reduction, num_groups, parallel, implementation, return_metrics
-    )
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
-    source = HiddenSource.from_arguments(
-        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
-        weight_grad=weight_grad, batch_invariant=batch_invariant, synchronize=synchronize,
+    check.flags(return_metrics=return_metrics)
+    source = hidden_source(
+        hidden, weight, bias, temperature, logit_scale, softcap, parallel, implementation,
+        workspace_mib=workspace_mib, logits_dtype=logits_dtype, weight_grad=weight_grad,
+        batch_invariant=batch_invariant, synchronize=synchronize,
     )  # fmt: skip
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss")
+    rollouts, objective = rollouts_of(
+        source, tokens.num_rollouts, rewards, groups, tau, margin, reward_threshold, reduction, num_groups
     )
-    return contrast_loss(source, tokens, contrast, rewards, groups)
+    tokens = tokens_with_gradient(source, tokens, rollouts, objective, return_metrics)
+    return loss_of_tokens(source, tokens, rollouts, objective, return_metrics)
 
 
 @overload
@@ -286,7 +288,12 @@ def conspo_loss_from_scores(
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast.from_arguments(
-        tau, margin, reward_threshold, reduction, num_groups, parallel, implementation, return_metrics
+    check.flags(return_metrics=return_metrics)
+    source = scores_source(scores, parallel, implementation)
+    rollouts, objective = rollouts_of(
+        source, scores.shape[0], rewards, groups, tau, margin, reward_threshold, reduction, num_groups
     )
-    return loss_of_scores(contrast, scores, rewards, groups)
+    result = loss_of_scores(source.values, None, rollouts, objective, source.parallel, implementation)
+    if not return_metrics:
+        return result.loss
+    return ConSPOOutput(result.loss, metrics_of(result, objective), source.values.detach(), None)

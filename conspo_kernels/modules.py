@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
-from .contrast import ConSPOOutput
-from .inputs.parallel import Parallel
+from .conspo import ConSPOOutput
 from .loss import conspo_loss, linear_conspo_loss
+from .parallel import Parallel
 from .values import python_number
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ For a group with positives P and negatives N, both non-empty, temperature tau an
     d loss / d s_j = (sum_{i in P} q_i / |P|) * softmax_N(s / tau)_j            for j in N
 
 Everything is O(S) in the number of rollouts and runs in the dtype of the scores, sums over a group in fp64. Names: s
-rollouts, k slots of groups.
+rollouts, k groups.
 
 Source: arXiv:2605.12969.
 """
@@ -23,31 +23,71 @@ import torch
 from torch import Tensor
 
 
-class Segments(NamedTuple):
-    """Groups as segments of a sorted order: group k is `order[offsets[k]:offsets[k + 1]]`; trailing slots may be empty.
+class Groups(NamedTuple):
+    """Groups of `size` consecutive rollouts; or, where size is 0, of any sizes: rollouts sorted by group.
 
-    order: [S] int64, rollouts sorted by group.  offsets: [K + 1] int64.  slots: [S] int64, the group of each rollout.
+    Group k is `order[offsets[k]:offsets[k + 1]]`. There are as many as rollouts, the last ones empty, so that no count
+    need be read back from a GPU.  ids: [S] int64, k of each rollout.  order: [S] int64.  offsets: [K + 1]
+    int64. Of rollouts that are still to be gathered from ranks only the ids are known, those of prompts.
     """
 
-    order: Tensor
-    offsets: Tensor
-    slots: Tensor
+    size: int
+    ids: Tensor | None = None
+    order: Tensor | None = None
+    offsets: Tensor | None = None
+
+    @classmethod
+    def of_ids(cls, ids: Tensor) -> Groups:
+        """By prompt ids [S]."""
+        sorted_ids, order = torch.sort(ids, stable=True)
+        begins = torch.cat([torch.ones_like(sorted_ids[:1], dtype=torch.bool), sorted_ids[1:] != sorted_ids[:-1]])
+        sorted_index = begins.cumsum(0) - 1
+        offsets = torch.searchsorted(sorted_index, torch.arange(len(ids) + 1, device=ids.device))
+        return cls(0, torch.empty_like(order).scatter_(0, order, sorted_index), order, offsets)
+
+    def sorted(self, num_rollouts: int, device: torch.device) -> Groups:
+        """The same with ids, order and offsets where `size` stands for all of them."""
+        if self.size == 0:
+            return self
+        order = torch.arange(num_rollouts, device=device)
+        offsets = torch.arange(num_rollouts // self.size + 1, device=device) * self.size
+        return Groups(0, order // self.size, order, offsets)
 
     def sum(self, values_s: Tensor) -> Tensor:
-        """[S] -> [K] sums in a fixed order: one after another, so in fp64."""
+        """[S] -> [K] sums over sorted groups in a fixed order: one after another, so in fp64."""
+        assert self.order is not None
         wide = values_s[self.order].double()
         return torch.segment_reduce(wide, "sum", offsets=self.offsets, initial=0, unsafe=True).to(values_s.dtype)
 
     def max(self, values_s: Tensor) -> Tensor:
-        """[S] -> [K] maxima, -inf where a slot is empty."""
+        """[S] -> [K] maxima, -inf where a group is empty, of sorted groups."""
+        assert self.order is not None
         return torch.segment_reduce(values_s[self.order], "max", offsets=self.offsets, initial=-torch.inf, unsafe=True)
 
+    def have(self, members: Tensor) -> Tensor:
+        """[S] bool: whether the group of a rollout has one of `members` [S] bool."""
+        if self.ids is None:
+            some = members.view(-1, self.size).any(1, keepdim=True)
+            return some.expand(-1, self.size).reshape(members.shape)
+        members_per_group = torch.zeros_like(members, dtype=torch.int32).index_add_(0, self.ids, members.int())
+        return members_per_group[self.ids] > 0
 
-def equal_segments(num_rollouts: int, size: int, device: torch.device) -> Segments:
-    """Segments for groups of `size` consecutive rollouts."""
-    order = torch.arange(num_rollouts, device=device)
-    offsets = torch.arange(num_rollouts // size + 1, device=device) * size
-    return Segments(order, offsets, order // size)
+
+class Rollouts(NamedTuple):
+    """rewards: [S], NaN = unscorable.  groups: those of all of them."""
+
+    rewards: Tensor
+    groups: Groups
+
+
+class Objective(NamedTuple):
+    """margin: 0-d.  num_groups: 0-d denominator of reduction "mean", or None: the number of valid groups."""
+
+    tau: float
+    margin: Tensor
+    reward_threshold: float
+    reduction: str
+    num_groups: Tensor | None
 
 
 class GroupLosses(NamedTuple):
@@ -58,18 +98,8 @@ class GroupLosses(NamedTuple):
     valid: Tensor
 
 
-class Role:
-    """The role of a rollout in its group, an int8.  IDLE_...: the group is not valid."""
-
-    UNSCORABLE = 0
-    POSITIVE = 1
-    NEGATIVE = -1
-    IDLE_POSITIVE = 2
-    IDLE_NEGATIVE = -2
-
-
 def group_infonce(
-    scores: Tensor, positive: Tensor, negative: Tensor, segments: Segments, tau: float, margin: Tensor
+    scores: Tensor, positive: Tensor, negative: Tensor, groups: Groups, tau: float, margin: Tensor
 ) -> GroupLosses:
     """Value and gradient of every group's loss.
 
@@ -77,80 +107,57 @@ def group_infonce(
         scores: [S] floating point; those of rollouts that are neither positive nor negative are not used.
         positive: [S] bool.
         negative: [S] bool.
-        segments: the groups.
+        groups: sorted.
         tau: temperature of the contrast, > 0.
         margin: 0-d, in units of the scores.
 
     Returns:
-        `GroupLosses` of the K slots.
+        `GroupLosses` of the K groups.
     """
-    slots = segments.slots
-    num_positive = segments.sum(positive.to(scores.dtype))
-    valid = (num_positive > 0) & (segments.sum(negative.to(scores.dtype)) > 0)
-    positive, negative = positive & valid[slots], negative & valid[slots]
+    ids = groups.ids
+    assert ids is not None
+    num_positive = groups.sum(positive.to(scores.dtype))
+    valid = (num_positive > 0) & (groups.sum(negative.to(scores.dtype)) > 0)
+    positive, negative = positive & valid[ids], negative & valid[ids]
 
     z = torch.where(positive | negative, scores, 0.0) / tau
-    peak = segments.max(torch.where(negative, z, -torch.inf))
+    peak = groups.max(torch.where(negative, z, -torch.inf))
     peak = torch.where(peak == -torch.inf, 0.0, peak)
-    odds = torch.where(negative, torch.exp(z - peak[slots]), 0.0)
-    total = segments.sum(odds)
+    odds = torch.where(negative, torch.exp(z - peak[ids]), 0.0)
+    total = groups.sum(odds)
 
-    x = (peak + total.log())[slots] - (z - margin / tau)
+    x = (peak + total.log())[ids] - (z - margin / tau)
     softplus = torch.logaddexp(x, torch.zeros_like(x))  # F.softplus turns linear at 20 and loses 1e-9 in fp64
     per_positive = 1 / num_positive.clamp(min=1)
-    losses = tau * per_positive * segments.sum(torch.where(positive, softplus, 0.0))
+    losses = tau * per_positive * groups.sum(torch.where(positive, softplus, 0.0))
 
-    q = torch.where(positive, torch.sigmoid(x), 0.0) * per_positive[slots]
-    pull = segments.sum(q) / torch.where(total > 0, total, 1.0)
-    weights = torch.where(negative, pull[slots] * odds, -q)
-    return GroupLosses(torch.where(valid, losses, 0.0), torch.where(valid[slots], weights, 0.0), valid)
-
-
-class Rollouts(NamedTuple):
-    """scores: [S].  rewards: [S], NaN = unscorable.  counts: [S] response tokens, or None: a NaN score is unscorable.
-
-    segments: of ragged groups; None: groups of `group_size` consecutive rollouts.
-    """
-
-    scores: Tensor
-    rewards: Tensor
-    counts: Tensor | None
-    segments: Segments | None
-    group_size: int
-
-
-class ContrastSettings(NamedTuple):
-    """margin: 0-d.  num_groups: 0-d denominator of reduction "mean", or None: the number of valid groups."""
-
-    tau: float
-    margin: Tensor
-    reward_threshold: float
-    reduction: str
-    num_groups: Tensor | None
+    q = torch.where(positive, torch.sigmoid(x), 0.0) * per_positive[ids]
+    pull = groups.sum(q) / torch.where(total > 0, total, 1.0)
+    weights = torch.where(negative, pull[ids] * odds, -q)
+    return GroupLosses(torch.where(valid, losses, 0.0), torch.where(valid[ids], weights, 0.0), valid)
 
 
 class GroupLoss(NamedTuple):
-    """loss: 0-d, or [K] for "none".  weights: [S] dloss/dscores.  roles: [S] int8, of `Role`."""
+    """loss: 0-d, or [K] for "none".  weights: [S] dloss/dscores."""
 
     loss: Tensor
     weights: Tensor
-    roles: Tensor
 
 
-def evaluate(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
-    """`group_infonce` by rewards [S] in place of positive and negative, reduced over the groups."""
-    scores, rewards, counts, segments, group_size = rollouts
-    if segments is None:
-        segments = equal_segments(scores.numel(), group_size, scores.device)
-    scorable = ~rewards.isnan() & (scores == scores if counts is None else counts > 0)
-    positive = scorable & (rewards > float(settings.reward_threshold))  # torch compares uint16 with floats only
+def evaluate(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+    """`group_infonce` by rewards [S] in place of positive and negative, reduced over the groups.
+
+    counts: [S] response tokens; a rollout without is unscorable.
+    """
+    groups = rollouts.groups.sorted(scores.shape[0], scores.device)
+    scorable = ~rollouts.rewards.isnan() & (counts > 0)
+    # torch compares uint16 with floats only
+    positive = scorable & (rollouts.rewards > float(objective.reward_threshold))
     negative = scorable & ~positive
-    losses, weights, valid = group_infonce(scores, positive, negative, segments, settings.tau, settings.margin)
-    sign = positive.to(torch.int8) - negative.to(torch.int8)  # Role.POSITIVE and Role.NEGATIVE, twice that if idle
-    roles = torch.where(valid[segments.slots], sign, 2 * sign)
-    if settings.reduction == "none":
-        return GroupLoss(losses, weights, roles)
+    losses, weights, valid = group_infonce(scores, positive, negative, groups, objective.tau, objective.margin)
+    if objective.reduction == "none":
+        return GroupLoss(losses, weights)
     denominator = scores.new_ones(())
-    if settings.reduction == "mean":
-        denominator = valid.sum().clamp(min=1) if settings.num_groups is None else settings.num_groups
-    return GroupLoss(losses.sum() / denominator, weights / denominator, roles)
+    if objective.reduction == "mean":
+        denominator = valid.sum().clamp(min=1) if objective.num_groups is None else objective.num_groups
+    return GroupLoss(losses.sum() / denominator, weights / denominator)

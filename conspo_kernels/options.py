@@ -10,7 +10,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from .inputs.parallel import Parallel
+from .parallel import Parallel
 
 
 class TokenOptions(TypedDict, total=False):

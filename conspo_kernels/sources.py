@@ -1,46 +1,52 @@
 """Where log-probabilities come from: logits, or hidden states and the weight of the head.
 
 Both sources offer the same: log-probabilities, with a graph where grad mode is on, and the gradient for known
-coefficients. Every public function of logits or hidden states builds a source and passes it on.
+coefficients. `inputs/sources.py` makes them of arguments; nothing is checked here.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from .inputs import check
-from .inputs.autocast import autocast_dtype, cast, cast_weight
-from .inputs.parallel import Parallel, VocabShard, parallel_from, shard_of
-from .inputs.tokens import Predictions, TokenLayout
-from .ops import check_implementation
 from .ops.devices import true_indices
 from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
-from .ops.label_alignment import ON_ALL_RANKS
 from .ops.linear_logprob import linear_logprob
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
-from .ops.workspace import default_workspace, logits_fit
-from .values import LogitTransform, python_number
+from .ops.workspace import logits_fit
+from .parallel import Parallel
+from .values import Tokens
 
 
-class LogitSettings(NamedTuple):
-    """The transform of the logits, what is split over ranks, and the implementation that computes."""
+class LabelledRows(Protocol):
+    """The public argument that labels belong to, row by row."""
 
-    transform: LogitTransform
-    parallel: Parallel
-    implementation: str
+    @property
+    def name(self) -> str: ...
 
-    @classmethod
-    def from_arguments(
-        cls, temperature: Any, logit_scale: Any, softcap: Any, parallel: Any, implementation: Any
-    ) -> LogitSettings:
-        check_implementation(implementation)
-        temperature, logit_scale, softcap = map(python_number, (temperature, logit_scale, softcap))
-        check.logit_transform(temperature, logit_scale, softcap)
-        return cls(LogitTransform(temperature, logit_scale, softcap), parallel_from(parallel), implementation)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of its tokens, as the user passed them."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of log-probabilities."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Labels are smaller; NOT_CHECKED or ON_ALL_RANKS."""
+
+    @property
+    def parallel(self) -> Parallel: ...
+
+    @property
+    def implementation(self) -> str: ...
 
 
 class KnownGradient(NamedTuple):
@@ -56,139 +62,116 @@ class KnownGradient(NamedTuple):
     weight_grad: Tensor | None = None
 
 
-class Source(Protocol):
-    """What the public functions ask of a source. Tokens are [B, T]."""
-
-    @property
-    def settings(self) -> LogitSettings: ...
+class Source(LabelledRows, Protocol):
+    """What is asked of a source. Tokens are [B, T]."""
 
     @property
     def skips_tokens(self) -> bool:
-        """Whether leaving tokens out saves work."""
+        """Whether dropping tokens saves work."""
 
     @property
     def synchronize(self) -> bool:
         """Whether to wait for the device once, to learn which tokens take part."""
 
-    @property
-    def predictions(self) -> Predictions: ...
+    def logprobs(self, tokens: Tokens, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (empty unless asked for), [B, T], with a graph where grad mode is on."""
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of log-probabilities."""
-
-    def logprobs(
-        self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (empty unless asked for), [B, T], with a graph where grad mode is on.
-
-        keep: [B, T] bool on the CPU, the tokens that are wanted; None where the CPU does not know them.
-        """
-
-    def known_gradient(
-        self, tokens: TokenLayout, coefficients: Tensor, keep: Tensor | None = None
-    ) -> KnownGradient | None:
+    def known_gradient(self, tokens: Tokens, coefficients: Tensor) -> KnownGradient | None:
         """The gradient for known coefficients [B, T]; None if it cannot be computed in advance: use `logprobs` then."""
 
 
-def _shard(parallel: Parallel) -> VocabShard | None:
-    return None if parallel.vocab is None else VocabShard(parallel.vocab, parallel.vocab_start)
+class UserValues(NamedTuple):
+    """Log-probabilities or scores that the user passed, in fp32 or fp64, in place of a source."""
 
-
-def _shard_arguments(shard: VocabShard | None) -> tuple[int, str]:
-    """The first entry of this rank's part of the vocabulary, and the name of the process group, "" for none."""
-    return (0, "") if shard is None else (shard.start, name_of(shard.group))
-
-
-def _accumulated(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    name: str
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    parallel: Parallel
+    implementation: str
+    values: Tensor
 
 
 class LogitsSource(NamedTuple):
-    """logits: [B, T, V], of packed tokens [1, N, V].  given: as the user passed them, perhaps a DTensor.
+    """logits: [B, T, V], of packed tokens [1, N, V].  user_logits: as the user passed them, perhaps a DTensor.
 
-    inplace: the gradient is written over the logits.
+    transform, vocab_start, vocab_group: as of `token_logprob`.  inplace: the gradient is written over the logits.
     """
 
-    given: Tensor
+    name: str
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    parallel: Parallel
+    implementation: str
+    user_logits: Tensor
     logits: Tensor
-    shard: VocabShard | None
-    settings: LogitSettings
+    transform: list[float]
+    vocab_start: int
+    vocab_group: str
     inplace: bool
     skips_tokens: bool = False
     synchronize: bool = False
 
-    @classmethod
-    def from_arguments(cls, logits: Tensor, settings: LogitSettings, **inplace: bool) -> LogitsSource:
-        """inplace: the public argument, by its own name: `inplace=...`, `inplace_backward=...` or neither."""
-        check.logits(logits)
-        check.flags(**inplace)
-        ((name, wanted),) = inplace.items() if inplace else (("inplace", False),)
-        if wanted:
-            check.overwritten(name, logits)
-        shard, local = _shard(settings.parallel), logits
-        if hasattr(logits, "placements"):
-            if shard is not None:
-                raise ValueError(
-                    "parallel.vocab must be None for logits that are a DTensor, which says where its part of the "
-                    "vocabulary begins, got a ProcessGroup"
-                )
-            local, shard = shard_of(logits, -1)
-        local = local.resolve_neg()
-        rows = local if local.dim() == 3 else local[None]
-        return cls(logits, rows, shard, settings, wanted)
-
-    @property
-    def predictions(self) -> Predictions:
-        size = self.logits.shape[-1] if self.shard is None else ON_ALL_RANKS
-        split = self.settings.parallel.context is not None
-        return Predictions(
-            "logits", self.logits, tuple(self.given.shape[:-1]), size, split, self.settings.implementation
-        )
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _accumulated(self.logits.dtype)
-
-    def logprobs(
-        self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        del keep
-        inplace = self.inplace and self.logits.requires_grad and torch.is_grad_enabled()
+    def logprobs(self, tokens: Tokens, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
         logprobs, entropy, _row_max, _log_sum = token_logprob(
-            self.logits, tokens.labels, self.settings.transform.to_numbers(), with_entropy, inplace,
-            self.settings.implementation, *_shard_arguments(self.shard),
-        )  # fmt: skip
+            logits=self.logits,
+            labels=tokens.labels,
+            transform=self.transform,
+            with_entropy=with_entropy,
+            inplace_backward=self.inplace and self.logits.requires_grad and torch.is_grad_enabled(),
+            implementation=self.implementation,
+            vocab_start=self.vocab_start,
+            vocab_group=self.vocab_group,
+        )
         return logprobs, entropy
 
-    def known_gradient(
-        self, tokens: TokenLayout, coefficients: Tensor, keep: Tensor | None = None
-    ) -> KnownGradient | None:
-        del keep
-        if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.shard is not None:
+    def known_gradient(self, tokens: Tokens, coefficients: Tensor) -> KnownGradient | None:
+        if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.vocab_group:
             return None  # with a split vocabulary the gradient needs the statistics of all ranks first
         if torch.compiler.is_compiling():
             return None  # compiled, its product with what comes in would be one more pass over all logits
         z = self.logits.detach()
-        arguments = (tokens.labels, coefficients, self.settings.transform.to_numbers(), self.settings.implementation)
         if self.inplace:
-            logprobs, gradient = token_logprob_known_(z, *arguments), z
+            gradient = z
+            logprobs = token_logprob_known_(
+                logits=z,
+                labels=tokens.labels,
+                coefficients=coefficients,
+                transform=self.transform,
+                implementation=self.implementation,
+            )
         else:
-            logprobs, gradient = token_logprob_known(z, *arguments)
-        return KnownGradient(logprobs, (self.given, None, None), (gradient.view(self.given.shape), None, None))
+            logprobs, gradient = token_logprob_known(
+                logits=z,
+                labels=tokens.labels,
+                coefficients=coefficients,
+                transform=self.transform,
+                implementation=self.implementation,
+            )
+        gradients = (gradient.view(self.user_logits.shape), None, None)
+        return KnownGradient(logprobs, (self.user_logits, None, None), gradients)
 
 
 class HiddenSource(NamedTuple):
     """Hidden states [N, H] and the head's weight [V, H] and bias [V], in the dtype of the GEMMs.
 
-    shape: of the tokens as the user passed them.  workspace: bytes for tiles of logits.
+    transform: as of `token_logprob`.  workspace: bytes for tiles of logits.
     """
 
+    name: str
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    parallel: Parallel
+    implementation: str
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
-    shape: tuple[int, ...]
-    settings: LogitSettings
+    transform: list[float]
     workspace: int
     logits_dtype: torch.dtype
     weight_grad: Tensor | None
@@ -196,101 +179,73 @@ class HiddenSource(NamedTuple):
     synchronize: bool
     skips_tokens: bool = True
 
-    @classmethod
-    def from_arguments(
-        cls,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        settings: LogitSettings,
-        *,
-        workspace_mib: float | None,
-        logits_dtype: torch.dtype | None = None,
-        weight_grad: Tensor | None = None,
-        batch_invariant: bool = False,
-        synchronize: bool = False,
-    ) -> HiddenSource:
-        workspace_mib = python_number(workspace_mib)
-        check.linear(hidden, weight, bias, workspace_mib)
-        if weight_grad is not None:
-            check.weight_grad(weight_grad, weight)
-            weight = weight.view_as(weight)  # whose node says in backward whether the gradient was asked for
-        check.flags(batch_invariant=batch_invariant, synchronize=synchronize)
-        shape, dtype = tuple(hidden.shape[:-1]), autocast_dtype(hidden.device)
-        if dtype is not None:
-            hidden, weight = cast(hidden, dtype), cast_weight(weight, dtype)
-            bias = None if bias is None else cast(bias, dtype)
-        check.logits_dtype(logits_dtype, hidden)
-        hidden, weight = hidden.resolve_neg(), weight.resolve_neg()
-        bias = None if bias is None else bias.resolve_neg()
-        workspace = default_workspace(hidden.device) if workspace_mib is None else int(workspace_mib * 2**20)
-        return cls(
-            hidden.reshape(-1, hidden.shape[-1]), weight, bias, shape, settings, workspace,
-            logits_dtype or hidden.dtype, weight_grad, batch_invariant, synchronize,
-        )  # fmt: skip
-
-    @property
-    def predictions(self) -> Predictions:
-        size = self.weight.shape[0] if self.settings.parallel.vocab is None else ON_ALL_RANKS
-        split = self.settings.parallel.context is not None
-        return Predictions("hidden", self.hidden, self.shape, size, split, self.settings.implementation)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return _accumulated(self.hidden.dtype)
-
     @property
     def needs(self) -> list[bool]:
         """Whether hidden, weight and bias need a gradient."""
-        wanted = torch.is_grad_enabled()
-        return [wanted and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)]
+        grad_mode = torch.is_grad_enabled()
+        return [grad_mode and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)]
 
     def mode(self, with_entropy: bool) -> str:
         """The mode of `linear/modes.py` with the fewest GEMMs. "frozen" needs the whole vocabulary on one rank."""
         needs = self.needs
         if not any(needs):
             return "none"
-        if not any(needs[1:]) and not with_entropy and self.settings.parallel.vocab is None:
+        if not any(needs[1:]) and not with_entropy and self.parallel.vocab is None:
             return "frozen"
         if self.weight_grad is not None or self.batch_invariant:
             return "recompute"
         fits = logits_fit(self.hidden, self.weight, self.bias, self.logits_dtype, self.workspace)
         return "store" if fits else "recompute"
 
-    def _token_indices(self, tokens: TokenLayout, keep: Tensor | None) -> Tensor | None:
+    def _indices(self, tokens: Tokens) -> Tensor | None:
         """[n] int64 indices of the tokens to compute. None: all of them, or the op looks at labels on the CPU."""
-        if self.hidden.device.type == "cpu":
+        if self.device.type == "cpu":
             return None  # the op can look at the labels
+        mask = tokens.mask
         if self.synchronize:
             active = tokens.active.cpu()
-            keep = active if keep is None else active & keep
-        return None if keep is None else true_indices(keep.flatten(), self.hidden.device)
+            mask = active if mask is None else active & mask
+        return None if mask is None else true_indices(mask=mask.flatten(), device=self.device)
 
-    def logprobs(
-        self, tokens: TokenLayout, keep: Tensor | None = None, with_entropy: bool = False
-    ) -> tuple[Tensor, Tensor]:
+    def logprobs(self, tokens: Tokens, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
         logprobs, entropy, *_ = linear_logprob(
-            self.hidden, self.weight, self.bias, tokens.labels.flatten(), self._token_indices(tokens, keep),
-            self.weight_grad, self.logits_dtype, self.settings.transform.to_numbers(), with_entropy,
-            self.mode(with_entropy), self.workspace, self.settings.implementation,
-            *_shard_arguments(_shard(self.settings.parallel)), self.batch_invariant,
-        )  # fmt: skip
+            hidden=self.hidden,
+            weight=self.weight,
+            bias=self.bias,
+            labels=tokens.labels.flatten(),
+            indices=self._indices(tokens),
+            weight_grad=self.weight_grad,
+            logits_dtype=self.logits_dtype,
+            transform=self.transform,
+            with_entropy=with_entropy,
+            mode=self.mode(with_entropy),
+            workspace=self.workspace,
+            implementation=self.implementation,
+            vocab_start=self.parallel.vocab_start,
+            vocab_group=name_of(self.parallel.vocab),
+            batch_invariant=self.batch_invariant,
+        )
         return logprobs.view(tokens.labels.shape), entropy
 
-    def known_gradient(
-        self, tokens: TokenLayout, coefficients: Tensor, keep: Tensor | None = None
-    ) -> KnownGradient | None:
-        if not any(self.needs) or self.settings.parallel.vocab is not None:
+    def known_gradient(self, tokens: Tokens, coefficients: Tensor) -> KnownGradient | None:
+        needs = self.needs
+        if not any(needs) or self.parallel.vocab is not None:
             return None
-        inputs = (self.hidden, self.weight, self.bias)
-        bias = None if self.bias is None else self.bias.detach()
         logprobs, *gradients = linear_logprob_known(
-            self.hidden.detach(), self.weight.detach(), bias, tokens.labels.flatten(),
-            self._token_indices(tokens, keep), coefficients.flatten(), self.needs, self.weight_grad is not None,
-            self.logits_dtype, self.settings.transform.to_numbers(), self.workspace, self.settings.implementation,
-        )  # fmt: skip
-        hidden_grad, weight_grad, bias_grad = (
-            gradient if needed else None for gradient, needed in zip(gradients, self.needs, strict=True)
+            hidden=self.hidden.detach(),
+            weight=self.weight.detach(),
+            bias=None if self.bias is None else self.bias.detach(),
+            labels=tokens.labels.flatten(),
+            indices=self._indices(tokens),
+            coefficients=coefficients.flatten(),
+            needs=needs,
+            wide_weight_grad=self.weight_grad is not None,
+            logits_dtype=self.logits_dtype,
+            transform=self.transform,
+            workspace=self.workspace,
+            implementation=self.implementation,
         )
-        given = (hidden_grad, weight_grad, bias_grad)
-        return KnownGradient(logprobs.view(tokens.labels.shape), inputs, given, self.weight_grad)
+        hidden_grad, weight_grad, bias_grad = (x if need else None for x, need in zip(gradients, needs, strict=True))
+        inputs = (self.hidden, self.weight, self.bias)
+        logprobs = logprobs.view(tokens.labels.shape)
+        return KnownGradient(logprobs, inputs, (hidden_grad, weight_grad, bias_grad), self.weight_grad)

@@ -14,11 +14,15 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, overload
 import torch
 from torch import Tensor
 
-from .contrast import ConSPOOutput, Contrast, checked_scores
-from .inputs.parallel import Parallel
-from .inputs.tokens import TokenLayout
-from .scores import rollout_scores
-from .sources import HiddenSource, LogitSettings, LogitsSource, Source
+from .conspo import ConSPOOutput, loss_of_scores, metrics_of, rollout_scores
+from .inputs import check
+from .inputs.rollouts import rollouts_of
+from .inputs.sources import hidden_source, logits_source, scores_source
+from .inputs.tokens import tokens_of
+from .inputs.weights import weights_of
+from .parallel import Parallel
+from .sources import Source
+from .values import Tokens
 from .weighted import weighted_scores
 
 if TYPE_CHECKING:
@@ -60,11 +64,8 @@ def conspo_scores(
 
     Source: arXiv:2605.12969.
     """
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
-    source = LogitsSource.from_arguments(logits, settings)
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores"
-    )
+    source = logits_source(logits, temperature, logit_scale, softcap, parallel, implementation)
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index, "scores")
     return _scores(source, tokens)
 
 
@@ -97,20 +98,18 @@ def linear_conspo_scores(
 
     Source: arXiv:2605.12969.
     """
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
-    source = HiddenSource.from_arguments(
-        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
-        batch_invariant=batch_invariant, synchronize=synchronize,
+    source = hidden_source(
+        hidden, weight, bias, temperature, logit_scale, softcap, parallel, implementation,
+        workspace_mib=workspace_mib, logits_dtype=logits_dtype, batch_invariant=batch_invariant,
+        synchronize=synchronize,
     )  # fmt: skip
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "scores"
-    )
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index, "scores")
     return _scores(source, tokens)
 
 
-def _scores(source: Source, tokens: TokenLayout) -> Tensor:
+def _scores(source: Source, tokens: Tokens) -> Tensor:
     logprobs, _entropy = source.logprobs(tokens)
-    return rollout_scores(logprobs, tokens, source.settings.parallel, source.settings.implementation)[0]
+    return rollout_scores(logprobs, tokens, source.parallel, source.implementation)[0]
 
 
 class ConSPOWeights(NamedTuple):
@@ -154,14 +153,16 @@ def conspo_weights(
 
     Source: arXiv:2605.12969, v3.
     """
-    contrast = Contrast.from_arguments(
-        tau, margin, reward_threshold, reduction, num_groups, parallel, implementation, return_metrics
+    check.flags(return_metrics=return_metrics)
+    source = scores_source(scores, parallel, implementation)
+    rollouts, objective = rollouts_of(
+        source, source.shape[0], rewards, groups, tau, margin, reward_threshold, reduction, num_groups
     )
-    result = contrast.evaluate(checked_scores(scores).detach(), rewards, groups)
+    result = loss_of_scores(source.values, None, rollouts, objective, source.parallel, implementation)
     weights = result.weights
     if result.local_indices is not None:
-        weights = weights[result.local_indices] * contrast.parallel.data_factor
-    return ConSPOWeights(weights, result.loss, result.metrics or {})
+        weights = weights[result.local_indices] * source.parallel.data_factor
+    return ConSPOWeights(weights, result.loss, metrics_of(result, objective) if return_metrics else {})
 
 
 @overload
@@ -226,16 +227,16 @@ def weighted_score_loss(
     Raises:
         TypeError, ValueError: as `conspo_loss`.
 
-    Cost: one read and one write of the logits where the caches hold a row; rollouts of weight zero are not written to
-        (in a new buffer: zero-filled). With `parallel.vocab` the gradient is left to backward: one read more.
+    Cost: one read and one write of the logits where the caches hold a row. Rollouts of weight zero are zero-filled, and
+        read only where `scores` or metrics are asked for. With `parallel.vocab` the gradient is left to backward: one
+        read more.
 
     Source: arXiv:2605.12969.
     """
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
-    source = LogitsSource.from_arguments(logits, settings, inplace=inplace)
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
-    )
+    check.flags(return_metrics=return_metrics)
+    source = logits_source(logits, temperature, logit_scale, softcap, parallel, implementation, inplace)
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss")
+    weights, scores, tokens = weights_of(source, tokens, weights, scores)
     return weighted_scores(source, tokens, weights, scores, return_metrics)
 
 
@@ -308,12 +309,11 @@ def linear_weighted_score_loss(
 
     Source: arXiv:2605.12969.
     """
-    settings = LogitSettings.from_arguments(temperature, logit_scale, softcap, parallel, implementation)
-    source = HiddenSource.from_arguments(
-        hidden, weight, bias, settings, workspace_mib=workspace_mib, logits_dtype=logits_dtype,
-        weight_grad=weight_grad, synchronize=synchronize,
+    check.flags(return_metrics=return_metrics)
+    source = hidden_source(
+        hidden, weight, bias, temperature, logit_scale, softcap, parallel, implementation,
+        workspace_mib=workspace_mib, logits_dtype=logits_dtype, weight_grad=weight_grad, synchronize=synchronize,
     )  # fmt: skip
-    tokens = TokenLayout.from_arguments(
-        source.predictions, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss"
-    )
+    tokens = tokens_of(source, labels, response_mask, cu_seqlens, shift, ignore_index, "the loss")
+    weights, scores, tokens = weights_of(source, tokens, weights, scores)
     return weighted_scores(source, tokens, weights, scores, return_metrics)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from numbers import Integral, Real
 from typing import Any, NamedTuple
 
@@ -22,10 +21,30 @@ ELSEWHERE = -2
 SMALLEST, LARGEST = 2.0**-30, 2.0**30
 
 
-def check_factor(name: str, value: float) -> None:
+def number(name: str, value: Any) -> Any:
+    """A number of Python's or NumPy's, as Python's."""
+    value = python_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    return value
+
+
+def integer(name: str, value: Any) -> Any:
+    """The same, of 64 bits."""
+    value = value if type(value) is int else python_number(value)
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit 64 bits, got {value}")
+    return value
+
+
+def factor(name: str, value: Any) -> Any:
     """A number that is multiplied and divided by."""
+    value = value if type(value) is float else number(name, value)
     if not SMALLEST <= value <= LARGEST:
         raise ValueError(f"{name} must be positive and finite, from 2**-30 to 2**30, got {value}")
+    return value
 
 
 def check_margin(value: float) -> None:
@@ -38,6 +57,11 @@ def python_number(value: Any) -> Any:
     if type(value) in (int, float) or not isinstance(value, Real) or not hasattr(value, "item"):
         return value
     return int(value) if isinstance(value, Integral) else float(value)
+
+
+def accumulated(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a dtype are summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class LogitTransform(NamedTuple):
@@ -70,12 +94,8 @@ class LogitTransform(NamedTuple):
         return "short" if dtype.itemsize == 2 and self.scale <= 64 else "series"
 
     def to_numbers(self) -> list[float]:
-        """As the schema of an op takes it."""
+        """As the schema of an op takes it: `LogitTransform(*numbers)` is the transform again."""
         return [self.temperature, self.logit_scale, *(() if self.softcap is None else (self.softcap,))]
-
-    @classmethod
-    def from_numbers(cls, numbers: Sequence[float]) -> LogitTransform:
-        return cls(*numbers)
 
 
 class LogitRows(NamedTuple):
@@ -97,11 +117,17 @@ class LogitRows(NamedTuple):
         return torch.where(inside, self.labels - self.start, torch.where(self.labels == IGNORED, IGNORED, ELSEWHERE))
 
 
-class Upstream(NamedTuple):
-    """The gradients that come into backward, [B, T], contiguous: of log-probabilities and of entropies."""
+class Incoming(NamedTuple):
+    """What a backward takes of each token, [B, T], contiguous: statistics of forward, and the gradients that come in.
 
-    logprobs: Tensor
+    grad_logprobs: of log-probabilities.  entropy: of forward, with grad_entropy, that of entropies.
+    """
+
+    row_max: Tensor
+    log_sum: Tensor
+    grad_logprobs: Tensor
     entropy: Tensor | None = None
+    grad_entropy: Tensor | None = None
 
 
 class Statistics(NamedTuple):
@@ -120,11 +146,68 @@ class Statistics(NamedTuple):
         logprobs, row_max, log_sum = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
         return cls(logprobs, torch.empty_like(logprobs) if with_entropy else None, row_max, log_sum)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Statistics:
-        return Statistics(*(None if x is None else function(x) for x in self))  # type: ignore[arg-type]
+    def incoming(self, grad_logprobs: Tensor, grad_entropy: Tensor | None = None) -> Incoming:
+        """For the backward of these rows."""
+        entropy = None if grad_entropy is None else self.entropy
+        return Incoming(self.row_max, self.log_sum, grad_logprobs, entropy, grad_entropy)
 
     def copied_to(self, out: Statistics) -> Statistics:
         for mine, other in zip(self, out, strict=True):
             if mine is not None and other is not None:
                 other.copy_(mine)
         return out
+
+
+class Tokens(NamedTuple):
+    """Which tokens count, padded or packed; packed ones are one row.
+
+    labels: [B, T] int64, an index or `IGNORED`.  offsets: [S + 1] integers on the labels' device, or None: the rows are
+    the rollouts.  cpu_offsets: the same on the CPU, where they are known there.  shape: of the user's labels.
+    mask: [B, T] bool on the CPU, the tokens whose log-probabilities are needed; None: the CPU does not know them.
+
+    Where rollouts were dropped, or may have been: counts [S], the response tokens of all of them, as far as they are
+    known, and num_dropped, 0-d.
+    """
+
+    labels: Tensor
+    offsets: Tensor | None
+    cpu_offsets: Tensor | None
+    shape: torch.Size
+    mask: Tensor | None = None
+    counts: Tensor | None = None
+    num_dropped: Tensor | None = None
+
+    @property
+    def num_rollouts(self) -> int:
+        return self.labels.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
+
+    @property
+    def active(self) -> Tensor:
+        """[B, T] bool: response tokens."""
+        return self.labels != IGNORED
+
+    def only(self, mask: Tensor) -> Tokens:
+        """The same, with response tokens only where `mask` [B, T] is True."""
+        return self._replace(labels=torch.where(mask, self.labels, IGNORED))
+
+    def per_token(self, values: Tensor) -> Tensor | None:
+        """Values of rollouts [S] at their tokens, [B, T]; zero at those of no rollout.
+
+        On the device of the values, which is the labels' or the CPU; None where the offsets are not known there.
+        """
+        offsets = self.offsets if values.device == self.labels.device else self.cpu_offsets
+        if self.offsets is None:
+            return values[:, None].expand(self.labels.shape)
+        if offsets is None:
+            return None
+        position = torch.arange(self.labels.shape[1], dtype=offsets.dtype, device=offsets.device)
+        rollout = torch.searchsorted(offsets[1:].contiguous(), position, right=True)
+        return torch.cat([values, values.new_zeros(1)])[rollout][None]
+
+    def response_counts(self) -> Tensor:
+        """[S] int32 response tokens; those of this rank where rollouts are spread over several."""
+        if self.offsets is None:
+            return self.active.sum(1, dtype=torch.int32)
+        total = torch.nn.functional.pad(self.active.flatten().cumsum(0), (1, 0))
+        before = total[self.offsets.clamp(0, self.labels.numel())]  # on an accelerator offsets are not checked
+        return (before[1:] - before[:-1]).clamp(min=0).int()

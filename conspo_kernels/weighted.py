@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .contrast import ConSPOOutput
-from .inputs import check
-from .inputs.parallel import Parallel
-from .inputs.tokens import TokenLayout
-from .ops.devices import beside
+from .conspo import ConSPOOutput, rollout_scores
 from .ops.ranks import name_of, sum_over_ranks
 from .ops.sequence_score import masked_coefficients, sequence_score_backward, token_coefficients
 from .ops.weighted_sum import weighted_sum
-from .scores import response_counts, rollout_scores
+from .parallel import Parallel
 from .sources import KnownGradient, Source
+from .values import Tokens
 
 # Nats per token. The same parameters give the same scores up to rounding. In bf16 a model's logits move by a hundredth
 # when its batch changes; the mean over the tokens of a rollout moves by less.
@@ -24,37 +22,28 @@ DRIFT_TOLERANCE = 0.01
 
 
 def weighted_scores(
-    source: Source, tokens: TokenLayout, weights: Tensor, phase_one: Tensor | None, return_metrics: bool
+    source: Source, tokens: Tokens, weights: Tensor, phase_one: Tensor | None, return_metrics: bool
 ) -> Tensor | ConSPOOutput:
     """sum_i weights[i] * s_i over rollouts [S], with its gradient.  phase_one: [S] scores of the weights."""
-    check.flags(return_metrics=return_metrics)
-    parallel, implementation = source.settings.parallel, source.settings.implementation
-    check.weights(weights, tokens.num_rollouts, tokens.labels.device, phase_one)
-    weights = weights.resolve_neg()
-    on_cpu = weights if weights.device.type == "cpu" else None
-    weights = beside(weights, tokens.labels, source.dtype)
-    coefficients, counts, wanted = _coefficients(tokens, weights, parallel, implementation)
-    keep = None
-    if source.skips_tokens:
-        tokens = tokens._replace(labels=wanted)
-        keep = None if on_cpu is None else tokens.per_token(on_cpu != 0)
-    known = source.known_gradient(tokens, coefficients, keep)
-    logprobs = source.logprobs(tokens, keep)[0] if known is None else known.logprobs
-    known = known or KnownGradient(logprobs)
-    tied = (*known.inputs, *known.gradients, known.weight_grad, implementation)
+    parallel, implementation = source.parallel, source.implementation
+    coefficients, counts, labels = _coefficients(tokens, weights, parallel, implementation)
+    if source.skips_tokens or (phase_one is None and not return_metrics):  # nobody asks for the other scores
+        tokens = tokens._replace(labels=labels)
+    known = source.known_gradient(tokens, coefficients) or KnownGradient(source.logprobs(tokens)[0])
+    logprobs = known.logprobs
     if parallel.context is None:  # the sum over rollouts of weights times means
-        value = weighted_sum(logprobs, coefficients, None, *tied)
+        value = _tied(logprobs, coefficients, None, known, implementation)
         if phase_one is None and not return_metrics:
             return value
         scores, _counts = rollout_scores(logprobs.detach(), tokens, parallel, implementation)
     else:
         scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
-        value = weighted_sum(scores, weights, counts, *tied)
+        value = _tied(scores, weights, counts, known, implementation)
     scores = scores.detach()
     drifted = {}
     if phase_one is not None:
         used = (weights != 0) & (counts > 0)
-        drifted = {"conspo/score_drift": _drift(scores, beside(phase_one, scores, scores.dtype), used)}
+        drifted = {"conspo/score_drift": _drift(scores, phase_one, used)}
     if not return_metrics:
         return value
     metrics = {"conspo/response_tokens": counts.sum().to(scores.dtype), **drifted}
@@ -63,14 +52,34 @@ def weighted_scores(
     return ConSPOOutput(value, metrics, scores, logprobs.detach().view(tokens.shape))
 
 
+def _tied(values: Tensor, weights: Tensor, counts: Tensor | None, known: KnownGradient, implementation: str) -> Tensor:
+    """The sum of weights times values, with the gradients that are known."""
+    x, weight, bias = known.inputs
+    grad_x, grad_weight, grad_bias = known.gradients
+    return weighted_sum(
+        values=values,
+        weights=weights,
+        counts=counts,
+        x=x,
+        weight=weight,
+        bias=bias,
+        grad_x=grad_x,
+        grad_weight=grad_weight,
+        grad_bias=grad_bias,
+        weight_grad=known.weight_grad,
+        implementation=implementation,
+    )
+
+
 def _coefficients(
-    tokens: TokenLayout, weights: Tensor, parallel: Parallel, implementation: str
+    tokens: Tokens, weights: Tensor, parallel: Parallel, implementation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weights [S] as coefficients [B, T]; counts [S] of whole rollouts; labels [B, T], `IGNORED` where that is 0."""
+    where: Any = {"labels": tokens.labels, "offsets": tokens.offsets, "implementation": implementation}
     if parallel.context is None:
-        return token_coefficients(weights, tokens.labels, tokens.offsets, implementation)
-    counts, scaled = response_counts(tokens, parallel), weights * parallel.context_factor
-    coefficients = sequence_score_backward(scaled, counts, tokens.labels, tokens.offsets, implementation)
+        return token_coefficients(weights=weights, **where)
+    counts = sum_over_ranks(x=tokens.response_counts(), group=name_of(parallel.context))
+    coefficients = sequence_score_backward(weights=weights * parallel.context_factor, counts=counts, **where)
     return coefficients, counts, tokens.only(coefficients != 0).labels
 
 
@@ -88,25 +97,18 @@ def _drift(scores: Tensor, phase_one: Tensor, used: Tensor) -> Tensor:
     return drift
 
 
-def weighted_logprobs(source: Source, tokens: TokenLayout, coefficients: Tensor) -> Tensor:
-    """sum_t coefficients[t] * logp[t] over response tokens, with its gradient.  coefficients: shaped like labels."""
-    check.coefficients(coefficients, tuple(tokens.shape), tokens.labels)
-    coefficients = coefficients.resolve_neg()
-    parallel, keep = source.settings.parallel, None
-    if coefficients.device.type == "cpu":
-        keep = (coefficients != 0).view(tokens.labels.shape)
-    coefficients = beside(coefficients, tokens.labels, source.dtype).view(tokens.labels.shape)
-    coefficients, wanted = masked_coefficients(coefficients, tokens.labels, source.settings.implementation)
-    if source.skips_tokens:
-        tokens = tokens._replace(labels=wanted)
-    scaled = coefficients * parallel.context_factor if parallel.context_factor != 1 else coefficients
-    known = source.known_gradient(tokens, scaled, keep)
-    logprobs = source.logprobs(tokens, keep)[0] if known is None else known.logprobs
-    known = known or KnownGradient(logprobs)
-    value = weighted_sum(
-        logprobs, scaled, None, *known.inputs, *known.gradients, known.weight_grad, source.settings.implementation
+def weighted_logprobs(source: Source, tokens: Tokens, coefficients: Tensor) -> Tensor:
+    """sum_t coefficients[t] * logp[t] over response tokens, with its gradient.  coefficients: [B, T]."""
+    parallel, implementation = source.parallel, source.implementation
+    coefficients, labels = masked_coefficients(
+        coefficients=coefficients, labels=tokens.labels, implementation=implementation
     )
+    tokens = tokens._replace(labels=labels)
+    scaled = coefficients * parallel.context_factor if parallel.context_factor != 1 else coefficients
+    known = source.known_gradient(tokens, scaled) or KnownGradient(source.logprobs(tokens)[0])
+    value = _tied(known.logprobs, scaled, None, known, implementation)
     if parallel.context is not None:
         local = value.detach()
-        value = value - local + sum_over_ranks(local / parallel.context_factor, name_of(parallel.context))
+        total = sum_over_ranks(x=local / parallel.context_factor, group=name_of(parallel.context))
+        value = value - local + total
     return value

@@ -14,14 +14,11 @@ import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 from objectives import coefficients, conspo, grpo
 from records import replace_atomically
 from torch import Tensor
-
-matplotlib.use("Agg")  # before pyplot is imported: there may be no display
-import matplotlib.pyplot as plt
 
 GROUP, RIGHT = 8, 2
 OTHERS = -1.0  # score of the rollouts that stay, nats per token
@@ -52,8 +49,9 @@ def credit(objective: Callable[..., Tensor], constants: dict[str, float], mover:
     return -gradient.view(len(GAPS), GROUP)[:, mover] * len(GAPS)
 
 
-def plot(path: Path) -> None:
-    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4.4), constrained_layout=True)
+def draw() -> Figure:
+    figure = Figure(figsize=(9.5, 4.4), layout="constrained")  # not pyplot's: there may be no display
+    axes = figure.subplots(1, 2)
     moves = ((0, "a right rollout moves"), (RIGHT, "a wrong rollout moves"))
     for (mover, title), ax in zip(moves, axes, strict=True):
         # scores of a group deviate by less than a nat
@@ -69,15 +67,15 @@ def plot(path: Path) -> None:
         ax.set_ylabel("credit, -dloss/dscore")
     names = axes[0].get_legend_handles_labels()
     figure.legend(*names, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    replace_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120, metadata={"Date": None}))
-    plt.close(figure)
+    return figure
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/credit.svg"), help="the picture, SVG or PNG")
-    plot(parser.parse_args(argv).out)
+    out = parser.parse_args(argv).out
+    out.parent.mkdir(parents=True, exist_ok=True)
+    replace_atomically(out, lambda temporary: draw().savefig(temporary, dpi=120, metadata={"Date": None}))
     return 0
 
 

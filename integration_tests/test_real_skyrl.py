@@ -70,10 +70,11 @@ def test_gradient_of_a_step(ranks, rollouts, mini_batches):
             )  # fmt: skip
             (loss * ranks).backward()  # worker.py: grad_sum_correction_factor
     assert relative(batch.accumulated() / ranks / mini_batches, batch.gradient()) < TOLERANCE
-    assert "loss/avg_final_rewards" in trainer.all_metrics
+    assert {"loss/avg_final_rewards", "conspo/ordered_pairs", "conspo/score_std"} < trainer.all_metrics.keys()
 
 
 def test_signature_is_skyrls():
-    assert list(inspect.signature(policy_loss).parameters) == list(inspect.signature(ppo_policy_loss).parameters)
+    ours, theirs = (inspect.signature(function).parameters for function in (policy_loss, ppo_policy_loss))
+    assert [name for name, it in ours.items() if it.kind is not it.KEYWORD_ONLY] == list(theirs)
     normalize = inspect.signature(conspo_trainer(RayPPOTrainer)._normalize_advantages).parameters
     assert list(normalize) == list(inspect.signature(RayPPOTrainer._normalize_advantages).parameters)

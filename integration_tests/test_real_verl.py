@@ -25,6 +25,7 @@ from verl.workers.engine.utils import prepare_micro_batches
 from verl.workers.utils.losses import ppo_loss
 
 from conspo_kernels import CosineMargin, conspo_weights, token_logprobs
+from conspo_kernels.integrations import support
 from conspo_kernels.integrations.verl import fused_loss_head, register, replace_loss_head
 
 UIDS = np.array(["a", "b", "c", "d"] * 4, dtype=object)
@@ -100,7 +101,7 @@ def verl_gradient(batch: Batch, data: DataProto, config: ActorConfig, ranks: int
         for micro_batch, part in zip(micro_batches, rows.split(per_micro_batch), strict=True):
             loss, metrics = ppo_loss(config, output_of_model(batch, part), micro_batch)
             loss.backward()
-            assert metrics["actor/conspo_logprob_drift"].values == [0.0]
+            assert metrics["conspo/score_drift"].values == [0.0]
     return batch.accumulated() / ranks
 
 
@@ -149,8 +150,8 @@ def test_second_mini_batch_has_the_weights_of_the_first():
     linear = (torch.where(batch.mask, now, 0.0).sum(1) / counts.clamp(min=1) * weights).sum()
     (expected,) = torch.autograd.grad(linear, batch.logits)
     assert relative(batch.logits.grad, expected) < TOLERANCE
-    drift = float((now.detach() - old).abs()[batch.mask].max())
-    assert metrics["actor/conspo_logprob_drift"].values[0] == pytest.approx(drift, rel=1e-6)
+    changes = torch.where(batch.mask, now.detach() - old, 0.0).sum(1)[counts > 0] / counts[counts > 0]
+    assert metrics["conspo/score_drift"].values[0] == pytest.approx(float(changes.abs().max()), rel=1e-5)
 
 
 def test_entropy_and_kl_terms_are_verls():
@@ -184,6 +185,35 @@ def test_margin_follows_the_step_and_metrics_are_handed_on():
         SkipManager.set_step(-1)
         with pytest.raises(ValueError, match="margin is a schedule"):
             ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
+
+
+def test_a_trust_region_bounds_the_second_update():
+    """Its share of stopped tokens is logged; none is stopped in the first update."""
+    batch, rows = Batch(), torch.arange(16)
+    with register(tau=TAU, margin=MARGIN, trust_region=0.2):
+        data = ray_trainer.compute_advantage(batch.proto(), "conspo", config=AlgoConfig())
+        _, first = verl_loss(batch, data, rows, actor_config(), 1, batch.ROLLOUTS)
+        moved = batch.logits.detach() + torch.randn(batch.logits.shape, generator=torch.Generator().manual_seed(1))
+        batch.logits = moved.requires_grad_()
+        _, second = verl_loss(batch, data, rows, actor_config(), 1, batch.ROLLOUTS)
+    assert first["conspo/trust_region_fraction"].values == [0.0]
+    assert 0.0 < second["conspo/trust_region_fraction"].values[0] < 1.0
+
+
+def test_metrics_are_in_verls_own():
+    """Those of the batch, behind what `compute_data_metrics` computes for verl's logs."""
+    batch = Batch()
+    proto = batch.proto()
+    proto.batch["token_level_scores"] = proto.batch["token_level_rewards"]
+    proto.batch["prompts"], proto.batch["responses"] = batch.ids[:, : batch.PROMPT], batch.ids[:, batch.PROMPT :]
+    proto.batch["attention_mask"] = torch.cat([torch.ones(16, batch.PROMPT).long(), batch.mask.long()], dim=1)
+    with register(tau=TAU, margin=MARGIN):
+        data = ray_trainer.compute_advantage(proto, "conspo", config=AlgoConfig())
+        metrics = ray_trainer.compute_data_metrics(batch=data, use_critic=False)
+        assert verl.trainer.ppo.v1.trainer_base.compute_data_metrics is ray_trainer.compute_data_metrics
+    assert {"conspo/ordered_pairs", "conspo/score_std", "conspo/loss", "critic/score/mean"} < metrics.keys()
+    assert metrics["conspo/loss"] == pytest.approx(float(batch.loss().detach()), rel=1e-6)
+    assert "conspo/loss" not in ray_trainer.compute_data_metrics(batch=data, use_critic=False)
 
 
 def test_trainer_of_this_release_goes_through_the_same_function():
@@ -327,3 +357,9 @@ def test_estimator_is_given_what_verl_gives():
     finally:
         del core_algos.ADV_ESTIMATOR_REGISTRY["probe"]
     assert set(seen) == {"token_level_rewards", "response_mask", "config", "index"}
+
+
+def test_this_version_is_supported():
+    described = support.support("verl")
+    assert (described["supported"], described["missing"]) == (True, {})
+    assert described["versions"]["verl"] == verl.__version__ == described["tested"]

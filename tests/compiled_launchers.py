@@ -15,8 +15,8 @@ from torch import Tensor
 
 from benchmarks.compiled import TARGETS, _amd, _nvidia, offline
 from conspo_kernels.backends.triton import group_infonce, label_alignment, scale, sequence_score, token_logprob
-from conspo_kernels.objective import ContrastSettings, Rollouts
-from conspo_kernels.values import LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.objective import Groups, Objective, Rollouts
+from conspo_kernels.values import Incoming, LogitRows, LogitTransform, Statistics
 
 OFFSETS = torch.tensor([0, 3, 8])
 LABELS = torch.zeros(2, 8, dtype=torch.int64)
@@ -30,7 +30,7 @@ def align(i: int, mask: torch.dtype | None = None, packed: bool = False, shift: 
 
 
 def known(logits: Tensor, softcap: float | None = None, cached: bool = True) -> None:
-    token_logprob.caches_rows = lambda _: cached  # type: ignore[assignment]
+    token_logprob.row_fits_cache = lambda _: cached  # type: ignore[assignment]
     labels = torch.zeros(logits.shape[:2], dtype=torch.int64)
     rows = LogitRows(logits, labels, LogitTransform(softcap=softcap))
     token_logprob.forward_backward(torch.empty(logits.shape, dtype=logits.dtype), rows, torch.ones(labels.shape))
@@ -43,7 +43,7 @@ def tile(i: int) -> None:
     longer = torch.zeros(4, 40)[:, None, i : i + 4].unbind()
     statistics = Statistics(*longer)
     token_logprob.forward(rows._replace(start=0), True, statistics)
-    token_logprob.backward(logits, rows, statistics, Upstream(statistics.logprobs, statistics.entropy))
+    token_logprob.backward(logits, rows, statistics.incoming(statistics.logprobs, statistics.entropy))
 
 
 def wide() -> None:
@@ -51,16 +51,18 @@ def wide() -> None:
     logits = torch.zeros(1, 4, 151_936)
     ones = torch.ones(1, 4)
     rows = LogitRows(logits, LABELS.view(4, 4)[:1], LogitTransform())
-    token_logprob.backward(logits.bfloat16(), rows, Statistics(ones, None, ones, ones), Upstream(ones))
+    token_logprob.backward(logits.bfloat16(), rows, Incoming(ones, ones, ones))
 
 
 def contrast(num_rollouts: int, on_device: bool) -> None:
     group_infonce._pointer_or_number = (  # type: ignore[assignment]
         (lambda x: (x, 0.0)) if on_device else (lambda x: (None, 0.0 if x is None else x.item()))
     )
-    rollouts = Rollouts(torch.zeros(num_rollouts), torch.zeros(num_rollouts), None, None, 2)
+    scores, counts = torch.zeros(num_rollouts), torch.ones(num_rollouts, dtype=torch.int32)
+    rollouts = Rollouts(torch.zeros(num_rollouts), Groups(2))
     for reduction, num_groups in (("mean", None), ("mean", torch.tensor(3.0)), ("sum", None), ("none", None)):
-        group_infonce.forward(rollouts, ContrastSettings(1.0, torch.tensor(0.1), 0.5, reduction, num_groups))
+        objective = Objective(1.0, torch.tensor(0.1), 0.5, reduction, num_groups)
+        group_infonce.forward(scores, counts, rollouts, objective)
 
 
 def spread(packed: bool) -> None:

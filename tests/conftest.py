@@ -30,8 +30,12 @@ IMPLEMENTATIONS = ("torch", "triton", "native")
 
 # A bare machine with a GPU has torch, Triton, numpy and pytest: there the files that import anything else are not
 # collected, and the last lines of the report say so. In CI nothing is left out: they fail at their import.
-FOLDERS = (Path(__file__).parent, Path(__file__).parent.parent / "examples")
-OPTIONAL = {"hypothesis", "transformers", "trl", "peft", "matplotlib", "yaml", "kernels", "datasets", "tqdm"}
+EXAMPLES = Path(__file__).parent.parent / "examples"
+FOLDERS = (Path(__file__).parent, EXAMPLES, EXAMPLES / "recipes")
+OPTIONAL = {
+    "hypothesis", "transformers", "trl", "peft", "matplotlib", "yaml", "kernels", "datasets", "tqdm", "nbclient",
+    "nbformat",
+}  # fmt: skip
 
 
 def missing_packages(path: Path, seen: set[Path] | None = None) -> set[str]:

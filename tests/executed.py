@@ -29,7 +29,7 @@ from conspo_kernels.backends.triton import (
 )
 from conspo_kernels.objective import GroupLoss
 from conspo_kernels.reference import group_losses, prompt_groups
-from conspo_kernels.values import LogitRows, LogitTransform, Upstream
+from conspo_kernels.values import LogitRows, LogitTransform
 from ptx_executor import Fault, compiled, driver
 from ptx_executor.execute import Program
 
@@ -64,6 +64,16 @@ def token_errors(result: tuple[Any, ...]) -> dict[str, float]:
     return errors | {"gradient": worst(grad / size, exact / size)}
 
 
+def known_errors(result: tuple[Any, ...]) -> dict[str, float]:
+    """Of `call_known`, likewise."""
+    (logits, labels, _transform, _start), logprobs, grad = result
+    leaf = logits.double().requires_grad_()
+    expected = leaf.log_softmax(-1).gather(-1, labels[..., None])[..., 0]
+    (exact,) = torch.autograd.grad(expected.sum(), leaf)
+    size = exact.abs().amax(-1, keepdim=True)
+    return {"logprobs": worst(logprobs, expected.detach()), "gradient": worst(grad / size, exact / size)}
+
+
 def score_errors(result: tuple[Any, ...]) -> dict[str, float]:
     logprobs, scores, grad = result
     exact = logprobs.double().mean(-1)
@@ -71,11 +81,11 @@ def score_errors(result: tuple[Any, ...]) -> dict[str, float]:
 
 
 def group_errors(result: tuple[Any, ...]) -> dict[str, float]:
-    rollouts, settings, group_loss = result
+    scores, rollouts, objective, group_loss = result
     assert isinstance(group_loss, GroupLoss)
-    leaf = rollouts.scores.double().requires_grad_()
-    groups = prompt_groups(4, rollouts.rewards, rollouts.counts.tolist(), settings.reward_threshold)
-    losses = group_losses(list(leaf), groups, settings.tau, settings.margin.item())
+    leaf = scores.double().requires_grad_()
+    groups = prompt_groups(4, rollouts.rewards, [1] * len(scores), objective.reward_threshold)
+    losses = group_losses(list(leaf), groups, objective.tau, objective.margin.item())
     loss = torch.stack(list(losses.values())).mean()
     (weights,) = torch.autograd.grad(loss, leaf)
     return {"loss": worst(group_loss.loss, loss.detach()), "weights": worst(group_loss.weights, weights)}
@@ -91,7 +101,7 @@ def errors_of(case: str, result: tuple[Any, ...]) -> dict[str, float]:
         "padded": score_errors, "packed": score_errors, "equal groups": group_errors, "ragged groups": group_errors,
         "bf16, by a scalar": scale_errors,
     }  # fmt: skip
-    return kinds.get(case, token_errors)(result)
+    return kinds.get(case, known_errors if case.startswith("known") else token_errors)(result)
 
 
 @contextlib.contextmanager
@@ -271,7 +281,7 @@ def far_labels(device: str = "cpu") -> dict[str, Any]:
         given = LogitRows(logits, torch.tensor([FAR_LABELS], device=device), LogitTransform())
         statistics = token_logprob.forward(given, False)
         grad = torch.empty_like(logits)
-        token_logprob.backward(grad, given, statistics, Upstream(torch.ones(1, len(FAR_LABELS), device=device)))
+        token_logprob.backward(grad, given, statistics.incoming(torch.ones(1, len(FAR_LABELS), device=device)))
         result[str(vocab_size)] = [
             int((~statistics.logprobs.isnan()).sum()), worst(grad, -logits.double().softmax(-1)), grad.max().item(),
         ]  # fmt: skip
@@ -308,15 +318,14 @@ def hostile(target: str) -> list[dict[str, Any]]:
             logits[0, 0, 1] = logits[1, 0, -1] = -torch.inf
         given = LogitRows(logits, labels, LogitTransform(softcap=softcap))
         before = logits.double().clone()  # of fp64 it would be the logits themselves
-        upstream = Upstream(torch.ones(2, 3).to(torch.promote_types(logits.dtype, torch.float32)))
-        if with_entropy:
-            upstream = Upstream(upstream.logprobs, upstream.logprobs.clone())
+        ones = torch.ones(2, 3).to(torch.promote_types(logits.dtype, torch.float32))
         with compiled(target, perturb=seed, seed=seed):
             nothing = LogitRows(logits[:, :0], labels[:, :0].contiguous(), given.transform)
             assert token_logprob.forward(nothing, with_entropy).logprobs.shape == (2, 0)
             statistics = token_logprob.forward(given, with_entropy)
             grad = logits if inplace else torch.empty_like(logits)
-            token_logprob.backward(grad, given, statistics, upstream)
+            incoming = statistics.incoming(ones, ones.clone() if with_entropy else None)
+            token_logprob.backward(grad, given, incoming)
         leaf = before.requires_grad_()
         y = leaf if softcap is None else torch.where(leaf == -torch.inf, leaf, softcap * torch.tanh(leaf / softcap))
         full = y.log_softmax(-1)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from benchmarks.baselines import eager_fp32, infonce
 from benchmarks.logits_path import OPS, OURS, Candidate, Exact, Inputs, Op
 from benchmarks.measure import Call, Sample, Timing, interleaved, peak_bytes
 from benchmarks.rows import Choice, Row, gated, measure_op
-from benchmarks.shapes import LinearShape, Shape
+from benchmarks.shapes import LINEAR_SUITES, LinearShape, Shape
 from benchmarks.targets import Rows, verdicts
 
 CPU = torch.device("cpu")
@@ -125,9 +126,54 @@ def test_verdicts() -> None:
     scores |= {"seconds": {"median": 41e-6}, "wall_seconds": {"median": 90e-6}}
     result = {(v.target, v.what): v for v in verdicts(Rows([row, trl, scores], []))}
     assert result["L1", "forward, of the copy bandwidth"].word == "met"
-    assert result["L1", "TRL's kernel, time over ours"][3:] == ("not installed: trl", None)
+    assert result["L1", "TRL's kernel, time over ours"][3:5] == ("not installed: trl", None)
     assert result["L5", "scores + InfoNCE, forward and backward on the device"].word == "missed"
     assert sum(v.met is None for v in result.values()) == len(result) - 2
+
+
+def test_met_of_those_that_were_timed() -> None:
+    """Faster than every rival is said only where each of them was there."""
+    about = {"op": "linear, known weights", "target": "F2"}
+    slow, absent = {**about, "provider": "CCE", "times_ours": 1.2}, {**about, "provider": "verl", "note": "absent"}
+    what = "known weights: fastest rival's time over ours"
+
+    def word(*rows: dict[str, object]) -> str:
+        return next(v.word for v in verdicts(Rows(rows, [])) if v.what == what)
+
+    assert word(slow) == "met"
+    assert word(slow, absent) == "met, of those timed"
+    assert word({**slow, "times_ours": 0.9}, absent) == "missed"
+    assert word(absent) == "not measured"
+
+
+def test_a_shape_that_is_there_for_a_rival_needs_its_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it another implementation of the rival would be timed for 14 seconds."""
+    shape = LinearShape(4, 3, 16, 50, torch.float32, 2, target="F1-Liger", needs="cutlass_that_is_absent")
+    monkeypatch.setitem(LINEAR_SUITES, "quick", (shape,))
+    (row,) = run.measure("quick", ["linear, recompute"], Choice(CPU, repeats=1, linear_repeats=1))
+    assert (row["status"], row["provider"]) == ("not installed", "Liger fused scaled CE")
+    verdict = next(v for v in verdicts(Rows([row], [])) if "Liger's fused CE" in v.what)
+    assert "cutlass_that_is_absent" in verdict.found
+    assert verdict.word == "not measured"
+
+
+def test_a_gradient_of_the_forward_is_in_no_backward_alone() -> None:
+    inputs = Inputs.from_shape(SHAPE, CPU)
+    gpu = list(peers.peers(torch.device("cuda"), True))
+    with mock.patch.object(logits_path, "peers", return_value=gpu):
+        names = {op.name: set(logits_path.candidates(op, inputs, "torch")) for op in OPS.values() if not op.known}
+    assert "Liger cross-entropy" not in names["in-place backward"]
+    assert "Liger cross-entropy" in names["forward + in-place backward"]
+    assert "FLA cross-entropy" in names["in-place backward"]
+
+
+def test_known_coefficients_beside_three_launches() -> None:
+    shape = Shape(2, 3, 500, torch.float32, 2)
+    inputs = Inputs.from_shape(shape, CPU)
+    op = OPS["known coefficients, in place"]
+    rows = list(measure_op(op, shape, inputs, Exact.from_inputs(inputs), Choice(CPU, "torch", repeats=1)))
+    timed = {row["provider"] for row in rows if row["status"] == "timed"}
+    assert {OURS, logits_path.THREE_LAUNCHES} <= timed
 
 
 def test_rivals_that_are_absent_or_break() -> None:

@@ -23,16 +23,22 @@ GPU = torch.device("cuda")
 TESTS = Path(__file__).resolve().parent
 
 
-def test_the_gpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_gpu_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """All of it on a simulated GPU: every part ends well, every target has a verdict.
 
     The suite's own code is what is tried: PyTorch's ops stand in for the kernels, which `test_gpu.py` interprets.
     """
     monkeypatch.setitem(registry.BACKENDS, "triton", ".eager")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(cache))
+    (cache / "KEY").mkdir(parents=True)
+    (cache / "KEY" / "kernel.cubin").touch()
     assert suite.run("gpu-tiny", tmp_path, None) == 0, (tmp_path / "summary.md").read_text()
     outcomes = json.loads((tmp_path / "parts.json").read_text())
     assert {outcome["part"] for outcome in outcomes} >= {"decisive gradients", "logits", "linear", "behaviour"}
+    assert {outcome["compiled"] for outcome in outcomes} == {0}
+    assert f"Triton's cache {cache}: 1 binaries" in capsys.readouterr().out
     result = json.loads((tmp_path / "targets.json").read_text())
     names = ["L1", "L2", "L3", "L4", "L5", "F1", "F2", "F3", "F4", "M1", "C1"]
     assert list(dict.fromkeys(v["target"] for v in result)) == names
@@ -145,15 +151,15 @@ def test_without_git_and_nvidia_smi(monkeypatch: pytest.MonkeyPatch) -> None:
 
 BARE = """
 import sys
-sys.modules["hypothesis"] = None  # its import fails
+sys.modules["hypothesis"] = sys.modules["yaml"] = None  # their import fails
 import pytest
 sys.exit(pytest.main(["-p", "no:cacheprovider", "-q", "--collect-only", *sys.argv[1:]]))
 """
 
 
 def test_a_bare_machine_collects_the_tests() -> None:
-    """Without hypothesis the files that import it are left out, with a word, and nothing else is."""
-    few = ("test_gpu.py", "test_margin.py", "test_skips.py")  # of all, which would take longer
+    """Without hypothesis and PyYAML the files that import them are left out, with a word, and nothing else is."""
+    few = ("test_gpu.py", "test_margin.py", "test_recipes.py", "test_skips.py")  # of all, which would take longer
     others = [f"--ignore=tests/{path.name}" for path in TESTS.glob("test_*.py") if path.name not in few]
     result = subprocess.run(
         [sys.executable, "-c", BARE, *others, "tests"],
@@ -165,6 +171,7 @@ def test_a_bare_machine_collects_the_tests() -> None:
     assert "test_skips.py::" in result.stdout
     assert "not collected, they need packages that are not installed: " in result.stdout
     assert "test_margin.py" in result.stdout
+    assert "test_recipes.py" in result.stdout  # which imports PyYAML through a recipe
     assert "test_margin.py::" not in result.stdout
 
 

@@ -73,7 +73,7 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
         assert gpu.keys() == {"name", "capability", "memory_gib"}
     rows = {(row["op"], row["device"]): row for row in info["implementations"]}
     devices = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
-    ops = ("token_logprob", "sequence_score", "group_infonce", "linear_logprob")
+    ops = ("token_logprob", "sequence_score", "infonce", "linear_logprob")
     ops = (*ops, "token_logprob_known", "linear_logprob_known")
     assert rows.keys() == {(op, device) for op in ops for device in devices}
     for (_op, device), row in rows.items():
@@ -127,7 +127,7 @@ def test_gradcheck_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_gradcheck_in_a_process() -> None:
-    done = run("gradcheck", "--op", "group_infonce", "--dtype", "fp32", "--implementation", "torch", "triton")
+    done = run("gradcheck", "--op", "infonce", "--dtype", "fp32", "--implementation", "torch", "triton")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 checks, 0 failed" in done.stdout
     assert ("Triton runs under its interpreter" in done.stdout) == (not HAS_CUDA)
@@ -136,7 +136,7 @@ def test_gradcheck_in_a_process() -> None:
 
 def test_gradcheck_of_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    options = ("--implementation", "triton", "--dtype", "fp32", "bf16", "--op", "sequence_score", "group_infonce")
+    options = ("--implementation", "triton", "--dtype", "fp32", "bf16", "--op", "sequence_score", "infonce")
     done = run("gradcheck", "--compiled", "sm_90", *options)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Triton compiles for sm_90, and the PTX is executed on the CPU: no GPU and no ptxas" in done.stdout
@@ -267,8 +267,8 @@ def test_wrong_weights_are_found(
 ) -> None:
     def wrong(forward: Any) -> Any:
         def planted(*arguments: Any) -> Any:
-            loss, weights, roles = forward(*arguments)
-            return loss, weights * 1.01, roles
+            loss, weights = forward(*arguments)
+            return loss, weights * 1.01
 
         return planted
 

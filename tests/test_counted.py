@@ -7,7 +7,7 @@ import json
 import pytest
 from test_compiled import python
 
-from benchmarks.machine_code import Instruction, Pipes, instructions, loops, pipes, width
+from benchmarks.machine_code import Instruction, Pipes, in_flight, instructions, loops, pipes, width
 
 SASS = """
 .text._kernel:
@@ -37,6 +37,26 @@ def test_slots_of_a_loop_by_hand() -> None:
     assert body[0].name == "LDG"
     assert pipes(body) == Pipes(issue=7, fma=4, alu=1, mufu=1, lsu=4)
     assert [width(it) for it in code if it.name in ("LDG", "STG")] == [16, 2]
+
+
+def test_loads_in_flight_by_hand() -> None:
+    """Two, until the first is used; the third is asked for after that. A loop's end meets its beginning."""
+    code = [
+        Instruction("", text.split()[0].partition(".")[0], text)
+        for text in (
+            "LDG.E.128 R4, desc[UR4][R2.64]",
+            "LDG.E.128 R8, desc[UR4][R2.64+0x200]",
+            "PRMT R20, R5, 0x7632, R20",
+            "LDG.E.128 R12, desc[UR4][R2.64+0x400]",
+            "FADD R20, R20, R9",
+            "LDG.E.U16 R21, desc[UR4][R2.64]",
+            "STG.E.128 desc[UR4][R2.64], R12",
+        )
+    ]
+    assert in_flight(code, 16) == 32
+    assert in_flight([*code[:2], code[3], code[2]], 16) == 48
+    assert in_flight([code[3], code[2], code[4], code[6], code[1]], 16) == 32  # the last one, and the next trip's first
+    assert in_flight(code[4:], 2) == 2
 
 
 def test_an_unknown_instruction_is_no_guess() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import conspo_kernels
+from conspo_kernels.backends import registry
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -42,7 +43,7 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": f"page_{page.stem}"}
     for line, source in blocks(page):
-        with mock.patch.dict(os.environ):  # ranks of one page are not those of the next test
+        with mock.patch.dict(os.environ), mock.patch.dict(registry.BACKENDS):  # what a page sets is not the next one's
             exec(compile("\n" * (line - 1) + source, str(page), "exec"), namespace)  # a traceback names the page's line
 
 

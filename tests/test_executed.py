@@ -6,12 +6,13 @@ What is executed stands in `executed.py`, which runs in processes of its own.
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 import executed
 import pytest
 import torch
-from test_compiled import python
+from test_compiled import REPOSITORY, python
 
 from benchmarks.compiled import CASES
 from ptx_executor.driver import TARGETS
@@ -29,9 +30,10 @@ def test_every_kernel_in_every_case(target: str) -> None:
     result = run("cases", target)
     assert result.keys() == CASES.keys()
     for case, row in result.items():
-        dtype, errors = case[:4], dict(row["errors"])
+        dtype, errors = case.removeprefix("known, ")[:4], dict(row["errors"])
         if ", V " in case:
-            assert row["kernels"] == ["_statistics_kernel", "_combine_kernel", "_backward_kernel"], case
+            three = ["_statistics_kernel", "_combine_kernel", "_backward_kernel"]
+            assert row["kernels"] == (["_known_kernel"] if case.startswith("known") else three), case
             assert errors.pop("gradient") <= GRADIENT[dtype], (case, row)
             assert all(error <= (1e-12 if dtype == "fp64" else 1e-5) for error in errors.values()), (case, row)
             assert len(errors) == (2 if "entropy" in case else 1)
@@ -39,6 +41,16 @@ def test_every_kernel_in_every_case(target: str) -> None:
             expected = ["_forward_kernel", "_backward_kernel"] if case in ("padded", "packed") else ["_kernel"]
             assert row["kernels"] == expected, case
             assert all(error <= 1e-6 for error in errors.values()), (case, row)
+
+
+def test_every_row_of_the_versions_executes_compiled_cases() -> None:
+    """Each Triton writes another PTX: `make versions` runs what it writes for every case, in bf16 and fp32."""
+    text = (REPOSITORY / "noxfile.py").read_text(encoding="utf-8")
+    step = re.search(r'"executed": \((.*?)\{(.*?)\},\n', text, re.DOTALL)
+    assert step is not None
+    assert '"--implementation", "triton", "--compiled", "sm_90", "--dtype", "bf16", "fp32"' in step[1]
+    assert "TRITON_INTERPRET" not in step[2]
+    assert set(re.findall(r'nox\.param\("[\d.]+", "([\d.]+)"', text)) >= {"3.6.0", "3.7.1", "3.8.0", "3.9.0"}
 
 
 def test_planted_faults() -> None:

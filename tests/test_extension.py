@@ -14,9 +14,9 @@ from torch import Tensor
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
 from conspo_kernels.backends import registry
 from conspo_kernels.backends.eager import group_infonce, label_alignment, scale, sequence_score
-from conspo_kernels.objective import ContrastSettings, GroupLoss, Rollouts
+from conspo_kernels.objective import GroupLoss, Objective, Rollouts
 from conspo_kernels.reference import reference_loss
-from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 
 CALLS: list[str] = []
 
@@ -50,13 +50,13 @@ class ToyTokenLogprob:
         return statistics if out is None else statistics.copied_to(out)
 
     @classmethod
-    def backward(cls, grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+    def backward(cls, grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         CALLS.append("backward")
-        assert upstream.entropy is None, "the toy knows no entropy"
+        assert incoming.grad_entropy is None, "the toy knows no entropy"
         logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
         u, _ = cls._log_p(logits, transform)
-        row_max, log_sum = statistics.row_max.double()[..., None], statistics.log_sum.double()[..., None]
-        c = torch.where(labels == IGNORED, 0, upstream.logprobs).double()[..., None]
+        row_max, log_sum = incoming.row_max.double()[..., None], incoming.log_sum.double()[..., None]
+        c = torch.where(labels == IGNORED, 0, incoming.grad_logprobs).double()[..., None]
         g = -c * torch.exp((u - row_max) * transform.scale - log_sum)
         inside = ((labels >= 0) & (labels < logits.shape[-1]))[..., None]
         g.scatter_add_(-1, labels.clamp(0, logits.shape[-1] - 1)[..., None], torch.where(inside, c, 0))
@@ -69,15 +69,15 @@ class ToyTokenLogprob:
         cls, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
     ) -> Tensor:
         statistics = cls.forward(rows, with_entropy=False)
-        cls.backward(grad_logits, rows, statistics, Upstream(coefficients))
+        cls.backward(grad_logits, rows, statistics.incoming(coefficients))
         return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
 
 
 class ToyGroupInfoNCE:
     @staticmethod
-    def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
+    def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
         CALLS.append("group_infonce")
-        return group_infonce.forward(rollouts, settings)
+        return group_infonce.forward(scores, counts, rollouts, objective)
 
 
 @pytest.fixture

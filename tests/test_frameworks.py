@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -32,6 +32,8 @@ def micro_batches(ranks: int, rollouts: int, rows: Tensor | None = None) -> Iter
         yield from rows[rank::ranks].split(rollouts)
 
 
+BATCH_METRICS = {"conspo/ordered_pairs", "conspo/score_std", "conspo/score_gap", "conspo/loss"}
+
 # NeMo-RL
 
 
@@ -42,13 +44,16 @@ def nemo_configs(**loss) -> tuple[dict, dict]:
 def nemo_advantages(batch: FrameworkBatch, **options) -> Tensor:
     """As nemo_rl/algorithms/grpo.py calls: [B, S] of whole sequences, log-probabilities of the token at each place."""
     estimator = nemo_rl.ConSPOAdvantageEstimator(*nemo_configs())
+    assert estimator.metrics == {}
     logprobs = torch.zeros(batch.ids.shape)
     logprobs[:, batch.PROMPT :] = batch.response_logprobs().detach()
     given = {
         "prompt_ids": torch.tensor([[5, 1], [5, 2], [6, 1], [7, 7]])[batch.groups], "rewards": batch.rewards,
         "mask": batch.full_mask.float(), "repeated_batch": {}, "logprobs_policy": logprobs, "logprobs_reference": None,
     }  # fmt: skip
-    return estimator.compute_advantage(**{**given, **options})
+    advantages = estimator.compute_advantage(**{**given, **options})
+    assert estimator.metrics.keys() > BATCH_METRICS
+    return advantages
 
 
 def nemo_loss(batch: FrameworkBatch, advantages: Tensor, rows: Tensor, global_valid_seqs: float) -> Tensor:
@@ -111,6 +116,7 @@ class Experience:
     index: list[int]
     advantages: Tensor | None = None
     returns: Tensor | None = None
+    info: dict[str, Tensor] = field(default_factory=dict)
 
 
 class RemoteExperienceMaker:
@@ -148,7 +154,7 @@ def test_openrlhf(accumulated):
     batch, ranks = FrameworkBatch(), 4 // accumulated
     experiences, parts = openrlhf_experiences(batch)
     maker = openrlhf.experience_maker(RemoteExperienceMaker, **SETTINGS)()
-    loss_function = openrlhf.ConSPOPolicyLoss()
+    loss_function = openrlhf.ConSPOPolicyLoss(tau=TAU)
     for experience, rows in zip(maker.compute_advantages_and_returns(experiences), parts, strict=True):
         width = experience.action_mask.shape[1]
         loss, clip_ratio, kl, *rest = loss_function(
@@ -157,6 +163,8 @@ def test_openrlhf(accumulated):
             batch_num_tokens=torch.tensor(60.0), global_batch_size=torch.tensor(16.0 / accumulated),
         )  # fmt: skip
         (loss / accumulated).backward()
+        assert experience.info.keys() > BATCH_METRICS
+        assert experience.info["conspo/score_std"].shape == experience.rewards.shape
         assert (float(clip_ratio), float(kl), rest) == (0.0, 0.0, [None, None])
     assert relative(batch.accumulated() / ranks, batch.gradient()) < TOLERANCE
 
@@ -203,6 +211,7 @@ class RayPPOTrainer:
             "step_wise_trajectories": False, **changed,
         }  # fmt: skip
         generator = SimpleNamespace(step_wise_trajectories=algorithm.pop("step_wise_trajectories"))
+        self.all_metrics = {"reward/avg_raw_reward": 0.4}
         self.cfg = SimpleNamespace(trainer=SimpleNamespace(algorithm=SimpleNamespace(**algorithm)), generator=generator)
 
     def compute_advantages_and_returns(self, data):
@@ -234,6 +243,7 @@ def test_skyrl(ranks, rollouts, mini_batches):
     size = 16 // mini_batches
     boundaries = [(start, start + size) for start in range(0, 16, size)]
     data = trainer._normalize_advantages(data, boundaries, None)
+    assert trainer.all_metrics.keys() > BATCH_METRICS
     for start, end in boundaries:
         for rows in micro_batches(ranks, rollouts, torch.arange(start, end)):
             loss, metrics = skyrl.policy_loss(
@@ -241,7 +251,7 @@ def test_skyrl(ranks, rollouts, mini_batches):
                 config=trainer.cfg.trainer.algorithm, loss_mask=data["loss_mask"][rows], rollout_logprobs=None,
             )  # fmt: skip
             (loss * ranks).backward()
-            assert metrics["conspo_logprob_drift"] == 0.0
+            assert metrics["conspo/score_drift"] == 0.0
     assert relative(batch.accumulated() / ranks / mini_batches, batch.gradient()) < TOLERANCE
 
 
@@ -327,7 +337,8 @@ def slime_step(batch: FrameworkBatch, rows: Tensor, data: dict, per_micro_batch:
 
         loss, logged = slime.policy_loss(slime_args(), micro, logits[None], sum_of_sample_mean)
         (loss / 16).backward()
-        assert set(logged) == {"loss", "pg_loss", "entropy_loss", "ppo_kl"}
+        reused = {"conspo/score_drift", "conspo/weight_drift", "conspo/trust_region_fraction"}
+        assert set(logged) == {"loss", "pg_loss", "entropy_loss", "ppo_kl", *reused}
         assert abs(float(logged["ppo_kl"])) < 1e-5
 
 
@@ -343,7 +354,8 @@ def test_slime(per_micro_batch, monkeypatch):
 
 
 def test_slime_margin_follows_the_rollout_batches():
-    batch, args = FrameworkBatch(), slime_args(conspo_margin=0.8, conspo_margin_steps=10, start_rollout_id=4)
+    schedule = {"conspo_margin_steps": 10, "conspo_margin_warmup_ratio": 1.0}
+    batch, args = FrameworkBatch(), slime_args(conspo_margin=0.8, start_rollout_id=4, **schedule)
     result = []
     for step in (4, 5):
         data = slime_data(batch, torch.arange(16))
@@ -353,6 +365,8 @@ def test_slime_margin_follows_the_rollout_batches():
         expected = slime_data(batch, torch.arange(16))
         slime.compute_advantages(slime_args(conspo_margin=margin), expected)
         torch.testing.assert_close(result[-1], torch.stack([x[0] for x in expected["advantages"]]))
+        assert data["conspo/margin"] == pytest.approx([margin] * 16)
+    assert data.keys() > BATCH_METRICS
     assert not torch.equal(*result)
 
 
@@ -431,7 +445,7 @@ def prime_rl_gradient(batch: FrameworkBatch, inference: Tensor) -> tuple[Tensor,
             LossInputs(logprobs, inference[i, :n], None, stream.advantages, mask, stream.rl_weights)
         )
         (outputs.loss / total).backward()
-        drifts.append(float(outputs.metrics["conspo_score_drift"]))
+        drifts.append(float(outputs.metrics["conspo/score_drift"]))
     return batch.accumulated(), drifts
 
 

@@ -237,7 +237,7 @@ def test_another_stream() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         result = batch.step()
-    stream.synchronize()
+    torch.cuda.current_stream().wait_stream(stream)
     assert all(torch.equal(ours, other) for ours, other in zip(result, expected, strict=True))
 
 

@@ -54,8 +54,10 @@ RULES = {
     "objective": Rule(ours=set(), foreign={"torch"}),
     "metrics": Rule(ours=set(), foreign={"torch"}),
     "values": Rule(ours=set(), foreign={"torch"}),
-    "inputs.check": Rule(ours={"inputs", "values"}, foreign={"torch"}),
-    "inputs": Rule(ours={"inputs", "ops", "backends.registry", "values"}, foreign={"torch"}),
+    "parallel": Rule(ours={"values"}, foreign={"torch"}),
+    "inputs.check": Rule(ours={"inputs.autocast", "backends.registry", "values"}, foreign={"torch"}),
+    "inputs.rollouts": Rule(ours={"inputs", "sources", "ops", "objective", "values"}, foreign={"torch"}),
+    "inputs": Rule(ours={"inputs", "sources", "ops", "parallel", "values"}, foreign={"torch"}),
     "backends.native": Rule(
         ours={"backends.contract", "backends.eager", "objective", "values", EXTENSION}, foreign=ANYTHING
     ),
@@ -66,33 +68,21 @@ RULES = {
     "backends.eager": Rule(ours={"backends.contract", "backends.eager", "objective", "values"}, foreign={"torch"}),
     "backends": Rule(ours={"objective", "values"}, foreign={"torch"}),
     "linear": Rule(ours={"linear", "backends.contract", "values"}, foreign={"torch"}),
-    "ops": Rule(
-        ours={"ops", "linear", "backends.contract", "backends.registry", "objective", "values"},
-        foreign=CORE,
-    ),
-    "sources": Rule(ours={"ops", "inputs", "values"}, foreign={"torch"}),
-    "options": Rule(ours={"inputs.parallel"}, foreign={"torch"}),
+    "ops": Rule(ours={"ops", "linear", "backends.contract", "backends.registry", "objective", "values"}, foreign=CORE),
+    "sources": Rule(ours={"ops", "parallel", "values"}, foreign={"torch"}),
+    "conspo": Rule(ours={"ops", "sources", "objective", "metrics", "parallel", "values"}, foreign={"torch"}),
+    "weighted": Rule(ours={"ops", "sources", "conspo", "parallel", "values"}, foreign={"torch"}),
+    "options": Rule(ours={"parallel"}, foreign={"torch"}),
     "integrations.required": Rule(ours=set(), foreign=set(), computed=True),
+    "integrations.support": Rule(ours={"integrations.required"}, foreign=set(), computed=True),
     # trust_region: the public function and its module have one name.
     "integrations": Rule(ours={ROOT, "integrations", "trust_region"}, foreign=ANYTHING, lazy=True),
-    # The public functions, and the modules they share.
+    # The public functions.
     "*": Rule(
-        ours={
-            *PUBLIC,
-            "options",
-            "contrast",
-            "weighted",
-            "scores",
-            "sources",
-            "ops",
-            "inputs",
-            "objective",
-            "metrics",
-            "values",
-        },
+        ours={*PUBLIC, "options", "inputs", "conspo", "weighted", "sources", "parallel", "values"},
         foreign={"torch", "typing_extensions"},
     ),
-}  # fmt: skip
+}
 
 
 class Import(NamedTuple):
@@ -337,12 +327,13 @@ def test_modules_have_telling_names():
 GOOD_TREE = {
     "__init__.py": (
         '"""Doc."""\nfrom .loss import conspo_loss\nfrom .margin import CosineMargin\n'
-        'from .contrast import ConSPOOutput\n__all__ = ["ConSPOOutput", "CosineMargin", "conspo_loss"]\n'
+        'from .conspo import ConSPOOutput\n__all__ = ["ConSPOOutput", "CosineMargin", "conspo_loss"]\n'
     ),
     "__main__.py": "from . import reference\nfrom .backends.eager import token\nfrom .gradcheck import command\n",
-    "loss.py": "import torch\nfrom . import contrast\nfrom .sources import LogitsSource\n",
-    "contrast.py": "from typing import NamedTuple\nfrom .metrics import means\nfrom .ops.token import token\n",
-    "sources.py": "from .inputs.tokens import TokenLayout\nfrom .ops.token import token\n",
+    "loss.py": "import torch\nfrom . import conspo\nfrom .inputs.tokens import tokens_of\n",
+    "conspo.py": "from typing import NamedTuple\nfrom .metrics import means\nfrom .ops.token import token\n",
+    "sources.py": "from .parallel import Parallel\nfrom .ops.token import token\n",
+    "parallel.py": "from .values import number\n",
     "values.py": "from torch import Tensor\n",
     "margin.py": "import math\n",
     "metrics.py": "import torch\n",
@@ -357,7 +348,7 @@ GOOD_TREE = {
     "ops/registration.py": "import torch\n",
     "ops/token.py": (
         "import torch\nfrom .registration import op\n"
-        "from ..backends.registry import kernels_for\nfrom ..linear.modes import forward\n"
+        "from ..backends.registry import backend_for\nfrom ..linear.modes import forward\n"
     ),
     "linear/__init__.py": "",
     "linear/modes.py": "import torch\nfrom ..backends.contract import Token\n",
@@ -387,17 +378,20 @@ PLANTED = {
     "eager knows triton": ("backends/eager.py", "import triton", "import triton"),
     "eager knows another backend": ("backends/eager.py", "from .triton import token", "backends.triton.token"),
     "triton outside its backend": ("ops/token.py", "import triton", "import triton"),
-    "op knows inputs": ("ops/token.py", "from ..inputs.tokens import TokenLayout", "import inputs.tokens"),
+    "op knows inputs": ("ops/token.py", "from ..inputs.tokens import tokens_of", "import inputs.tokens"),
     "op knows a backend": ("ops/token.py", "from ..backends.eager import token", "import backends.eager"),
     "op knows a public function": ("ops/token.py", "from ..loss import conspo_loss", "import loss"),
     "linear knows an op": ("linear/modes.py", "from ..ops.token import token", "import ops.token"),
     "inputs know the objective": ("inputs/tokens.py", "from ..objective import q", "import objective"),
     "source knows a backend": ("sources.py", "from .backends.eager import forward", "backends.eager"),
+    "source knows inputs": ("sources.py", "from .inputs import check", "import inputs.check"),
+    "computation knows inputs": ("conspo.py", "from .inputs import check", "import inputs.check"),
+    "public function knows an op": ("loss.py", "from .ops.token import token", "import ops.token"),
     "source knows the objective": ("sources.py", "from .objective import q", "import objective"),
     "public function knows a backend": ("loss.py", "from .backends.eager import token", "backends.eager"),
     "public function knows the reference": ("loss.py", "from .reference import loss", "import reference"),
     "public function knows an integration": ("loss.py", "from .integrations import trl", "import integrations.trl"),
-    "shared module knows linear": ("contrast.py", "from .linear import modes", "import linear.modes"),
+    "shared module knows linear": ("conspo.py", "from .linear import modes", "import linear.modes"),
     "inside a function": ("loss.py", "def f():\n    from .backends.eager import token", "import backends.eager"),
     "inside a method": ("loss.py", "class A:\n    def f(self):\n        import pandas", "import pandas"),
     "for a type checker": ("inputs/check.py", "if TYPE_CHECKING:\n    from ..ops import token", "import ops.token"),

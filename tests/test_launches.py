@@ -220,11 +220,17 @@ def test_the_gradient_of_weight_is_added_unrounded(monkeypatch: pytest.MonkeyPat
 def test_compiled_launchers() -> None:
     """Registers and spills of what `benchmarks.compiled` does not call; one binary for all slices, tiles and sizes."""
     result = json.loads(python("tests/compiled_launchers.py", "sm_90"))
+    known = {case: {kernel for it, kernel, *_ in result["rows"] if it == case} for case, *_ in result["rows"]}
+    for case in ("known, bf16", "known, bf16, odd", "known, fp32"):
+        assert known[case] == {"_known_kernel"}
+    for case in ("known, bf16, elsewhere", "known, bf16, softcap", "known, fp32, softcap", "known, three launches"):
+        assert "_known_kernel" not in known[case]  # it would take as long as three launches
     for case, kernel, num_warps, registers, spills in result["rows"]:
         assert registers * num_warps * 32 <= 65_536, (case, kernel, registers)
         assert spills == 0, (case, kernel)
-        if kernel == "_known_kernel" and "fp32" not in case:
-            assert registers > 32, case  # one row per multiprocessor, as `caches_rows` counts
+        if kernel == "_known_kernel":
+            assert num_warps == 32
+            assert registers > 32, case  # one row per multiprocessor, as `row_fits_cache` counts
     assert result["binaries"] == {
         "labels": [1, 1, 12], "labels, masked": [1, 1, 12], "labels, packed": [1, 1, 12], "tile": [3, 3, 36]
     }  # fmt: skip

@@ -14,10 +14,9 @@ from conspo_kernels.backends.eager import group_infonce as eager_infonce
 from conspo_kernels.backends.eager import label_alignment as eager_alignment
 from conspo_kernels.backends.eager import sequence_score as eager_scores
 from conspo_kernels.backends.eager import token_logprob as eager_kernels
-from conspo_kernels.inputs import autocast
 from conspo_kernels.linear.tiling import Problem, workspace_of
-from conspo_kernels.objective import ContrastSettings, Rollouts, Segments, equal_segments
-from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.objective import Groups, Objective, Rollouts
+from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 pytestmark = pytest.mark.gpu
@@ -51,7 +50,7 @@ def test_known_coefficients(
     from conspo_kernels.backends.triton import token_logprob
 
     if where == "three launches":
-        monkeypatch.setattr(token_logprob, "caches_rows", lambda _: False)
+        monkeypatch.setattr(token_logprob, "row_fits_cache", lambda _: False)
     logits = torch.randn(2, 3, vocab_size, device=DEVICE)
     if "view" in where:
         logits = torch.randn(2, 4, vocab_size + 5, device=DEVICE)[:, :-1, 3:-2]
@@ -75,14 +74,14 @@ def test_slices_of_the_vocabulary_and_narrow_gradients() -> None:
     labels = torch.tensor([[0, 150, 299, IGNORED, 130]], device=DEVICE)
     rows = LogitRows(logits, labels, LogitTransform())
     statistics = eager_kernels.forward(rows, True)
-    upstream = Upstream(torch.randn(1, 5, device=DEVICE), torch.randn(1, 5, device=DEVICE))
+    incoming = statistics.incoming(torch.randn(1, 5, device=DEVICE), torch.randn(1, 5, device=DEVICE))
     whole = torch.empty_like(logits)
-    eager_kernels.backward(whole, rows, statistics, upstream)
+    eager_kernels.backward(whole, rows, incoming)
     for kernels, dtype in itertools.product((token_logprob, eager_kernels), (torch.float32, torch.bfloat16)):
         for columns in (slice(0, 128), slice(128, 299), slice(299, 300)):
             tile = logits[..., columns].contiguous()
             grad = torch.empty_like(tile, dtype=dtype)
-            kernels.backward(grad, LogitRows(tile, labels, LogitTransform(), columns.start), statistics, upstream)
+            kernels.backward(grad, LogitRows(tile, labels, LogitTransform(), columns.start), incoming)
             atol = 1e-6 if dtype == torch.float32 else 2e-2  # the interpreter truncates
             torch.testing.assert_close(grad.float(), whole[..., columns], rtol=2e-2, atol=atol)
     into = Statistics(*torch.empty(4, 1, 5, device=DEVICE))
@@ -103,28 +102,27 @@ def test_many_groups(reduction: str, ragged: bool, on_device: bool, monkeypatch:
     scores = torch.randn(number, device=DEVICE)
     rewards = torch.randint(0, 2, (number,), device=DEVICE).float()
     rewards[5] = torch.nan
-    segments = None
+    counts = torch.arange(number, device=DEVICE).remainder(7).int()  # a rollout in seven has no response token
+    groups = Groups(size)
     if ragged:
-        equal = equal_segments(number, size, DEVICE)
-        offsets = torch.cat([equal.offsets, torch.full((number - number // size,), number, device=DEVICE)])
-        order = torch.randperm(number).to(DEVICE)
-        segments = Segments(order, offsets, torch.empty_like(order).scatter_(0, order, equal.slots))
+        ids = torch.empty(number, dtype=torch.int64)
+        ids[torch.randperm(number)] = torch.arange(number) // size
+        groups = Groups.of_ids(ids.to(DEVICE))
     for denominator in (None, 7.0):
         if denominator is not None and reduction != "mean":
             continue
-        settings = ContrastSettings(
+        objective = Objective(
             0.5, torch.tensor(0.2, device=DEVICE), 0.5, reduction,
             None if denominator is None else torch.tensor(denominator, device=DEVICE),
         )  # fmt: skip
-        rollouts = Rollouts(scores, rewards, None, segments, 0 if ragged else size)
-        expected = eager_infonce.forward(rollouts, settings)
+        rollouts = Rollouts(rewards, groups)
+        expected = eager_infonce.forward(scores, counts, rollouts, objective)
         results = []
         for few in (1024, 16):
             monkeypatch.setattr(group_infonce, "FEW", few)
-            results.append(group_infonce.forward(rollouts, settings))
+            results.append(group_infonce.forward(scores, counts, rollouts, objective))
             torch.testing.assert_close(results[-1].loss, expected.loss, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(results[-1].weights, expected.weights, rtol=1e-5, atol=1e-7)
-            assert torch.equal(results[-1].roles, expected.roles)
         assert torch.equal(results[0].weights, results[1].weights)
 
 
@@ -153,18 +151,18 @@ def test_coefficients(offsets: list[int] | None) -> None:
 
 
 def test_tokens_that_take_part_are_gathered_and_put_back() -> None:
-    from conspo_kernels.linear.tiles import Tokens
+    from conspo_kernels.linear.tiles import RowSelection
 
     for total, places in ((9, [0, 3, 8]), (2000, list(range(1, 2000, 3))), (5, []), (4, [3])):
         where = torch.tensor(places, dtype=torch.int64, device=DEVICE)
         hidden = torch.randn(total, 3, device=DEVICE)
         tensors = [torch.randn(total, device=DEVICE), torch.arange(total, device=DEVICE)]
-        tokens = Tokens(hidden, tensors[1][places], where)
-        for x, gathered in zip((hidden, *tensors), (tokens.hidden_rows(), *tokens.compact(*tensors)), strict=True):
+        tokens = RowSelection(hidden, tensors[1][places], where)
+        for x, gathered in zip((hidden, *tensors), (tokens.hidden_rows(), *tokens.gather(*tensors)), strict=True):
             assert torch.equal(gathered, x[places])
             expected = torch.zeros_like(x)
             expected[places] = x[places]
-            assert torch.equal(tokens.spread(gathered), expected)
+            assert torch.equal(tokens.scatter(gathered), expected)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "rows", "columns", "empty"])
@@ -257,19 +255,13 @@ def test_weight_grad_in_phase_two(factor: float, mib: float, dtype: torch.dtype)
     assert torch.equal(buffer, before)
 
 
-def test_autocast_casts_the_head_once() -> None:
-    """Scores without a graph and two losses in one context: one cast of the fp32 head, and its gradient is whole."""
+def test_autocast_with_and_without_a_graph() -> None:
+    """Scores without a graph and two losses in one context: the gradient of the fp32 head is whole."""
     hidden, labels = torch.randn(2, 4, 8, requires_grad=True), torch.randint(50, (2, 4))
     weight, weights = torch.randn(50, 8, requires_grad=True), torch.tensor([0.3, -0.7])
     with torch.autocast("cpu", torch.bfloat16):
-        with torch.no_grad():
-            first = autocast.cast_weight(weight, torch.bfloat16)
-            ck.linear_conspo_scores(hidden, weight, labels)
-        assert not first.requires_grad
+        ck.linear_conspo_scores(hidden, weight, labels)
         for _ in range(2):
-            kept = autocast.cast_weight(weight, torch.bfloat16)
-            assert kept.data_ptr() == first.data_ptr()
-            assert torch.equal(kept, weight.detach().bfloat16())
             ck.linear_weighted_score_loss(hidden, weight, labels, weights).backward()  # type: ignore[union-attr]
         assert torch.nn.functional.linear(hidden, weight).dtype == torch.bfloat16
     assert weight.grad is not None

@@ -29,11 +29,11 @@ from conspo_kernels import (
     weighted_score_loss,
 )
 from conspo_kernels.backends.eager import token_logprob as eager_token_logprob
-from conspo_kernels.inputs.tokens import NOT_CHECKED, aligned_labels
 from conspo_kernels.linear import gemm, modes
 from conspo_kernels.linear.tiles import Head as LinearHead
-from conspo_kernels.linear.tiles import Tokens
+from conspo_kernels.linear.tiles import RowSelection
 from conspo_kernels.linear.tiling import ALIGNMENT, Problem, Tile, accumulator_bytes, backward_tile, row_tile
+from conspo_kernels.ops.label_alignment import NOT_CHECKED, aligned_labels
 from conspo_kernels.values import IGNORED, LogitTransform
 
 LAYOUTS = pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -390,7 +390,7 @@ def test_no_label_is_taken_for_an_ignored_one() -> None:
     hidden, weight = torch.randn(4, 3), torch.randn(5, 3)
     labels = torch.tensor([-2, -1, 5, -100])
     aligned = aligned_labels(labels, None, None, False, -100, NOT_CHECKED, "torch")[0]
-    tokens, head = Tokens(hidden, aligned, None), LinearHead(weight, None, hidden.dtype)
+    tokens, head = RowSelection(hidden, aligned, None), LinearHead(weight, None, hidden.dtype)
     result = modes.forward_none(modes.Run(eager_token_logprob, tokens, head, LogitTransform(), 2**20), False)
     assert result.logprobs.isnan().tolist() == [True, True, True, False]
 

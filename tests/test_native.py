@@ -19,7 +19,7 @@ from benchmarks.measure import allocations
 from conspo_kernels import conspo_loss, token_logprobs
 from conspo_kernels.backends import native, registry
 from conspo_kernels.backends.eager import token_logprob as eager_token_logprob
-from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+from conspo_kernels.values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 
 pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def run(logits: Tensor, labels: Tensor, transform: LogitTransform, entropy: bool
     result = native.token_logprob.forward(rows, entropy)
     grads = torch.rand(labels.shape, dtype=result[0].dtype, generator=torch.Generator().manual_seed(1))
     grad = torch.empty_like(logits)
-    native.token_logprob.backward(grad, rows, result, Upstream(grads, grads * 0.3 if entropy else None))
+    native.token_logprob.backward(grad, rows, result.incoming(grads, grads * 0.3 if entropy else None))
     return [x for x in (*result, grad) if x is not None]
 
 
@@ -109,7 +109,7 @@ def test_instruction_sets_agree(dtype: torch.dtype, vocab_size: int, instruction
             assert result[0][0, 2].isnan()
             grads = torch.rand(labels.shape, dtype=result[0].dtype, generator=torch.Generator().manual_seed(1))
             other = torch.empty_like(grad)
-            eager_token_logprob.backward(other, rows, expected, Upstream(grads, grads * 0.3 if entropy else None))
+            eager_token_logprob.backward(other, rows, expected.incoming(grads, grads * 0.3 if entropy else None))
             rtol = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5 if dtype == torch.float32 else 1e-11)
             atol = 1e-7 if dtype == torch.float16 else rtol * 1e-3
             torch.testing.assert_close(grad, other, rtol=rtol, atol=atol, equal_nan=True)
@@ -126,9 +126,7 @@ def test_gradients_are_rounded_as_pytorch_rounds(dtype: torch.dtype, instruction
     labels = torch.zeros(1, len(c), dtype=torch.int64)
     grad = torch.empty_like(logits)
     zero = torch.zeros(1, len(c))
-    native.token_logprob.backward(
-        grad, LogitRows(logits, labels, PLAIN), Statistics(zero, None, zero, zero), Upstream(c[None])
-    )  # p = 1
+    native.token_logprob.backward(grad, LogitRows(logits, labels, PLAIN), Incoming(zero, zero, c[None]))  # p = 1
     assert torch.equal(grad[0, :, 1], (-c).to(dtype))
 
 
@@ -180,7 +178,7 @@ def test_known_coefficients(dtype: torch.dtype, rows: int, inplace: bool, thread
     coefficients[0, 0] = 0
     statistics = native.token_logprob.forward(LogitRows(logits, labels, PLAIN), False)
     expected = torch.empty_like(logits)
-    native.token_logprob.backward(expected, LogitRows(logits, labels, PLAIN), statistics, Upstream(coefficients))
+    native.token_logprob.backward(expected, LogitRows(logits, labels, PLAIN), statistics.incoming(coefficients))
     grad = logits if inplace else torch.empty_like(logits)
     result = native.token_logprob.forward_backward(grad, LogitRows(logits, labels, PLAIN), coefficients)
     assert torch.equal(result, statistics.logprobs)
@@ -198,7 +196,7 @@ def test_memory() -> None:
 
     def backward() -> None:
         native.token_logprob.backward(
-            logits, LogitRows(logits, labels, PLAIN), statistics, Upstream(statistics.logprobs)
+            logits, LogitRows(logits, labels, PLAIN), statistics.incoming(statistics.logprobs)
         )
 
     assert sum(n for n in allocations(backward) if n > 0) <= 64

@@ -22,7 +22,7 @@ from conspo_kernels import (
     weighted_score_loss,
 )
 from conspo_kernels.backends import registry
-from conspo_kernels.inputs.groups import GroupLayout
+from conspo_kernels.objective import Groups
 from conspo_kernels.ops.label_alignment import sequence_offsets
 from conspo_kernels.ops.token_logprob import token_logprob
 from conspo_kernels.values import IGNORED, LogitTransform
@@ -99,16 +99,16 @@ def test_opcheck_aligned_labels(implementation: str, device: torch.device) -> No
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck_group_infonce(reduction: str, implementation: str, device: torch.device) -> None:
-    scores = torch.randn(6, device=device, requires_grad=True)
+def test_opcheck_infonce(reduction: str, implementation: str, device: torch.device) -> None:
+    logprobs = torch.randn(6, 2, device=device, requires_grad=True)
+    labels = torch.tensor([[0, 0]] * 5 + [[0, IGNORED]], device=device)
     rewards = torch.tensor([1.0, 0, 1, 0, 0, 1], device=device)
     margin = torch.tensor(0.1, device=device)
-    ids = GroupLayout.from_arguments(torch.tensor([1, 1, 2, 2, 1, 2], device=device), 6)
-    equal = GroupLayout.from_arguments(2, 6)
-    for layout, counts in ((equal, None), (ids, torch.ones(6, dtype=torch.int32, device=device))):
-        groups = (layout.order, layout.offsets, layout.slots, layout.size)
-        arguments = (scores, rewards, counts, *groups, margin, None, 0.5, 0.5, reduction, implementation)
-        opcheck(OPS.group_infonce.default, arguments)
+    packed = (logprobs.detach().view(1, 12).requires_grad_(), labels.view(1, 12), torch.arange(7, device=device) * 2)
+    by_ids = Groups.of_ids(torch.tensor([1, 1, 2, 2, 1, 2], device=device))
+    for tokens, groups in (((logprobs, labels, None), Groups(2)), (packed, by_ids)):
+        arguments = (*tokens, rewards, *groups, margin, None, 0.5, 0.5, reduction, implementation)
+        opcheck(OPS.infonce.default, arguments)
 
 
 def test_fake_tensors_and_modes_see_the_op() -> None:
@@ -124,7 +124,7 @@ def test_fake_tensors_and_modes_see_the_op() -> None:
     with Recorder():
         conspo_loss(logits, LABELS.abs() % 17, torch.tensor([1.0, 0.0]), 2)
     assert {name for name in calls if name.startswith("conspo.")} >= {
-        "conspo.aligned_labels.default", "conspo.token_logprob.default", "conspo.sequence_infonce.default",
+        "conspo.aligned_labels.default", "conspo.token_logprob.default", "conspo.infonce.default",
     }  # fmt: skip
     with FakeTensorMode() as mode:
         fake = mode.from_tensor(logits)

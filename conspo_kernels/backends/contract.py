@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..objective import ContrastSettings, GroupLoss, Rollouts
-from ..values import LogitRows, Statistics, Upstream
+from ..objective import GroupLoss, Objective, Rollouts
+from ..values import Incoming, LogitRows, Statistics
 
 
 class LabelAlignment(Protocol):
@@ -38,11 +38,11 @@ class TokenLogprob(Protocol):
     def forward(self, rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
         """out: contiguous, to write the results to; whole rows of logits."""
 
-    def backward(self, grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+    def backward(self, grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `rows.logits` itself.
 
-        Its dtype may be narrower than that of the logits, on an accelerator. `statistics.logprobs` is not read. A token
-        whose coefficients are zero is not read, and its gradient is zero. The logits may be a slice of the columns.
+        Its dtype may be narrower than that of the logits, on an accelerator. A token whose coefficients are zero is not
+        read, and its gradient is zero. The logits may be a slice of the columns.
         """
 
     def forward_backward(
@@ -81,7 +81,8 @@ class SequenceScore(Protocol):
 class GroupInfoNCE(Protocol):
     """The objective of `objective.py` and its gradient; everything is on the device of the scores."""
 
-    def forward(self, rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss: ...
+    def forward(self, scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+        """scores [S] fp32 or fp64, NaN where counts [S] int32 are 0: without response tokens."""
 
 
 class Scale(Protocol):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objective import evaluate
-from ..values import ELSEWHERE, IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+from ..values import ELSEWHERE, IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 
 CHUNK_ELEMENTS = 1 << 21
 
@@ -54,11 +54,10 @@ class token_logprob:
         return found if out is None else found.copied_to(out)
 
     @staticmethod
-    def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+    def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
         logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
-        grad_logprobs, grad_entropy = upstream
-        _logprobs, entropy, row_max, log_sum = statistics
+        row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
         acc, vocab_size = row_max.dtype, logits.shape[-1]
         active = labels != IGNORED
         coefficient_bt = torch.where(active, grad_logprobs, 0.0)
@@ -91,23 +90,23 @@ class token_logprob:
     ) -> Tensor:
         """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
         statistics = token_logprob.forward(rows, with_entropy=False)
-        token_logprob.backward(grad_logits, rows, statistics, Upstream(coefficients))
+        token_logprob.backward(grad_logits, rows, statistics.incoming(coefficients))
         return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
 
 
-def _row_chunks(keep: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Positions (b, t) of the tokens to keep, a chunk of rows at a time; of all tokens on a GPU."""
-    if _can_choose(keep):
-        tokens = keep.flatten().nonzero()[:, 0]
+def _row_chunks(mask: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Positions (b, t) of the tokens where `mask` is true, a chunk of rows at a time; of all tokens on a GPU."""
+    if _can_choose(mask):
+        tokens = mask.flatten().nonzero()[:, 0]
     else:
-        tokens = torch.arange(keep.numel(), device=keep.device)
+        tokens = torch.arange(mask.numel(), device=mask.device)
     for chunk in tokens.split(max(1, CHUNK_ELEMENTS // vocab_size)):
-        yield chunk // keep.shape[1], chunk % keep.shape[1]
+        yield chunk // mask.shape[1], chunk % mask.shape[1]
 
 
-def _can_choose(keep: Tensor) -> bool:
-    """Whether the number of tokens to keep is known without a synchronisation."""
-    return keep.device.type == "cpu"
+def _can_choose(mask: Tensor) -> bool:
+    """Whether the number of these tokens is known without a synchronisation."""
+    return mask.device.type == "cpu"
 
 
 def _transformed(z: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor | float]:
@@ -157,14 +156,14 @@ class sequence_score:
     def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
         counts = counts_of(labels, offsets)
-        spread = sequence_score.backward(weights, counts, labels, offsets)
-        return spread, counts, torch.where(spread != 0, labels, IGNORED)
+        at_tokens = sequence_score.backward(weights, counts, labels, offsets)
+        return at_tokens, counts, torch.where(at_tokens != 0, labels, IGNORED)
 
     @staticmethod
     def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
-        spread = torch.where(labels == IGNORED, 0.0, coefficients)
-        return spread, torch.where(spread != 0, labels, IGNORED)
+        at_tokens = torch.where(labels == IGNORED, 0.0, coefficients)
+        return at_tokens, torch.where(at_tokens != 0, labels, IGNORED)
 
     @staticmethod
     def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
@@ -218,11 +217,11 @@ class label_alignment:
     @staticmethod
     def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int) -> Tensor:
         """[B, T] int64 labels of the rows that predict them."""
-        given = labels.long()  # a narrower type may not hold `absent`: -100 is 156 in uint8
-        active = given != absent
+        user_labels = labels.long()  # a narrower type may not hold `absent`: -100 is 156 in uint8
+        active = user_labels != absent
         if response_mask is not None:
             active &= response_mask != 0
-        aligned = torch.where(active, torch.where(given < 0, ELSEWHERE, given), IGNORED)
+        aligned = torch.where(active, torch.where(user_labels < 0, ELSEWHERE, user_labels), IGNORED)
         if shift:
             aligned = _next_labels(aligned, offsets)
         if offsets is not None:

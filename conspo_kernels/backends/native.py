@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import ContrastSettings, GroupLoss, Rollouts
-from ..values import IGNORED, LogitRows, LogitTransform, Statistics, Upstream
+from ..objective import GroupLoss, Objective, Rollouts
+from ..values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 from . import eager
 from .eager import label_alignment as label_alignment
 from .eager import scale as scale
@@ -80,10 +80,10 @@ class token_logprob:
         return found if out is None else found.copied_to(out)
 
     @staticmethod
-    def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
-        _logprobs, entropy, row_max, log_sum = statistics
+    def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
+        row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
         _C.token_logprob_backward(
-            grad_logits, rows.logits, rows.labels_in_slice(), row_max, log_sum, entropy, *upstream,
+            grad_logits, rows.logits, rows.labels_in_slice(), row_max, log_sum, entropy, grad_logprobs, grad_entropy,
             *_numbers(rows.transform),
         )  # fmt: skip
 
@@ -127,12 +127,11 @@ class group_infonce:
     """`contract.GroupInfoNCE`: all groups in one pass."""
 
     @staticmethod
-    def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
-        scores, rewards, counts, segments, group_size = rollouts
-        order, offsets = (None, None) if segments is None else segments[:2]
-        num_groups = None if settings.num_groups is None else settings.num_groups.item()
+    def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+        rewards, groups = rollouts
+        num_groups = None if objective.num_groups is None else objective.num_groups.item()
         found = _C.group_infonce_forward(
-            scores, rewards, counts, order, offsets, group_size, settings.margin.item(), num_groups, settings.tau,
-            settings.reward_threshold, REDUCTIONS[settings.reduction],
+            scores, rewards, counts, groups.order, groups.offsets, groups.size, objective.margin.item(), num_groups,
+            objective.tau, objective.reward_threshold, REDUCTIONS[objective.reduction],
         )  # fmt: skip
         return GroupLoss(*found)

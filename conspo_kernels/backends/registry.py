@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
-from typing import Any, cast
+from typing import cast
 
 import torch
 
@@ -23,12 +23,6 @@ BACKENDS = {
     "torch": ".eager",
 }
 PREFERRED = {"cuda": "triton", "cpu": "native"}  # where it can run; "torch" elsewhere
-
-
-def check_implementation(value: Any) -> None:
-    names = ("auto", *BACKENDS)
-    if not isinstance(value, str) or value not in names:
-        raise ValueError(f"implementation must be one of {', '.join(map(repr, names))}, got {value!r}")
 
 
 def _backend(implementation: str) -> Backend:

@@ -42,7 +42,7 @@ COMPILED = ("sm_80", "sm_90", "sm_100")  # those of `ptx_executor`, which is in 
 OPS = {
     "token_logprob": "token_logprobs",
     "sequence_score": "sequence_scores",
-    "group_infonce": "conspo_loss_from_scores",
+    "infonce": "conspo_loss_from_scores",
     "token_logprob_known": "weighted_score_loss",
     "linear_logprob": "linear_token_logprobs",
     "linear_logprob_known": "linear_weighted_score_loss",

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.distributed import ProcessGroup
 
-from ..values import check_factor, check_margin
+from ..backends.registry import BACKENDS
+from ..values import factor
 from .autocast import autocast_dtype
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
 INTEGERS = "int8, int16, int32, int64 or uint8"
 REDUCTIONS = ("mean", "sum", "none")
-GRAD_REDUCTIONS = ("mean", "sum")
 PADDING = "; padding at the end of packed tokens is none if it lies behind the last of cu_seqlens"
 
 
@@ -61,24 +60,9 @@ def _shape(name: str, value: Tensor, expected: tuple[int, ...], why: str) -> Non
         raise ValueError(f"{name} must have shape {list(expected)} ({why}), got {list(value.shape)}")
 
 
-def _same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
-    if value.device != other.device:
-        raise ValueError(f"{name} must be on the device of {other_name}, {other.device}, got {value.device}")
-
-
-def _number(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
-
-
-def _positive(name: str, value: Any) -> None:
-    _number(name, value)
-    check_factor(name, value)
-
-
-def _flag(name: str, value: Any) -> None:
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+def _same_device(name: str, value: Tensor, other: str, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} must be on the device of {other}, {device}, got {value.device}")
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
@@ -86,18 +70,14 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def ignore_index(value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"ignore_index must be an int, got {type(value).__name__}")
-    if not -(2**63) <= value < 2**63:
-        raise ValueError(f"ignore_index must fit 64 bits, got {value}")
+def implementation(value: Any) -> None:
+    _choice("implementation", value, ("auto", *BACKENDS))
 
 
-def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> None:
-    _positive("temperature", temperature)
-    _positive("logit_scale", logit_scale)
-    if softcap is not None:
-        _positive("softcap", softcap)
+def logit_transform(temperature: Any, logit_scale: Any, softcap: Any) -> list[float]:
+    """A `LogitTransform`, as ops take it."""
+    numbers = [factor("temperature", temperature), factor("logit_scale", logit_scale)]
+    return numbers if softcap is None else [*numbers, factor("softcap", softcap)]
 
 
 def logits(value: Any) -> None:
@@ -110,7 +90,7 @@ def logits(value: Any) -> None:
         raise ValueError(f"logits must have a last stride of 1 (the others are free), got strides {value.stride()}")
 
 
-def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
+def linear(hidden: Any, weight: Any, bias: Any) -> None:
     """Hidden states and the head that makes logits of them."""
     for name, value in (("hidden", hidden), ("weight", weight), *(() if bias is None else (("bias", bias),))):
         _tensor(name, value, sharded=True)
@@ -124,18 +104,21 @@ def linear(hidden: Any, weight: Any, bias: Any, workspace_mib: Any) -> None:
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden must be [B, T, H], or packed [N, H] or [1, N, H], got {list(hidden.shape)}")
     if weight.numel() == 0:
-        raise ValueError(f"weight must be [V, H], got the empty {list(weight.shape)}: if sharded (ZeRO-3), gather it")
+        raise ValueError(
+            f"weight must be [V, H], got the empty {list(weight.shape)}: if it is sharded (ZeRO-3), gather it around "
+            "the call"
+        )
     if weight.dim() != 2 or weight.shape[1] != hidden.shape[-1]:
         raise ValueError(f"weight must be [V, H] with H = {hidden.shape[-1]} of hidden, got {list(weight.shape)}")
     if bias is not None:
         _shape("bias", bias, (weight.shape[0],), "one per row of weight")
     for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
-        _same_device(name, value, "hidden", hidden)
+        _same_device(name, value, "hidden", hidden.device)
         if value.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
             raise ValueError(
-                f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}: cast it, or cast hidden"
+                f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}: cast one of them (for fp32 "
+                "logits of 16-bit operands pass logits_dtype=torch.float32, for an fp32 head hidden.float())"
             )
-    _positive("workspace_mib", 1.0 if workspace_mib is None else workspace_mib)
 
 
 def weight_grad(value: Any, weight: Tensor) -> None:
@@ -144,7 +127,7 @@ def weight_grad(value: Any, weight: Tensor) -> None:
     _shape("weight_grad", value, tuple(weight.shape), "that of weight")
     wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
     _dtype("weight_grad", value, (wide,), f"{wide} for weight in {weight.dtype}")
-    _same_device("weight_grad", value, "weight", weight)
+    _same_device("weight_grad", value, "weight", weight.device)
     if any(stride == 0 and n > 1 for stride, n in zip(value.stride(), value.shape, strict=True)):
         raise ValueError(f"weight_grad must have an element for each of weight, got strides {value.stride()}")
     _memory_holds("weight_grad", value)
@@ -165,18 +148,18 @@ def logits_dtype(value: Any, hidden: Tensor) -> None:
         raise ValueError(f"logits_dtype must be {words} for hidden in {hidden.dtype}, got {value!r}")
 
 
-def tokens(labels: Any, response_mask: Any, tokens_name: str, expected: tuple[int, ...], like: Tensor) -> None:
-    """labels: one per row of `like`, the argument called `tokens_name`, whose leading dimensions are `expected`."""
+def tokens(labels: Any, response_mask: Any, name: str, shape: tuple[int, ...], device: torch.device) -> None:
+    """labels: one per row of the argument `name`, whose leading dimensions are `shape`."""
     _tensor("labels", labels)
     _dtype("labels", labels, INTEGER_DTYPES, INTEGERS)
-    _shape("labels", labels, expected, f"one per row of {tokens_name}")
-    _same_device("labels", labels, tokens_name, like)
+    _shape("labels", labels, shape, f"one per row of {name}")
+    _same_device("labels", labels, name, device)
     if response_mask is not None:
         _tensor("response_mask", response_mask)
         if response_mask.is_complex():
             raise ValueError(f"response_mask must be real, got {response_mask.dtype}")
         _shape("response_mask", response_mask, tuple(labels.shape), "that of labels")
-        _same_device("response_mask", response_mask, "labels", labels)
+        _same_device("response_mask", response_mask, "labels", device)
 
 
 def cu_seqlens(value: Any, shape: tuple[int, ...], needed_for: str | None) -> None:
@@ -216,12 +199,12 @@ def weights(value: Any, num_rollouts: int, device: torch.device, phase_one: Any)
         raise ValueError("weights are constants of the loss and get no gradient: pass weights.detach()")
 
 
-def coefficients(value: Any, shape: tuple[int, ...], labels: Tensor) -> None:
+def coefficients(value: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Coefficients, one per token."""
     _tensor("coefficients", value)
     _dtype("coefficients", value, LOGIT_DTYPES, "floating point")
     _shape("coefficients", value, shape, "that of labels")
-    devices(labels.device, coefficients=value)
+    devices(device, coefficients=value)
     if value.requires_grad:
         raise ValueError("coefficients are constants of the loss and get no gradient: pass coefficients.detach()")
 
@@ -230,9 +213,10 @@ def trust_region(values: Any, logprobs: Any, old_logprobs: Any, epsilon: Any) ->
     for name, value in (("coefficients", values), ("logprobs", logprobs), ("old_logprobs", old_logprobs)):
         _differentiable(name, value, "floating point")
         _shape(name, value, tuple(values.shape), "that of coefficients")
-        _same_device(name, value, "coefficients", values)
-    coefficients(values, tuple(values.shape), values)
-    _positive("epsilon", 1.0 if epsilon is None else epsilon)
+        _same_device(name, value, "coefficients", values.device)
+    coefficients(values, tuple(values.shape), values.device)
+    if epsilon is not None:
+        factor("epsilon", epsilon)
 
 
 def rewards(value: Any, num_rollouts: int) -> None:
@@ -257,37 +241,16 @@ def groups(value: Any, num_rollouts: int) -> None:
         raise ValueError(f"groups={value} rollouts per prompt must divide the number of rollouts, got {num_rollouts}")
 
 
-def objective(tau: Any, margin: Any, reward_threshold: Any, reduction: Any, num_groups: Any) -> None:
-    _positive("tau", tau)
+def objective(margin: Any, reward_threshold: Any, reduction: Any, num_groups: Any) -> None:
+    """But tau: these are numbers already, or tensors."""
     _scalar("margin", margin)
-    # Under torch.compile a comparison would tie the program to one margin: there the op checks the tensor made of it.
-    if not isinstance(margin, Tensor) and not torch.compiler.is_compiling():
-        check_margin(margin)
-    _number("reward_threshold", reward_threshold)
     if reward_threshold != reward_threshold:
         raise ValueError("reward_threshold must not be NaN, got nan")
-    if isinstance(reward_threshold, int) and not -(2**63) <= reward_threshold < 2**63:
-        raise ValueError(f"reward_threshold must fit 64 bits, got {reward_threshold}")
     _choice("reduction", reduction, REDUCTIONS)
     if num_groups is not None:
         _scalar("num_groups", num_groups)
         if reduction != "mean":
             raise ValueError(f"num_groups is the denominator of reduction='mean', got reduction={reduction!r}")
-        if not isinstance(num_groups, Tensor):
-            check_factor("num_groups", num_groups)
-
-
-def parallel(data: Any, context: Any, vocab: Any, vocab_start: Any, grad_reduction: Any) -> None:
-    for name, group in (("data", data), ("context", context), ("vocab", vocab)):
-        if group is not None and not isinstance(group, ProcessGroup):
-            raise TypeError(f"parallel.{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    if isinstance(vocab_start, bool) or not isinstance(vocab_start, int):
-        raise TypeError(f"parallel.vocab_start must be an int, got {type(vocab_start).__name__}")
-    if vocab_start < 0:
-        raise ValueError(f"parallel.vocab_start must not be negative, got {vocab_start}")
-    if vocab_start > 0 and vocab is None:
-        raise ValueError(f"parallel.vocab_start must be 0 where parallel.vocab is None, got {vocab_start}")
-    _choice("parallel.grad_reduction", grad_reduction, GRAD_REDUCTIONS)
 
 
 def no_shift_over_ranks(shift: bool) -> None:
@@ -299,9 +262,8 @@ def no_shift_over_ranks(shift: bool) -> None:
 
 
 def _scalar(name: str, value: Any) -> None:
-    """A number or a 0-d tensor."""
+    """A tensor in place of a number."""
     if not isinstance(value, Tensor):
-        _number(name, value)
         return
     _tensor(name, value)
     if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
@@ -320,7 +282,8 @@ def devices(device: torch.device, **values: Any) -> None:
 
 def flags(**values: Any) -> None:
     for name, value in values.items():
-        _flag(name, value)
+        if not isinstance(value, bool):
+            raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
 
 
 def _memory_holds(name: str, value: Tensor) -> None:
@@ -328,16 +291,19 @@ def _memory_holds(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} is written to memory, got a view that negates what memory holds: call resolve_neg()")
 
 
-def overwritten(name: str, value: Tensor) -> None:
+def overwritten(name: str, inplace: Any, value: Tensor) -> None:
     """Logits that a gradient may overwrite: neither a leaf nor its view, and no two rows share storage."""
+    flags(**{name: inplace})
     if not (value.requires_grad and torch.is_grad_enabled()):
         return
     if value.is_leaf:
-        raise ValueError(f"{name} overwrites logits: they must not be a leaf, which the caller owns, got a leaf")
+        raise ValueError(
+            f"{name} would overwrite logits, a leaf tensor of yours: pass a model's output or logits.clone()"
+        )
     _memory_holds(name, value)
     if not torch.compiler.is_compiling():
         if value._base is not None and value._base.is_leaf:
-            raise ValueError(f"{name} overwrites logits: they must not be a view of a leaf, the caller's own, got one")
+            raise ValueError(f"{name} would overwrite logits, a view of a leaf tensor of yours: pass logits.clone()")
         # What hooks pack and unpack, activation checkpointing's too, autograd does not check for modifications.
         if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
             raise ValueError(f"{name} must be called outside of saved-tensor hooks and checkpoint(), got inside")

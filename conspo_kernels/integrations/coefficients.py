@@ -8,17 +8,22 @@ log-probabilities of all rollouts of a step,
 has its gradient, however the rollouts are spread over mini-batches, micro-batches and ranks. A trainer's "advantages"
 carry -w_i / n_i, times what the trainer divides by; its policy loss is linear: the sum of -advantage * logp. Trainers
 differ in where all log-probabilities are known, and in what they divide by: one module each.
+
+From the second update on a batch on the weights are those of older scores. Where scores have moved by ds since then,
+weights would have by about ds / tau: at tau = 10 and 0.1 nats by one per cent. `reuse_metrics` says how far it is.
 """
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from conspo_kernels import ConSPOWeights, Parallel, conspo_weights, sequence_scores
+from conspo_kernels import ConSPOWeights, Parallel, conspo_weights, sequence_scores, trust_region
 
 Margin = float | Callable[[float], float]
 
@@ -109,9 +114,77 @@ def token_advantages(weights: Tensor, response_mask: Tensor, scale: float) -> Te
     return torch.where(mask, per_token[:, None], torch.zeros_like(per_token)[:, None])
 
 
-def linear_loss(logprobs: Tensor, advantages: Tensor) -> Tensor:
-    """-advantage * logp per token; exactly zero, whatever logp is, where the advantage is."""
+def linear_loss(
+    logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None = None, epsilon: float | None = None
+) -> Tensor:
+    """-advantage * logp per token; exactly zero, whatever logp is, where the advantage is.
+
+    Args:
+        old_logprobs: shaped like logprobs, of the policy that sampled; needed for a trust region.
+        epsilon: of `trust_region`: where the ratio to the policy that sampled has left [1 - epsilon, 1 + epsilon] in
+            the direction in which the gradient pushes, it is zero too. None: never, as in the paper.
+    """
+    if epsilon is not None:
+        advantages = _trusted(logprobs, advantages, old_logprobs, epsilon)
     return torch.where(advantages != 0, -advantages * logprobs, torch.zeros_like(logprobs))
+
+
+def check_trust_region(epsilon: float | None) -> None:
+    """Raises ValueError where a trainer's option is out of range, before a batch is spent on it."""
+    if epsilon is not None and not 0 < epsilon < math.inf:
+        raise ValueError(f"trust_region must be positive and finite, or None, got {epsilon!r}")
+
+
+def _trusted(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None, epsilon: float) -> Tensor:
+    if old_logprobs is None:
+        raise ValueError("a trust region needs old_logprobs, of the policy that sampled, got None")
+    return -trust_region(-advantages.detach(), logprobs.detach(), old_logprobs, epsilon)
+
+
+def stopped_tokens(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor, epsilon: float | None) -> Tensor:
+    """Shaped like logprobs, bool: tokens with an advantage whose gradient the trust region stops."""
+    if epsilon is None:
+        return torch.zeros_like(advantages, dtype=torch.bool)
+    return (advantages != 0) & (_trusted(logprobs, advantages, old_logprobs, epsilon) == 0)
+
+
+@torch.no_grad()
+def reuse_metrics(
+    logprobs: Tensor,
+    advantages: Tensor,
+    old_logprobs: Tensor,
+    response_mask: Tensor,
+    *,
+    tau: float = 10.0,
+    epsilon: float | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """How old the weights of these rollouts are, and what a trust region stopped: what every integration logs.
+
+    Args:
+        logprobs, advantages, old_logprobs, response_mask: [b, T] padded, or [N] packed with `cu_seqlens` [b + 1].
+            old_logprobs: those that the weights come from.
+        tau, epsilon: of the objective and the trust region.
+
+    Returns:
+        0-d tensors. `conspo/score_drift`: the largest change of a rollout's score, in nats per token.
+        `conspo/weight_drift`: that divided by tau, about the relative change of a weight that it stands for.
+        `conspo/trust_region_fraction`: of the response tokens with an advantage, the share that was stopped.
+    """
+    mask = response_mask.bool()
+    changes = torch.where(mask, logprobs.float() - old_logprobs.float(), 0.0)
+    of_rollouts = functools.partial(
+        sequence_scores, labels=torch.zeros_like(mask, dtype=torch.int64), response_mask=mask, cu_seqlens=cu_seqlens
+    )
+    empty = of_rollouts(torch.ones_like(changes)).isnan()
+    drift = of_rollouts(changes).abs().masked_fill(empty, 0.0).max()
+    stopped = mask & stopped_tokens(logprobs, advantages, old_logprobs, epsilon)
+    share = stopped.sum() / (mask & (advantages != 0)).sum().clamp(min=1)
+    return {
+        "conspo/score_drift": drift,
+        "conspo/weight_drift": drift / tau,
+        "conspo/trust_region_fraction": share.to(drift.dtype),
+    }
 
 
 def group_ids(names: Sequence[Hashable]) -> Tensor:

@@ -3,7 +3,8 @@
 NeMo-RL's GRPO hands its estimator all rollouts of a step, on one process, with the policy's log-probabilities. With
 `disable_ppo_ratio` its loss is -advantage * logp, and without `token_level_loss` the mean over rollouts of the mean
 over tokens: the advantage of rollout i is -w_i, times the number of rollouts. The first optimizer step of a batch has
-ConSPO's gradient exactly, whatever micro-batches and ranks its rollouts lie in.
+ConSPO's gradient exactly, whatever micro-batches and ranks its rollouts lie in. Later ones have its weights, off by
+about ds / tau where scores have moved by ds. The loss is NeMo-RL's own: here is no trust region, nor a metric of ds.
 
     loss_fn:
       disable_ppo_ratio: true
@@ -46,6 +47,8 @@ class ConSPOAdvantageEstimator:
 
     Raises:
         ValueError: the loss would not be linear in the log-probabilities, or has another mean: the message says why.
+
+    `metrics` are ConSPO's of the batch before, 0-d tensors named `conspo/...`. NeMo-RL takes none from an estimator.
     """
 
     def __init__(self, estimator_config: Any, loss_config: Any) -> None:
@@ -55,6 +58,7 @@ class ConSPOAdvantageEstimator:
             _field(estimator_config, "reward_threshold", 0.5),
         )
         self.step = 0
+        self.metrics: dict[str, Tensor] = {}
         for name, (default, needed) in DEFAULT_AND_NEEDED.items():
             value = _field(loss_config, name, default)
             if value != needed:
@@ -94,10 +98,11 @@ class ConSPOAdvantageEstimator:
         if valid_mask is not None:
             rewards = rewards.float().masked_fill(valid_mask == 0, torch.nan)
         groups = torch.unique(prompt_ids, dim=0, return_inverse=True)[1]
-        weights = self.objective.weights(logprobs_policy[:, 1:], tokens, rewards, groups, step=self.step).weights
+        result = self.objective.weights(logprobs_policy[:, 1:], tokens, rewards, groups, step=self.step)
+        self.metrics = result.metrics
         self.step += 1
         present = tokens.any(dim=1) if valid_mask is None else tokens.any(dim=1) & (valid_mask != 0)
-        return (-weights * present.sum())[:, None].expand(mask.shape)
+        return (-result.weights * present.sum())[:, None].expand(mask.shape)
 
 
 def _field(config: Any, name: str, default: Any) -> Any:

@@ -1,14 +1,16 @@
 """ConSPO in OpenRLHF: an experience maker that knows all rollouts of a batch, and a policy loss.
 
     maker = experience_maker(RemoteExperienceMaker)               # in place of RemoteExperienceMaker
-    trainer.actor_loss_fn = ConSPOPolicyLoss()                    # in ActorPPOTrainer, in place of PolicyLoss
+    trainer = actor_trainer(ActorPPOTrainer)                      # in place of ActorPPOTrainer
 
 The experience maker runs on one process and holds log-probabilities, rewards and prompts of all rollouts of a batch, so
 the weights are computed there. Micro-batches and ranks then share the advantages out. The first optimizer step of a
-batch has ConSPO's gradient exactly; later ones have its weights of the batch's beginning.
+batch has ConSPO's gradient exactly; later ones have its weights of the batch's beginning, off by about ds / tau where
+scores have moved by ds.
 
 Source: OpenRLHF 0.11.2, openrlhf/trainer/ppo_utils/experience_maker.py (`compute_advantages_and_returns`),
-openrlhf/models/loss.py (`PolicyLoss`, `aggregate_loss`), openrlhf/utils/loss_utils.py.
+openrlhf/models/loss.py (`PolicyLoss`, `aggregate_loss`), openrlhf/utils/loss_utils.py,
+openrlhf/trainer/ray/ppo_actor.py (`ActorPPOTrainer.training_step`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coefficients import Margin, Objective, linear_loss, token_advantages
+from .coefficients import Margin, Objective, check_trust_region, linear_loss, reuse_metrics, token_advantages
 
 
 def conspo_advantages(
@@ -31,9 +33,12 @@ def conspo_advantages(
 ) -> None:
     """Set `advantages` and `returns` of all experiences of a batch: -B * w_i / n_i per response token.
 
+    ConSPO's metrics of the batch go into `info`, which OpenRLHF logs.
+
     Args:
-        experiences: with `action_log_probs` and `action_mask` [b, A] and `index`, b numbers of the original order, in
-            which each `samples_per_prompt` consecutive ones share a prompt. b and A differ between experiences.
+        experiences: with `action_log_probs` and `action_mask` [b, A], a dict `info` and `index`, b numbers of the
+            original order, in which each `samples_per_prompt` consecutive ones share a prompt. b and A differ between
+            experiences.
         rewards: [b] for each experience.
         samples_per_prompt: rollouts of a prompt.
         objective: ConSPO's settings.
@@ -48,12 +53,13 @@ def conspo_advantages(
     logprobs = torch.cat(packed)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(dim=0)]).to(logprobs.device)
     index = torch.tensor([i for experience in experiences for i in experience.index], dtype=torch.int64)
-    weights = objective.weights(
+    result = objective.weights(
         logprobs, torch.ones_like(logprobs), torch.cat(list(rewards)).to(logprobs.device), index // samples_per_prompt,
         cu_seqlens=offsets, step=step,
-    ).weights  # fmt: skip
+    )  # fmt: skip
     scale = float((lengths > 0).sum())  # OpenRLHF divides by the rollouts that have a token
-    for experience, mask, part in zip(experiences, masks, weights.split([len(m) for m in masks]), strict=True):
+    for experience, mask, part in zip(experiences, masks, result.weights.split([len(m) for m in masks]), strict=True):
+        experience.info |= {name: value.cpu().expand(len(mask)).clone() for name, value in result.metrics.items()}
         experience.advantages = token_advantages(part.to(mask.device), mask, scale)
         experience.returns = experience.advantages.clone()
 
@@ -95,7 +101,22 @@ def _check(args: Any) -> None:
 
 
 class ConSPOPolicyLoss(nn.Module):
-    """In place of OpenRLHF's `PolicyLoss`: the mean over an optimizer step's rollouts of sum_t -advantage * logp."""
+    """In place of OpenRLHF's `PolicyLoss`: the mean over an optimizer step's rollouts of sum_t -advantage * logp.
+
+    Args:
+        tau: as `experience_maker`, for the metrics.
+        trust_region: a token's gradient stops where its ratio to the policy at the batch's beginning has left
+            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes. None: never, as in the
+            paper.
+
+    `metrics` are those of `reuse_metrics`, of the call before.
+    """
+
+    def __init__(self, tau: float = 10.0, trust_region: float | None = None) -> None:
+        super().__init__()
+        check_trust_region(trust_region)
+        self.tau, self.trust_region = tau, trust_region
+        self.metrics: dict[str, Tensor] = {}
 
     def forward(
         self,
@@ -108,7 +129,7 @@ class ConSPOPolicyLoss(nn.Module):
         batch_num_tokens: float | Tensor | None = None,
         global_batch_size: float | Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """OpenRLHF's signature and returns: loss, clip ratio (zero), mean of old - new, and two it has no use for.
+        """OpenRLHF's signature and returns: loss, share of stopped tokens, mean of old - new, and two without a use.
 
         Raises:
             ValueError: no mask, or no `global_batch_size`: the mean would be one over a micro-batch.
@@ -116,8 +137,34 @@ class ConSPOPolicyLoss(nn.Module):
         del rollout_log_probs, batch_num_tokens
         if action_mask is None or global_batch_size is None:
             raise ValueError("ConSPO needs action_mask and the optimizer step's global_batch_size")
-        summed = (linear_loss(log_probs, advantages) * action_mask).sum()
+        summed = (linear_loss(log_probs, advantages, old_log_probs, self.trust_region) * action_mask).sum()
+        self.metrics = reuse_metrics(
+            log_probs, advantages, old_log_probs, action_mask, tau=self.tau, epsilon=self.trust_region
+        )
         mask = action_mask.bool()
         difference = torch.where(mask, (old_log_probs - log_probs).detach(), torch.zeros_like(log_probs))
         kl = difference.sum() / mask.sum().clamp(min=1)
-        return summed / global_batch_size * dp_size, torch.zeros_like(kl), kl, None, None
+        return summed / global_batch_size * dp_size, self.metrics["conspo/trust_region_fraction"], kl, None, None
+
+
+def actor_trainer(base: type, *, tau: float = 10.0, trust_region: float | None = None) -> type:
+    """A subclass of OpenRLHF's `ActorPPOTrainer` whose policy loss is ConSPO's, and which logs its metrics.
+
+    Args:
+        base: `ActorPPOTrainer`, or what is derived from it.
+        tau, trust_region: as `ConSPOPolicyLoss`.
+    """
+    check_trust_region(trust_region)
+
+    class ConSPOActorTrainer(base):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.actor_loss_fn = ConSPOPolicyLoss(tau, trust_region)
+
+        def training_step(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+            status: dict[str, Any] = super().training_step(*arguments, **options)
+            status["metrics"] |= self.actor_loss_fn.metrics
+            status["weights"] |= dict.fromkeys(self.actor_loss_fn.metrics, "token")
+            return status
+
+    return ConSPOActorTrainer

@@ -7,7 +7,8 @@
 prime-rl's trainer sees single sequences, packed in any order, and knows no groups. Only the orchestrator knows groups,
 and it has the log-probabilities of the inference engine alone: of the policy that sampled, one step old or more, and
 rounded as that engine rounds. So the weights of this module are those of the inference engine's scores, not of the
-trainer's. Where the two agree the gradient is ConSPO's; the metric `conspo_score_drift` says how far they differ.
+trainer's. Where the two agree the gradient is ConSPO's; else it is off by about ds / tau where scores differ by ds,
+which the metric `conspo/score_drift` shows. Options of the loss are its `kwargs`: kwargs = { trust_region = 0.2 }.
 
 Source: PrimeIntellect-ai/prime-rl, docs/algorithms.md at 858d4287 (custom loss: `LossInputs`, `LossOutputs`; weight
 streams and their normalisation; authoring an algorithm: `score_group`).
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .coefficients import Margin, Objective
+from .coefficients import Margin, Objective, linear_loss, reuse_metrics
 
 
 class TokenStream(NamedTuple):
@@ -76,14 +77,19 @@ def group_streams(
     ]
 
 
-def policy_loss(inputs: Any) -> Any:
+def policy_loss(inputs: Any, tau: float = 10.0, trust_region: float | None = None) -> Any:
     """prime-rl's custom loss of one sequence: the sum of weight * -advantage * logp.
 
     Args:
         inputs: `LossInputs`, [seq] each: trainer_logprobs, inference_logprobs, advantages, loss_mask, loss_weights.
+        tau: as `group_streams`, for the metrics.
+        trust_region: a token's gradient stops where its ratio to the inference engine's probability has left
+            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes. None: never, as in the
+            paper.
 
     Returns:
-        `LossOutputs`: the loss, and `conspo_score_drift`: |mean of trainer - inference log-probabilities|.
+        `LossOutputs`: the loss, and the metrics of `reuse_metrics`, of the trainer's scores beside those of the
+        inference engine.
 
     Raises:
         ValueError: there are no weights: prime-rl would divide by tokens, and the loss would be another.
@@ -92,9 +98,9 @@ def policy_loss(inputs: Any) -> Any:
 
     if inputs.loss_weights is None:
         raise ValueError("loss_weights are missing: ConSPO needs the rl_weights that group_streams gives each token")
-    mask = inputs.loss_mask
-    coefficients = -inputs.advantages * inputs.loss_weights
-    loss = (coefficients[mask] * inputs.trainer_logprobs[mask]).sum()
-    difference = (inputs.trainer_logprobs - inputs.inference_logprobs).detach()[mask]
-    drift = difference.mean().abs() if difference.numel() else difference.new_zeros(())
-    return LossOutputs(loss=loss, metrics={"conspo_score_drift": drift})
+    mask, logprobs, old = inputs.loss_mask, inputs.trainer_logprobs, inputs.inference_logprobs
+    advantages = inputs.advantages * inputs.loss_weights
+    loss = linear_loss(logprobs[mask], advantages[mask], old[mask], trust_region).sum()
+    ends = torch.tensor([0, len(logprobs)], device=logprobs.device)
+    metrics = reuse_metrics(logprobs, advantages, old, mask, tau=tau, epsilon=trust_region, cu_seqlens=ends)
+    return LossOutputs(loss=loss, metrics=metrics)

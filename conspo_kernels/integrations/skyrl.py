@@ -1,12 +1,14 @@
 """ConSPO in SkyRL: a trainer whose advantages are ConSPO's, and a policy loss in SkyRL's registry.
 
-    register_policy_loss("conspo")(policy_loss)                  # skyrl.backends.skyrl_train.utils.ppo_utils
+    register_policy_loss("conspo")(policy_loss)                  # skyrl.backends.skyrl_train.utils.ppo_utils;
+                                                                 # or partial(policy_loss, trust_region=0.2)
     Trainer = conspo_trainer(RayPPOTrainer)                      # for `get_trainer` of the experiment
     trainer.algorithm.policy_loss_type=conspo
 
 SkyRL's advantage estimators are given no log-probabilities, but the method of its trainer that calls them holds the
 whole batch: `action_log_probs`, rewards and uids of all rollouts, on one process. The first mini-batch has ConSPO's
-gradient exactly; later ones have its weights of the batch's beginning.
+gradient exactly; later ones have its weights of the batch's beginning, off by about ds / tau where scores have moved by
+ds.
 
 Source: SkyRL 0.3.0, skyrl/train/trainer.py (`compute_advantages_and_returns`, `_normalize_advantages`),
 skyrl/backends/skyrl_train/utils/ppo_utils.py (`reduce_loss`), skyrl/backends/skyrl_train/workers/worker.py.
@@ -19,7 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import Margin, Objective, group_ids, linear_loss, token_advantages
+from conspo_kernels import ConSPOWeights
+
+from .coefficients import Margin, Objective, group_ids, linear_loss, reuse_metrics, token_advantages
 
 
 def conspo_advantages(data: Any, objective: Objective, step: float | None = None) -> Tensor:
@@ -34,14 +38,22 @@ def conspo_advantages(data: Any, objective: Objective, step: float | None = None
         [B, T].
 
     Raises:
+        ValueError: as `batch_weights`.
+    """
+    return token_advantages(batch_weights(data, objective, step).weights, data["loss_mask"], 1.0)
+
+
+def batch_weights(data: Any, objective: Objective, step: float | None = None) -> ConSPOWeights:
+    """Weights, loss and metrics of a whole training batch.
+
+    Raises:
         ValueError: there are no `action_log_probs`, and as `Objective.weights`.
     """
     logprobs = data["action_log_probs"]
     if logprobs is None:
         raise ValueError("ConSPO needs action_log_probs: a policy_loss_type that skips the policy's forward has none")
     mask, groups = data["loss_mask"], group_ids(list(data.metadata["uids"]))
-    weights = objective.weights(logprobs, mask, data["rewards"].sum(dim=-1), groups, step=step).weights
-    return token_advantages(weights, mask, 1.0)
+    return objective.weights(logprobs, mask, data["rewards"].sum(dim=-1), groups, step=step)
 
 
 def conspo_trainer(base: type, *, tau: float = 10.0, margin: Margin = 0.0, reward_threshold: float = 0.5) -> type:
@@ -61,8 +73,10 @@ def conspo_trainer(base: type, *, tau: float = 10.0, margin: Margin = 0.0, rewar
         @torch.no_grad()
         def compute_advantages_and_returns(self, data: Any) -> Any:
             _check(self.cfg)
-            advantages = conspo_advantages(data, objective, max(self.global_step - 1, 0))
+            result = batch_weights(data, objective, max(self.global_step - 1, 0))
+            advantages = token_advantages(result.weights, data["loss_mask"], 1.0)
             data = super().compute_advantages_and_returns(data)  # its metrics, of the estimator in the settings
+            self.all_metrics.update({name: float(value) for name, value in result.metrics.items()})
             data["advantages"] = data["returns"] = advantages.to(data["advantages"].device)
             return data
 
@@ -101,15 +115,25 @@ def policy_loss(
     config: Any,
     loss_mask: Tensor | None = None,
     rollout_logprobs: Tensor | None = None,
+    *,
+    tau: float = 10.0,
+    trust_region: float | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """A policy loss in SkyRL's signature: the sum of -advantage * logp, which SkyRL multiplies by its ranks.
 
+    Args:
+        tau: as `conspo_trainer`, for the metrics.
+        trust_region: a token's gradient stops where its ratio to `old_log_probs` has left
+            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes. None: never, as in the
+            paper.
+
     Returns:
-        The loss, and metrics: `conspo_logprob_drift`, the largest |new - old| of a token, zero in the first mini-batch.
+        The loss, and metrics: those of `reuse_metrics`, all zero in the first mini-batch, and SkyRL's `clip_ratio`, the
+        share of stopped tokens.
     """
     del config, rollout_logprobs
-    loss = linear_loss(log_probs, advantages)
+    loss = linear_loss(log_probs, advantages, old_log_probs, trust_region)
     mask = torch.ones_like(loss, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
-    difference = (log_probs - old_log_probs).detach()[mask]
-    drift = float(difference.abs().max()) if difference.numel() else 0.0
-    return (loss * mask).sum(), {"clip_ratio": 0.0, "conspo_logprob_drift": drift}
+    reused = reuse_metrics(log_probs, advantages, old_log_probs, mask, tau=tau, epsilon=trust_region)
+    metrics = {name: float(value) for name, value in reused.items()}
+    return (loss * mask).sum(), {"clip_ratio": metrics["conspo/trust_region_fraction"], **metrics}

@@ -6,7 +6,8 @@
 
 The rollouts of a group lie on several data-parallel ranks, each of which computes its own advantages: one score, one
 reward and one prompt per rollout are gathered over these ranks. The first optimizer step of a rollout batch has
-ConSPO's gradient exactly; with `--num-steps-per-rollout` above 1 later ones have the weights of the batch's beginning.
+ConSPO's gradient exactly; with `--num-steps-per-rollout` above 1 later ones have the weights of the batch's beginning,
+off by about ds / tau where scores have moved by ds.
 
 Source: THUDM/slime, slime/backends/megatron_utils/loss.py at 00c2d6db (`compute_advantages_and_returns`,
 `policy_loss_function`, `loss_function`), slime/backends/megatron_utils/cp_utils.py (`get_sum_of_sample_mean`).
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from conspo_kernels import CosineMargin, Parallel
 
-from .coefficients import Margin, Objective, linear_loss
+from .coefficients import Margin, Objective, linear_loss, stopped_tokens
 
 
 def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> None:
@@ -34,9 +35,11 @@ def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> Non
 
     Args:
         args: slime's arguments; of ours, from `--custom-config-path`: `conspo_tau`, `conspo_margin`,
-            `conspo_reward_threshold`; `conspo_margin_steps` and `conspo_margin_warmup_ratio` make the margin a schedule
-            of the rollout batches, counted from `start_rollout_id`.
+            `conspo_reward_threshold`, `conspo_trust_region` (none by default); `conspo_margin_steps` and
+            `conspo_margin_warmup_ratio` make the margin a schedule of the rollout batches, counted from
+            `start_rollout_id`.
         rollout_data: `log_probs` and `loss_masks`, lists of [R_i], `rewards` and `sample_indices` of this rank.
+            ConSPO's metrics of the batch are added as lists of numbers, whose means slime logs.
 
     Raises:
         ValueError: a setting would make the loss another; the message names it.
@@ -50,14 +53,15 @@ def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> Non
     rewards = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32, device=device)
     ranks = _data_parallel_ranks()
     # slime adds gradients up over ranks, after it divided by the rollouts of all of them.
-    weights = _objective(args).weights(
+    result = _objective(args).weights(
         torch.cat(logprobs), torch.cat(list(rollout_data["loss_masks"])).to(device), rewards,
         indices // args.n_samples_per_prompt, cu_seqlens=offsets, step=_step(args),
         parallel=Parallel(data=ranks, grad_reduction="sum") if ranks is not None else None,
-    ).weights  # fmt: skip
-    scaled = -weights * _over_ranks(len(logprobs), ranks, device)
+    )  # fmt: skip
+    scaled = -result.weights * _over_ranks(len(logprobs), ranks, device)
     rollout_data["advantages"] = [w.expand_as(x).clone() for w, x in zip(scaled, logprobs, strict=True)]
     rollout_data["returns"] = rollout_data["advantages"]
+    rollout_data.update({name: [float(value)] * len(logprobs) for name, value in result.metrics.items()})
 
 
 def policy_loss(
@@ -75,7 +79,9 @@ def policy_loss(
         sum_of_sample_mean: slime's reduction: [tokens] to the sum over rollouts of the mean over their tokens.
 
     Returns:
-        The loss, and what slime logs.
+        The loss, and what slime logs, of each the mean over rollouts. `conspo/score_drift` is that of a rollout's
+        |change of its score since the weights were computed|, `conspo/weight_drift` that over tau, and
+        `conspo/trust_region_fraction` the share of its tokens that the trust region stopped.
 
     Raises:
         ValueError: `--use-kl-loss`, which is of slime's own loss.
@@ -83,13 +89,31 @@ def policy_loss(
     if args.use_kl_loss:
         raise ValueError("--use-kl-loss is of slime's policy loss; ConSPO's custom loss has no KL term")
     logprobs, entropy = _logprobs_and_entropy(args, batch, logits)
-    pg_loss = sum_of_sample_mean(linear_loss(logprobs, torch.cat(batch["advantages"])))
+    advantages, old = torch.cat(batch["advantages"]), torch.cat(batch["log_probs"])
+    epsilon = getattr(args, "conspo_trust_region", None)
+    pg_loss = sum_of_sample_mean(linear_loss(logprobs, advantages, old, epsilon))
     entropy_loss = sum_of_sample_mean(entropy)
     # A rank without response tokens still has to take part in backward.
     loss = pg_loss - args.entropy_coef * entropy_loss + (0 * logits.sum() if logprobs.numel() == 0 else 0)
-    kl = sum_of_sample_mean(torch.cat(batch["log_probs"]) - logprobs)
-    logged = {"loss": loss, "pg_loss": pg_loss, "entropy_loss": entropy_loss, "ppo_kl": kl}
+    logged = {
+        "loss": loss,
+        "pg_loss": pg_loss,
+        "entropy_loss": entropy_loss,
+        "ppo_kl": sum_of_sample_mean(old - logprobs),
+    }
+    drift = _score_drift(batch, logprobs.detach(), old)
+    logged |= {"conspo/score_drift": drift, "conspo/weight_drift": drift / getattr(args, "conspo_tau", 10.0)}
+    stopped = stopped_tokens(logprobs, advantages, old, epsilon)
+    logged["conspo/trust_region_fraction"] = sum_of_sample_mean(stopped.to(logprobs.dtype))
     return loss, {name: value.clone().detach() for name, value in logged.items()}
+
+
+def _score_drift(batch: MutableMapping[str, Any], logprobs: Tensor, old: Tensor) -> Tensor:
+    """0-d, the sum over rollouts of |mean over response tokens of new - old|."""
+    masks = [mask.to(logprobs) for mask in batch["loss_masks"]]
+    changes = (logprobs - old).split([len(mask) for mask in masks])
+    drifts = [(x * mask).sum().abs() / mask.sum().clamp(min=1) for x, mask in zip(changes, masks, strict=True)]
+    return torch.stack(drifts).sum() if drifts else logprobs.sum()
 
 
 def _logprobs_and_entropy(args: Any, batch: MutableMapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,9 @@ verl's policy loss sees neither rewards nor groups, and its advantage estimators
 "conspo" is given the batch's `old_log_probs` beside what verl gives it (`compute_advantage` is wrapped for that), so it
 knows all rollouts of the training batch on one process. Its advantages are ConSPO's coefficients per token, and the
 loss "conspo" is linear in the log-probabilities. The first mini-batch of a step has ConSPO's gradient exactly. Later
-ones have the weights of the step's beginning at the parameters of now.
+ones have the weights of the step's beginning at the parameters of now: off by about ds / tau where scores have moved
+by ds. They cannot be taken anew before each mini-batch: verl's trainer sorts rollouts by length over ranks and
+mini-batches (`_balance_batch`, for which it has no switch), so a mini-batch holds parts of groups.
 
 Source: verl 0.9.1, verl/trainer/ppo/core_algos.py (the registries, `agg_loss`), verl/trainer/ppo/ray_trainer.py
 (`compute_advantage`), verl/workers/utils/losses.py (`ppo_loss`).
@@ -29,11 +31,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import Margin, Objective, group_ids, linear_loss, token_advantages
+from .coefficients import (
+    Margin,
+    Objective,
+    check_trust_region,
+    group_ids,
+    linear_loss,
+    reuse_metrics,
+    token_advantages,
+)
 from .replace import Replacement
 from .required import required
 
 NAME = "conspo"
+REPLACED = ("compute_advantage", "compute_data_metrics")  # of verl's trainers
 MINIMUM = "0.9"
 OnStep = Callable[[int, Mapping[str, Tensor]], None]
 
@@ -42,18 +53,27 @@ _registered: Registration | None = None
 
 
 def register(
-    *, tau: float = 10.0, margin: Margin = 0.0, reward_threshold: float = 0.5, on_step: OnStep | None = None
+    *,
+    tau: float = 10.0,
+    margin: Margin = 0.0,
+    reward_threshold: float = 0.5,
+    trust_region: float | None = None,
+    on_step: OnStep | None = None,
 ) -> Registration:
     """Put ConSPO into verl's registries as "conspo", for `algorithm.adv_estimator` and `policy_loss.loss_mode`.
 
     Args:
         tau, reward_threshold: as `conspo_loss`. The reward of a rollout is the sum of its token-level rewards.
         margin: a number, or a schedule of verl's training step, counted from 0.
+        trust_region: a token's gradient stops where its ratio to `old_log_probs` has left
+            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes. None: never, as in the
+            paper.
         on_step: called in the trainer's process with the step (-1 where no trainer has set one) and the metrics
             `conspo/...` of its whole batch.
 
     Returns:
-        The registration, whose `undo()` takes everything out again; also a context manager that does.
+        The registration, whose `undo()` takes everything out again; also a context manager that does. While it lasts,
+        verl logs the metrics `conspo/...` of each batch with its own (`compute_data_metrics` is wrapped for that).
 
     Raises:
         ImportError: verl is missing or too old.
@@ -65,28 +85,39 @@ def register(
     core = _verl("trainer.ppo.core_algos")
     if _registered is not None or NAME in core.ADV_ESTIMATOR_REGISTRY or NAME in core.POLICY_LOSS_REGISTRY:
         raise ValueError(f'"{NAME}" is registered in verl already: undo() that registration first')
-    original = _verl("trainer.ppo.ray_trainer").compute_advantage
-    estimator = advantage_estimator(Objective(tau, margin, reward_threshold), step=_training_step, on_step=on_step)
+    check_trust_region(trust_region)
+    advantage, metrics = (getattr(_verl("trainer.ppo.ray_trainer"), name) for name in REPLACED)
+    logged: dict[str, float] = {}
+
+    def note(step: int, values: Mapping[str, Tensor]) -> None:
+        logged.update({name: float(value) for name, value in values.items()})
+        if on_step is not None:
+            on_step(step, values)
+
+    estimator = advantage_estimator(Objective(tau, margin, reward_threshold), step=_training_step, on_step=note)
     core.register_adv_est(NAME)(estimator)
-    core.register_policy_loss(NAME)(policy_loss)
-    _registered = Registration(Replacement("compute_advantage", original, _giving_old_log_probs(original)))
+    core.register_policy_loss(NAME)(functools.partial(policy_loss, tau=tau, trust_region=trust_region))
+    wrapped = (_giving_old_log_probs(advantage), _with_metrics(metrics, logged))
+    replacements = [Replacement(*it) for it in zip(REPLACED, (advantage, metrics), wrapped, strict=True)]
+    _registered = Registration(replacements)
     return _registered
 
 
 class Registration:
     """What `register` did, to be undone."""
 
-    def __init__(self, replacement: Replacement) -> None:
-        self._replacement = replacement
+    def __init__(self, replacements: Sequence[Replacement]) -> None:
+        self._replacements = replacements
 
     def undo(self) -> None:
-        """Take estimator and loss out of verl's registries and restore `compute_advantage`. Twice does nothing."""
+        """Take estimator and loss out of verl's registries and restore its functions. Twice does nothing."""
         global _registered
         if _registered is self:
             core = _verl("trainer.ppo.core_algos")
             core.ADV_ESTIMATOR_REGISTRY.pop(NAME)
             core.POLICY_LOSS_REGISTRY.pop(NAME)
-            self._replacement.undo()
+            for replacement in self._replacements:
+                replacement.undo()
             _registered = None
 
     def __enter__(self) -> Registration:
@@ -106,6 +137,16 @@ def _giving_old_log_probs(compute_advantage: Callable[..., Any]) -> Callable[...
             return compute_advantage(data, *arguments, **options)
         finally:
             _old_log_probs.reset(token)
+
+    return wrapped
+
+
+def _with_metrics(compute_data_metrics: Callable[..., dict[str, Any]], logged: dict[str, float]) -> Callable[..., Any]:
+    """verl's `compute_data_metrics`, and behind its metrics those of the batch whose advantages were computed last."""
+
+    @functools.wraps(compute_data_metrics)
+    def wrapped(*arguments: Any, **options: Any) -> dict[str, Any]:
+        return {**compute_data_metrics(*arguments, **options), **logged}
 
     return wrapped
 
@@ -179,6 +220,9 @@ def policy_loss(
     loss_agg_mode: str = "token-mean",
     config: Any = None,
     rollout_is_weights: Tensor | None = None,
+    *,
+    tau: float = 10.0,
+    trust_region: float | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """A policy loss in verl's signature: the mean over the mini-batch's rollouts of sum_t -advantage * logp.
 
@@ -187,10 +231,11 @@ def policy_loss(
         loss_agg_mode: of entropy and KL terms, which verl adds; this loss has its own.
         config: the actor's, whose `global_batch_info` says what the mini-batch is over all ranks and micro-batches.
         rollout_is_weights: verl's importance weights; must be None.
+        tau, trust_region: as `register`.
 
     Returns:
-        The loss, and metrics: `actor/ppo_kl`, mean of old - new, and `actor/conspo_logprob_drift`, the largest
-        difference of a token. Both are zero in the first mini-batch, where the gradient is exact.
+        The loss, and metrics: `actor/ppo_kl`, mean of old - new, and those of `reuse_metrics`. All are zero in the
+        first mini-batch, where the gradient is exact.
 
     Raises:
         ValueError: importance weights are given, which ConSPO does not have; the size of the mini-batch is not given.
@@ -200,11 +245,13 @@ def policy_loss(
     del loss_agg_mode
     mini_batch = _checked_mini_batch(config, rollout_is_weights)
     # As verl's "seq-mean-token-sum": FSDP and DDP average over the data-parallel ranks, hence the factor.
-    summed = (linear_loss(log_prob, advantages) * response_mask).sum()
+    summed = (linear_loss(log_prob, advantages, old_log_prob, trust_region) * response_mask).sum()
     loss = summed * mini_batch.get("dp_size", 1) / mini_batch["global_batch_size"]
     difference = (old_log_prob - log_prob).detach()[response_mask.bool()]
-    drift, kl = (difference.abs().max(), difference.mean()) if difference.numel() else (torch.zeros(()),) * 2
-    return loss, {"actor/ppo_kl": kl.item(), "actor/conspo_logprob_drift": drift.item()}
+    kl = difference.mean() if difference.numel() else torch.zeros(())
+    reused = reuse_metrics(log_prob, advantages, old_log_prob, response_mask, tau=tau, epsilon=trust_region)
+    values = torch.stack([x.float() for x in (kl, *reused.values())]).tolist()  # one synchronisation
+    return loss, dict(zip(("actor/ppo_kl", *reused), values, strict=True))
 
 
 def _checked_mini_batch(config: Any, rollout_is_weights: Tensor | None) -> dict[str, Any]:

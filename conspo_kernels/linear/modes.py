@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import TokenLogprob
-from ..values import LogitRows, LogitTransform, Statistics, Upstream
+from ..values import Incoming, LogitRows, LogitTransform, Statistics
 from . import gemm as gemms
 from .gemm import Sum, slices
-from .tiles import Head, LogitTiles, Tokens
+from .tiles import Head, LogitTiles, RowSelection
 from .tiling import Tile, backward_tile, fixed_tile, row_tile
 
 
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     """The arguments that all modes share.  workspace: bytes for tiles of logits."""
 
     kernels: TokenLogprob
-    tokens: Tokens
+    tokens: RowSelection
     head: Head
     transform: LogitTransform
     workspace: int
@@ -60,7 +60,7 @@ def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) ->
     tile = _row_tile(run, Needs(False, False, False), batch_invariant)
     for rows, _hidden, z, _grad in _row_tiles(run, tile, batch_invariant):
         run.kernels.forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
-    return statistics.map(run.tokens.spread)
+    return run.tokens.scatter_all(statistics)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
@@ -70,7 +70,7 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
     run.kernels.forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
-    return statistics.map(tokens.spread), stored
+    return tokens.scatter_all(statistics), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
@@ -84,20 +84,17 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Ten
         logit_rows = _logit_rows(run, z, rows)
         run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
         gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
-    return tokens.spread(logprobs), tokens.spread(grad_hidden)
+    return tokens.scatter(logprobs), tokens.scatter(grad_hidden)
 
 
-def backward_store(
-    run: Run, statistics: Statistics, stored: Tensor, overwrite: bool, upstream: Upstream, needs: Needs
-) -> Gradients:
+def backward_store(run: Run, incoming: Incoming, stored: Tensor, overwrite: bool, needs: Needs) -> Gradients:
     """From the logits that were stored: two GEMMs.  overwrite: their gradient is written over them."""
     tokens, head, everything = run.tokens, run.head, slice(0, run.tokens.number)
     z = grad = stored[everything]
     if head.narrows(needs.bias) or not overwrite:
         grad = head.new_logits(z.shape[0], z.shape[1], head.weight.dtype if head.narrows(needs.bias) else z.dtype)
-    statistics, upstream = _compact(tokens, statistics, upstream)
-    part, incoming = _part(statistics, everything), _upstream_part(upstream, everything)
-    run.kernels.backward(grad[None], _logit_rows(run, z, everything), part, incoming)
+    incoming = _incoming_part(_gather(tokens, incoming), everything)
+    run.kernels.backward(grad[None], _logit_rows(run, z, everything), incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
     dz = head.operand(grad)
     hidden = tokens.hidden_rows()
@@ -106,21 +103,19 @@ def backward_store(
     if weight_sum is not None:
         weight_sum.add(slice(None), True, dz.t(), hidden)
     return Gradients(
-        None if grad_hidden is None else tokens.spread(grad_hidden),
+        None if grad_hidden is None else tokens.scatter(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         grad_bias,
     )
 
 
-def backward_recompute(
-    run: Run, statistics: Statistics, upstream: Upstream, needs: Needs, weight_grad: Tensor | None = None
-) -> Gradients:
+def backward_recompute(run: Run, incoming: Incoming, needs: Needs, weight_grad: Tensor | None = None) -> Gradients:
     """From the statistics: a GEMM for the logits, and one for each of the gradients of hidden and weight.
 
     weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
     """
     tokens, head = run.tokens, run.head
-    statistics, upstream = _compact(tokens, statistics, upstream)
+    incoming = _gather(tokens, incoming)
     vocab_size, hidden_size = head.weight.shape
     tile = backward_tile(tokens.problem(head), run.workspace, needs.hidden, needs.weight)
     narrow = head.narrows(needs.bias)
@@ -129,7 +124,7 @@ def backward_recompute(
     new = tokens.hidden.new_empty
     hidden_sum = Sum(new(tokens.number, hidden_size), len(column_slices)) if needs.hidden else None
     grad_weight = new(vocab_size, hidden_size) if needs.weight and weight_grad is None else None
-    grad_bias = statistics.row_max.new_zeros(vocab_size) if needs.bias else None
+    grad_bias = incoming.row_max.new_zeros(vocab_size) if needs.bias else None
     for columns in column_slices:
         # A slice of dW is summed over the tiles of rows before the next slice begins.
         weight_sum = None
@@ -142,7 +137,7 @@ def backward_recompute(
             z = logits.compute(hidden, columns)
             logit_rows = LogitRows(z[None], tokens.labels[None, rows], run.transform, columns.start)
             grad = logits.gradient(z)
-            run.kernels.backward(grad[None], logit_rows, _part(statistics, rows), _upstream_part(upstream, rows))
+            run.kernels.backward(grad[None], logit_rows, _incoming_part(incoming, rows))
             if grad_bias is not None:
                 grad_bias[columns] += _bias_sum(grad)
             dz = head.operand(grad)
@@ -153,7 +148,7 @@ def backward_recompute(
         if weight_sum is not None:
             weight_sum.result()
     return Gradients(
-        None if hidden_sum is None else tokens.spread(hidden_sum.result()),
+        None if hidden_sum is None else tokens.scatter(hidden_sum.result()),
         grad_weight,
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
@@ -168,7 +163,7 @@ def forward_known(
     """
     tokens, head = run.tokens, run.head
     vocab_size, hidden_size = head.weight.shape
-    (coefficients,) = tokens.compact(coefficients)
+    (coefficients,) = tokens.gather(coefficients)
     logprobs = torch.empty_like(coefficients)
     tile = _row_tile(run, needs)
     new, terms = tokens.hidden.new_empty, math.ceil(tokens.number / max(1, tile.rows))
@@ -186,8 +181,8 @@ def forward_known(
             gemms.gemm(dz, head.weight, grad_hidden[rows])
         if weight_sum is not None:
             weight_sum.add(slice(None), rows.start == 0, dz.t(), hidden)
-    return tokens.spread(logprobs), Gradients(
-        None if grad_hidden is None else tokens.spread(grad_hidden),
+    return tokens.scatter(logprobs), Gradients(
+        None if grad_hidden is None else tokens.scatter(grad_hidden),
         None if weight_sum is None else weight_sum.result(),
         None if grad_bias is None else grad_bias.to(tokens.hidden.dtype),
     )
@@ -243,18 +238,15 @@ def _empty(run: Run, with_entropy: bool) -> Statistics:
 
 def _part(statistics: Statistics, rows: slice) -> Statistics:
     """The statistics of a tile, as the kernels take them: [1, r]."""
-    return statistics.map(lambda x: x[None, rows])
+    return Statistics(*(None if x is None else x[None, rows] for x in statistics))  # type: ignore[arg-type]
 
 
-def _compact(tokens: Tokens, statistics: Statistics, upstream: Upstream) -> tuple[Statistics, Upstream]:
-    """[N] -> [n]. Log-probabilities, which no backward reads, stay out of it."""
-    given = (statistics.entropy, statistics.row_max, statistics.log_sum, *upstream)
-    present = iter(tokens.compact(*(x for x in given if x is not None)))
-    entropy, row_max, log_sum, *incoming = (None if x is None else next(present) for x in given)
-    assert row_max is not None
-    assert log_sum is not None
-    return Statistics(row_max, entropy, row_max, log_sum), Upstream(*incoming)  # type: ignore[arg-type]
+def _gather(tokens: RowSelection, incoming: Incoming) -> Incoming:
+    """[N] -> [n]."""
+    gathered = iter(tokens.gather(*(x for x in incoming if x is not None)))
+    return Incoming(*(None if x is None else next(gathered) for x in incoming))  # type: ignore[arg-type]
 
 
-def _upstream_part(upstream: Upstream, rows: slice) -> Upstream:
-    return Upstream(*(None if x is None else x[None, rows] for x in upstream))  # type: ignore[arg-type]
+def _incoming_part(incoming: Incoming, rows: slice) -> Incoming:
+    """Of a tile, as the kernels take them: [1, r]."""
+    return Incoming(*(None if x is None else x[None, rows] for x in incoming))  # type: ignore[arg-type]

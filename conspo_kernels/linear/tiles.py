@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..values import IGNORED
+from ..values import IGNORED, Statistics
 from . import gemm as gemms
 from .tiling import ALIGNMENT, Problem
 
@@ -68,24 +68,24 @@ class Head(NamedTuple):
         )
 
 
-class Tokens(NamedTuple):
-    """hidden [N, H]; of the tokens that take part labels [n], and places [n] int64, their indices. None: all."""
+class RowSelection(NamedTuple):
+    """hidden [N, H]; of the tokens that take part labels [n], and indices [n] int64, their indices. None: all."""
 
     hidden: Tensor
     labels: Tensor
-    places: Tensor | None
+    indices: Tensor | None
 
     @classmethod
-    def from_labels(cls, hidden: Tensor, labels: Tensor, places: Tensor | None) -> Tokens:
-        """labels [N] on the CPU: the tokens with a label take part. Elsewhere: those at `places`, or all for None."""
+    def from_labels(cls, hidden: Tensor, labels: Tensor, indices: Tensor | None) -> RowSelection:
+        """labels [N] on the CPU: the tokens with a label take part. Elsewhere: those at `indices`, or all for None."""
         if labels.device.type == "cpu":
             active = labels != IGNORED
-            places = None if active.all() else active.nonzero()[:, 0]
-        elif places is not None and places.shape[0] == labels.shape[0]:
-            places = None
-        if places is not None:
-            labels = labels.index_select(0, places)
-        return cls(hidden, labels, places)
+            indices = None if active.all() else active.nonzero()[:, 0]
+        elif indices is not None and indices.shape[0] == labels.shape[0]:
+            indices = None
+        if indices is not None:
+            labels = labels.index_select(0, indices)
+        return cls(hidden, labels, indices)
 
     @property
     def number(self) -> int:
@@ -96,24 +96,29 @@ class Tokens(NamedTuple):
         itemsize, wide = self.hidden.element_size(), head.logits_dtype.itemsize
         logit_bytes = wide if wide == itemsize else wide + itemsize
         return Problem(
-            self.number, vocab_size, hidden_size, itemsize, self.places is not None, logit_bytes,
+            self.number, vocab_size, hidden_size, itemsize, self.indices is not None, logit_bytes,
             multiprocessors(self.hidden.device),
         )  # fmt: skip
 
-    def compact(self, *tensors: Tensor) -> list[Tensor]:
+    def gather(self, *tensors: Tensor) -> list[Tensor]:
         """[N] each -> [n] each, of those that take part."""
-        places = self.places
-        return list(tensors) if places is None else [x.index_select(0, places) for x in tensors]
+        indices = self.indices
+        return list(tensors) if indices is None else [x.index_select(0, indices) for x in tensors]
 
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """[r, H] of those that take part."""
-        return self.hidden[rows] if self.places is None else self.hidden.index_select(0, self.places[rows])
+        return self.hidden[rows] if self.indices is None else self.hidden.index_select(0, self.indices[rows])
 
-    def spread(self, x: Tensor) -> Tensor:
+    def scatter(self, x: Tensor) -> Tensor:
         """[n] or [n, H] back to [N] or [N, H], zero where no part is taken."""
-        if self.places is None:
+        if self.indices is None:
             return x
-        return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.places, x)
+        return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.indices, x)
+
+    def scatter_all(self, statistics: Statistics) -> Statistics:
+        if self.indices is None:
+            return statistics
+        return Statistics(*(None if x is None else self.scatter(x) for x in statistics))  # type: ignore[arg-type]
 
 
 class LogitTiles:

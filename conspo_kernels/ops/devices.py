@@ -40,10 +40,23 @@ def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None)
     return x.to(device, dtype)
 
 
-def beside(x: Tensor, other: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """x on the device of another tensor; x itself where it is there already, in the dtype."""
+def constant(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number as a 0-d tensor, so that another value is not another program; tensors stay live.
+
+    In eager mode on the CPU: what the host knows is an argument of a launch, and costs none of its own.
+    """
+    if isinstance(value, Tensor):
+        return value.detach().resolve_neg()
+    if torch.compiler.is_compiling():
+        # Dynamo turns a float that is added to a tensor into an input of the graph, and one that fills it into a guard.
+        return torch.zeros((), dtype=dtype, device=device) + value
+    return torch.full((), value, dtype=dtype, device="cpu")
+
+
+def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """x, detached, on a device and in a dtype; x itself where nothing changes."""
     dtype = x.dtype if dtype is None else dtype
-    return x if x.device == other.device and x.dtype == dtype else copied_to(x.detach(), other.device, dtype)
+    return x if x.device == device and x.dtype == dtype else copied_to(x=x.detach(), device=device, dtype=dtype)
 
 
 @op(lambda it: torch.empty(it.x.shape, device=it.device, dtype=it.dtype))

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..linear.tiles import Head, Tokens
+from ..linear.tiles import Head, RowSelection
 from ..linear.tiling import fixed_tile
 from ..values import IGNORED
 from .registration import traced
 
 
 def _taking_part(it: Any, *upstream: Tensor | None) -> int:
-    """How many tokens the GEMMs have, as `Tokens.from_labels` chooses them. Fake labels have no values: all of them."""
+    """How many tokens the GEMMs have, as `RowSelection` chooses them. Fake labels have no values: all of them."""
     if it.labels.device.type != "cpu":
         return it.labels.shape[0] if it.indices is None else it.indices.shape[0]
     if traced(it.labels):
@@ -36,7 +36,7 @@ def forward(it: Any) -> int:
     """Of `linear_logprob`: logits, and in mode "frozen" the gradient of hidden. Invariant tiles are padded."""
     n = rows = _taking_part(it)
     if it.batch_invariant:
-        problem = Tokens(it.hidden, it.labels, it.indices).problem(Head(it.weight, None, it.logits_dtype))
+        problem = RowSelection(it.hidden, it.labels, it.indices).problem(Head(it.weight, None, it.logits_dtype))
         size = fixed_tile(problem, it.workspace).rows
         rows = math.ceil(n / size) * size
     return _product(rows + (n if it.mode == "frozen" else 0), it)

@@ -30,7 +30,7 @@ def token_logprob_known(
 ) -> tuple[Tensor, Tensor]:
     """logprobs [B, T] of logits [B, T, V], and the gradient of sum(coefficients * logprobs), new and contiguous."""
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     kernels = backend_for(implementation, logits.device).token_logprob
     return kernels.forward_backward(gradient, rows, coefficients.contiguous()), gradient
 
@@ -40,7 +40,7 @@ def token_logprob_known_(
     logits: Tensor, labels: Tensor, coefficients: Tensor, transform: list[float], implementation: str
 ) -> Tensor:
     """`token_logprob_known`, with the gradient written over the logits."""
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     kernels = backend_for(implementation, logits.device).token_logprob
     return kernels.forward_backward(logits, rows, coefficients.contiguous())
 

@@ -44,7 +44,7 @@ def aligned_labels(
     response_mask: Tensor | None,
     offsets: Tensor | None,
     shift: bool,
-    ignore_index: int,
+    absent: int,
     vocab_size: int,
     implementation: str,
 ) -> Tensor:
@@ -55,25 +55,24 @@ def aligned_labels(
         response_mask: shaped like labels, zero = no response token, or None.
         offsets: [S + 1] int32 or int64, of packed labels, or None.
         shift: labels are the input ids: position t gets the label of t + 1.
-        ignore_index: the label that means "no response token".
+        absent: the label that means "no response token".
         vocab_size: labels lie in [0, vocab_size): that is looked at where it costs no synchronisation, on the CPU.
             NOT_CHECKED or ON_ALL_RANKS. On an accelerator a label below 0 becomes ELSEWHERE.
     """
     if labels.dim() == 1:
         labels, response_mask = labels[None], None if response_mask is None else response_mask[None]
     kernels = backend_for(implementation, labels.device).label_alignment
-    aligned = kernels.align(labels, response_mask, offsets, shift, ignore_index)
+    aligned = kernels.align(labels, response_mask, offsets, shift, absent)
     if vocab_size != NOT_CHECKED and labels.device.type == "cpu" and aligned.numel():
         smallest, largest = torch.aminmax(aligned)
         if smallest < IGNORED or largest >= vocab_size:
-            _raise_bad_label(labels, aligned, shift, ignore_index, vocab_size)
+            _raise_bad_label(labels, aligned, shift, absent, vocab_size)
     return aligned
 
 
-def _raise_bad_label(labels: Tensor, aligned: Tensor, shift: bool, ignore_index: int, vocab_size: int) -> None:
+def _raise_bad_label(labels: Tensor, aligned: Tensor, shift: bool, absent: int, vocab_size: int) -> None:
     b, t = ((aligned < IGNORED) | (aligned >= vocab_size)).nonzero()[0].tolist()
     where = "in the vocabulary of all ranks" if vocab_size == ON_ALL_RANKS else f"in [0, {vocab_size})"
     raise ValueError(
-        f"labels must lie {where} or equal ignore_index ({ignore_index}); "
-        f"got {labels[b, t + shift].item()} at token {(b, t)}"
+        f"labels must lie {where} or equal ignore_index ({absent}); got {labels[b, t + shift].item()} at token {(b, t)}"
     )

@@ -13,12 +13,12 @@ from torch import Tensor
 from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
-from ..linear.tiles import Head, Tokens
-from ..values import IGNORED, LogitTransform, Statistics, Upstream
+from ..linear.tiles import Head, RowSelection
+from ..values import IGNORED, Incoming, LogitTransform, Statistics
 from . import flops
 from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
 from .registration import asked_for, op, traced
-from .token_logprob import statistics_like, tensors_of
+from .token_logprob import incoming_of, statistics_like, tensors_of
 
 
 def run_of(
@@ -35,9 +35,9 @@ def run_of(
     """The arguments of an op as the modes take them."""
     return Run(
         kernels=backend_for(implementation, hidden.device).token_logprob,
-        tokens=Tokens.from_labels(hidden, labels, indices),
+        tokens=RowSelection.from_labels(hidden, labels, indices),
         head=Head(weight, bias, logits_dtype),
-        transform=LogitTransform.from_numbers(transform),
+        transform=LogitTransform(*transform),
         workspace=workspace,
     )
 
@@ -184,7 +184,7 @@ def linear_logprob(
 
     if not vocab_group:
         return *tensors_of(forward(labels)), stored
-    size, scale = weight.shape[0], LogitTransform.from_numbers(transform).scale
+    size, scale = weight.shape[0], LogitTransform(*transform).scale
     return *tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group)), stored
 
 
@@ -223,8 +223,8 @@ def linear_logprob_backward(
     """
     labels = _labels_with_gradient(labels, stored, grad_logprobs, grad_entropy)
     run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
-    statistics = Statistics(row_max, entropy, row_max, log_sum)
-    return _gradients(run, statistics, grad_logprobs, grad_entropy, stored, False, weight_grad, needs)
+    incoming = incoming_of(row_max, log_sum, entropy, grad_logprobs, grad_entropy)
+    return _gradients(run, incoming, stored, False, weight_grad, needs)
 
 
 @op(_fake_backward, mutates=("stored", "weight_grad"), flops=flops.backward)
@@ -250,8 +250,8 @@ def linear_logprob_backward_(
     """The same; the gradient of stored logits is written over them."""
     labels = _labels_with_gradient(labels, stored, grad_logprobs, grad_entropy)
     run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
-    statistics = Statistics(row_max, entropy, row_max, log_sum)
-    return _gradients(run, statistics, grad_logprobs, grad_entropy, stored, True, weight_grad, needs)
+    incoming = incoming_of(row_max, log_sum, entropy, grad_logprobs, grad_entropy)
+    return _gradients(run, incoming, stored, True, weight_grad, needs)
 
 
 def _labels_with_gradient(
@@ -267,21 +267,13 @@ def _labels_with_gradient(
 
 
 def _gradients(
-    run: Run,
-    statistics: Statistics,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    stored: Tensor | None,
-    overwrite: bool,
-    weight_grad: Tensor | None,
-    needs: list[bool],
+    run: Run, incoming: Incoming, stored: Tensor | None, overwrite: bool, weight_grad: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    upstream = Upstream(grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous())
     if stored is None:
-        grads = modes.backward_recompute(run, statistics, upstream, Needs(*needs), weight_grad)
+        grads = modes.backward_recompute(run, incoming, Needs(*needs), weight_grad)
     else:
-        grads = modes.backward_store(run, statistics, stored, overwrite, upstream, Needs(*needs))
-    hidden_grad, new_weight_grad, bias_grad = (or_empty(grad, statistics.row_max) for grad in grads)
+        grads = modes.backward_store(run, incoming, stored, overwrite, Needs(*needs))
+    hidden_grad, new_weight_grad, bias_grad = (or_empty(grad, incoming.row_max) for grad in grads)
     return hidden_grad, new_weight_grad, bias_grad
 
 

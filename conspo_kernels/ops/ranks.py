@@ -168,13 +168,20 @@ def _backward_gather(ctx: Any, grad_scores: Tensor, *_: object) -> dict[str, Ten
 
 @op(_fake_gather, save=_save_gather, backward=_backward_gather)
 def gather_rollouts(
-    scores: Tensor, rewards: Tensor, counts: Tensor | None, ids: Tensor | None, group: str, factor: float
+    scores: Tensor,
+    rewards: Tensor,
+    counts: Tensor | None,
+    ids: Tensor | None,
+    group_size: int,
+    group: str,
+    factor: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """scores, rewards, counts and ids of all ranks in rank order (the last two empty if None), on the device of the
     scores, the same bits on every rank; and the indices of this rank's rollouts among them.
 
-    Two collectives. The host waits for the first, the ranks' numbers of rollouts, which may differ.  factor: of the
-    gradient, as in `whole_scores`.
+    Two collectives. The host waits for the first, the ranks' numbers of rollouts, which may differ.
+
+    group_size: that divides the number of all rollouts; 0 with ids.  factor: of the gradient, as in `whole_scores`.
     """
     del factor
     device, ranks = scores.device, resolved(group)
@@ -184,6 +191,10 @@ def gather_rollouts(
     sizes, with_counts, with_ids = torch.stack(numbers).T.tolist()
     if len(set(with_ids)) > 1 or len(set(with_counts)) > 1:
         raise ValueError("groups must be prompt ids on all ranks of parallel.data or an int on all, got both")
+    if group_size > 0 and sum(sizes) % group_size != 0:
+        raise ValueError(
+            f"groups={group_size} rollouts per prompt must divide the number of rollouts, got {sum(sizes)}"
+        )
 
     # One buffer of 64 bits a number: floating point goes as its bits in fp64, which has those of every narrower type.
     columns = [x for x in (scores, rewards, counts, ids) if x is not None]

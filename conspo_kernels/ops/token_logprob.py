@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import backend_for
-from ..values import LogitRows, LogitTransform, Statistics, Upstream
+from ..values import Incoming, LogitRows, LogitTransform, Statistics
 from .ranks import local_labels, statistics_over_ranks
 from .registration import no_second_derivative, op, traced
 
@@ -82,7 +82,7 @@ def token_logprob(
     """
     del inplace_backward
     kernels = backend_for(implementation, logits.device).token_logprob
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     if not vocab_group:
         return tensors_of(kernels.forward(rows, with_entropy))
     return tensors_of(
@@ -118,9 +118,9 @@ def token_logprob_backward(
     row_max, log_sum, entropy: of forward; the last is needed with `grad_entropy` only.
     """
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
-    statistics = Statistics(row_max, entropy, row_max, log_sum)
-    _write_gradient(gradient, rows, statistics, grad_logprobs, grad_entropy, implementation)
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
+    incoming = incoming_of(row_max, log_sum, entropy, grad_logprobs, grad_entropy)
+    backend_for(implementation, logits.device).token_logprob.backward(gradient, rows, incoming)
     return gradient
 
 
@@ -137,18 +137,14 @@ def token_logprob_backward_(
     implementation: str,
 ) -> None:
     """`token_logprob_backward`, with the gradient written over the logits."""
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform.from_numbers(transform))
-    statistics = Statistics(row_max, entropy, row_max, log_sum)
-    _write_gradient(logits, rows, statistics, grad_logprobs, grad_entropy, implementation)
+    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
+    incoming = incoming_of(row_max, log_sum, entropy, grad_logprobs, grad_entropy)
+    backend_for(implementation, logits.device).token_logprob.backward(logits, rows, incoming)
 
 
-def _write_gradient(
-    gradient: Tensor,
-    rows: LogitRows,
-    statistics: Statistics,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    implementation: str,
-) -> None:
-    upstream = Upstream(grad_logprobs.contiguous(), None if grad_entropy is None else grad_entropy.contiguous())
-    backend_for(implementation, gradient.device).token_logprob.backward(gradient, rows, statistics, upstream)
+def incoming_of(
+    row_max: Tensor, log_sum: Tensor, entropy: Tensor | None, grad_logprobs: Tensor, grad_entropy: Tensor | None
+) -> Incoming:
+    """As kernels take them: the gradients that autograd hands in may have any strides."""
+    grad_entropy = None if grad_entropy is None else grad_entropy.contiguous()
+    return Incoming(row_max, log_sum, grad_logprobs.contiguous(), entropy, grad_entropy)

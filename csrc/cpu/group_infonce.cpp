@@ -34,10 +34,11 @@ double sigmoid(double x) {
   return x >= 0 ? 1 / (1 + e) : e / (1 + e);
 }
 
-// Writes the weights and roles of group k, weights not yet divided, and returns its loss; valid: whether it has one.
+// Writes the weights of group k, not yet divided, and returns its loss; valid: whether it has one.
+// sign: of a positive 1, of a negative -1, of an unscorable rollout 0.
 template <typename T>
 double group(
-    const Groups& groups, int64_t k, const T* scores, double tau, double margin, double* weights, int8_t* roles,
+    const Groups& groups, int64_t k, const T* scores, double tau, double margin, const int8_t* sign, double* weights,
     bool& valid) {
   int64_t num_positive = 0, num_negative = 0;
   double peak = -INFINITY;
@@ -45,27 +46,24 @@ double group(
     for (int64_t i = groups.begin(k); i < groups.end(k); ++i) visit(groups.rollout(i));
   };
   each([&](int64_t s) {
-    num_positive += roles[s] > 0;
-    num_negative += roles[s] < 0;
-    if (roles[s] < 0) peak = std::max(peak, double(scores[s]) / tau);
+    num_positive += sign[s] > 0;
+    num_negative += sign[s] < 0;
+    if (sign[s] < 0) peak = std::max(peak, double(scores[s]) / tau);
   });
   valid = num_positive > 0 && num_negative > 0;
   if (!valid) {
-    each([&](int64_t s) {
-      weights[s] = 0;
-      roles[s] *= 2;
-    });
+    each([&](int64_t s) { weights[s] = 0; });
     return 0;
   }
   if (peak == -INFINITY) peak = 0;
   double total = 0;
   each([&](int64_t s) {
-    if (roles[s] < 0) total += weights[s] = std::exp(double(scores[s]) / tau - peak);
+    if (sign[s] < 0) total += weights[s] = std::exp(double(scores[s]) / tau - peak);
   });
   const double lse = peak + std::log(total);
   double sum_softplus = 0, pull = 0;
   each([&](int64_t s) {
-    if (roles[s] <= 0) return;
+    if (sign[s] <= 0) return;
     const double x = lse - (double(scores[s]) - margin) / tau;
     sum_softplus += softplus(x);
     const double q = sigmoid(x) / double(num_positive);
@@ -74,28 +72,27 @@ double group(
   });
   pull /= total > 0 || std::isnan(total) ? total : 1;
   each([&](int64_t s) {
-    if (roles[s] < 0) weights[s] *= pull;
-    if (roles[s] == 0) weights[s] = 0;
+    if (sign[s] < 0) weights[s] *= pull;
+    if (sign[s] == 0) weights[s] = 0;
   });
   return tau * sum_softplus / double(num_positive);
 }
 
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> group_infonce_forward(
-    const Tensor& scores, const Tensor& rewards, const OptionalTensor& counts, const OptionalTensor& order,
+std::tuple<Tensor, Tensor> group_infonce_forward(
+    const Tensor& scores, const Tensor& rewards, const Tensor& counts, const OptionalTensor& order,
     const OptionalTensor& offsets, int64_t group_size, double margin, std::optional<double> num_groups, double tau,
     double reward_threshold, int64_t reduction) {
   const int64_t num_rollouts = scores.numel();
   check_contiguous(scores, "scores", scores.scalar_type(), num_rollouts);
   check_contiguous(rewards, "rewards", rewards.scalar_type(), num_rollouts);
-  if (counts) check_contiguous(*counts, "counts", at::kInt, num_rollouts);
+  check_contiguous(counts, "counts", at::kInt, num_rollouts);
   if (order) check_contiguous(*order, "order", at::kLong, num_rollouts);
   const int64_t slots = offsets ? offsets->numel() - 1 : num_rollouts / group_size;
   if (offsets) check_contiguous(*offsets, "offsets", at::kLong, slots + 1);
 
   Tensor losses = at::zeros({slots}, scores.options()), weights = at::empty({num_rollouts}, scores.options());
-  Tensor roles = at::empty({num_rollouts}, scores.options().dtype(at::kChar));
   Tensor loss = at::empty({}, scores.options());
   const Groups groups{
       order ? order->const_data_ptr<int64_t>() : nullptr, offsets ? offsets->const_data_ptr<int64_t>() : nullptr,
@@ -105,12 +102,11 @@ std::tuple<Tensor, Tensor, Tensor> group_infonce_forward(
 
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "group_infonce_forward", [&] {
     const scalar_t* score = scores.const_data_ptr<scalar_t>();
-    int8_t* role = roles.data_ptr<int8_t>();
     const bool *positive = above.const_data_ptr<bool>(), *nothing = unscorable.const_data_ptr<bool>();
-    const int32_t* count = counts ? counts->const_data_ptr<int32_t>() : nullptr;
+    const int32_t* count = counts.const_data_ptr<int32_t>();
+    std::vector<int8_t> sign(num_rollouts);
     for (int64_t s = 0; s < num_rollouts; ++s) {
-      const bool scorable = !nothing[s] && (count ? count[s] > 0 : score[s] == score[s]);
-      role[s] = scorable ? (positive[s] ? 1 : -1) : 0;
+      sign[s] = nothing[s] || count[s] <= 0 ? 0 : positive[s] ? 1 : -1;
     }
 
     std::vector<double> exact(num_rollouts);
@@ -119,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> group_infonce_forward(
     double total = 0;
     for (int64_t k = 0; k < slots; ++k) {
       bool valid = false;
-      const double value = group(groups, k, score, tau, margin, exact.data(), role, valid);
+      const double value = group(groups, k, score, tau, margin, sign.data(), exact.data(), valid);
       group_loss[k] = scalar_t(value);
       total += value;
       num_valid += valid;
@@ -130,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor> group_infonce_forward(
     for (int64_t s = 0; s < num_rollouts; ++s) weight[s] = scalar_t(exact[s] / denominator);
     loss.fill_(total / denominator);
   });
-  return {reduction == NONE ? losses : loss, weights, roles};
+  return {reduction == NONE ? losses : loss, weights};
 }
 
 }  // namespace conspo

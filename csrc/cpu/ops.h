@@ -37,9 +37,9 @@ Tensor sequence_score_backward(
 
 enum Reduction : int64_t { MEAN, SUM, NONE };
 
-// loss ([] or, for NONE, one per slot), weights [S], roles [S] int8.
-std::tuple<Tensor, Tensor, Tensor> group_infonce_forward(
-    const Tensor& scores, const Tensor& rewards, const OptionalTensor& counts, const OptionalTensor& order,
+// loss ([] or, for NONE, one per slot), weights [S].
+std::tuple<Tensor, Tensor> group_infonce_forward(
+    const Tensor& scores, const Tensor& rewards, const Tensor& counts, const OptionalTensor& order,
     const OptionalTensor& offsets, int64_t group_size, double margin, std::optional<double> num_groups, double tau,
     double reward_threshold, int64_t reduction);
 

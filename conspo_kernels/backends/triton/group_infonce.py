@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...objective import ContrastSettings, GroupLoss, Rollouts
+from ...objective import GroupLoss, Objective, Rollouts
 from .launch import FUSED, registers
 from .softmax import NEG_INF, finite_max
 
@@ -56,7 +56,7 @@ def _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED: tl.c
 @triton.jit
 def _members(
     start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold,
-    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, MEMBERS: tl.constexpr,
+    RAGGED: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Members j .. j + MEMBERS of each group: rollout, whether there is one, score, positive, negative."""
     position = start[:, None] + (j + tl.arange(0, MEMBERS))[None, :]
@@ -73,10 +73,7 @@ def _members(
         reward = reward.to(tl.float32)
     # As PyTorch compares: in the dtype of the rewards, in fp32 where they are integers.
     positive = reward > threshold.to(reward.dtype)
-    if HAS_COUNTS:
-        scorable = scorable & (tl.load(counts_ptr + rollout, mask=inside, other=0) > 0)
-    else:
-        scorable = scorable & (score == score)
+    scorable = scorable & (tl.load(counts_ptr + rollout, mask=inside, other=0) > 0)
     return rollout, inside, score, scorable & positive, scorable & (positive == 0)
 
 
@@ -99,7 +96,7 @@ def _sigmoid(x):
 @triton.jit
 def _negatives(
     start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    RAGGED: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Of each group: how many positives, whether it is valid, and the (max, sum) of exp(s / tau) over its negatives."""
     num_positive = tl.zeros((GROUPS,), tl.int32)
@@ -108,7 +105,7 @@ def _negatives(
     total = tl.zeros((GROUPS,), tau.dtype)
     for j in range(0, tl.max(stop - start), MEMBERS):
         _rollout, _inside, score, positive, negative = _members(
-            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, MEMBERS
         )
         num_positive += tl.sum(positive.to(tl.int32), axis=1)
         num_negative += tl.sum(negative.to(tl.int32), axis=1)
@@ -123,14 +120,14 @@ def _negatives(
 @triton.jit
 def _positives(
     start, stop, lse, margin, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, MEMBERS: tl.constexpr,
+    RAGGED: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     """Of each group: the sums of softplus(x_i) and of q_i over its positives."""
     sum_softplus = tl.zeros_like(lse)
     sum_q = tl.zeros_like(lse)
     for j in range(0, tl.max(stop - start), MEMBERS):
         _rollout, _inside, score, positive, _negative = _members(
-            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, MEMBERS
         )
         x = lse[:, None] - (score - margin) / tau
         sum_softplus += tl.sum(tl.where(positive, _softplus(x), tl.zeros_like(x)), axis=1)
@@ -150,7 +147,7 @@ def _number(ptr, value, acc: tl.constexpr):
 @triton.jit
 def _count_valid(
     order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau, num_rollouts, num_slots, group_size,
-    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    RAGGED: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     num_valid = tl.zeros((GROUPS,), tl.int32)
     k0 = num_slots * 0  # a 0 of its type, which a loop variable has to keep
@@ -158,7 +155,7 @@ def _count_valid(
         start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
         _num_positive, valid, _peak, _total = _negatives(
             start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-            RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
+            RAGGED, GROUPS, MEMBERS,
         )  # fmt: skip
         num_valid += valid.to(tl.int32)
         k0 += GROUPS
@@ -167,24 +164,24 @@ def _count_valid(
 
 @triton.jit
 def _tile(
-    k0, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr, roles_ptr,
+    k0, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr,
     margin, threshold, tau, denominator, num_slots, group_size,
-    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, REDUCTION: tl.constexpr, GROUPS: tl.constexpr,
+    RAGGED: tl.constexpr, REDUCTION: tl.constexpr, GROUPS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ):  # fmt: skip
-    """Weights and roles of the groups k0 .. k0 + GROUPS; their losses, and which are valid."""
+    """Weights of the groups k0 .. k0 + GROUPS; their losses, and which are valid."""
     acc: tl.constexpr = tau.dtype
     start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
     num_positive, valid, peak, total = _negatives(
         start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-        RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
+        RAGGED, GROUPS, MEMBERS,
     )  # fmt: skip
     lse = peak + tl.log(total)
     per_positive = 1 / tl.maximum(num_positive, 1).to(acc)
 
     sum_softplus, sum_q = _positives(
         start, stop, lse, margin, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-        RAGGED, HAS_COUNTS, MEMBERS,
+        RAGGED, MEMBERS,
     )  # fmt: skip
     group_loss = tl.where(valid, tau * per_positive * sum_softplus, tl.zeros_like(peak))
     if REDUCTION == "none":
@@ -194,27 +191,25 @@ def _tile(
     pull = sum_q * per_positive / tl.where(total > 0, total, tl.full((), 1, acc))
     for j in range(0, tl.max(stop - start), MEMBERS):
         rollout, inside, score, positive, negative = _members(
-            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, HAS_COUNTS, MEMBERS
+            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, MEMBERS
         )
         q = _sigmoid(lse[:, None] - (score - margin) / tau)
         odds = tl.exp(score / tau - peak[:, None])
         weight = tl.where(positive, -q * per_positive[:, None], pull[:, None] * odds)
         takes_part = valid[:, None] & (positive | negative)
         tl.store(weights_ptr + rollout, tl.where(takes_part, weight / denominator, 0), mask=inside)
-        role = positive.to(tl.int8) - negative.to(tl.int8)
-        tl.store(roles_ptr + rollout, tl.where(valid[:, None], role, role * 2), mask=inside)
     return group_loss, valid
 
 
-# Reads scores, rewards and counts a few times, from the cache after the first; writes 2 numbers per rollout, and with
+# Reads scores, rewards and counts a few times, from the cache after the first; writes a number per rollout, and with
 # several programs 2 per program.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _kernel(
     scores_ptr, rewards_ptr, counts_ptr, order_ptr, offsets_ptr, margin_ptr, num_groups_ptr, loss_ptr, weights_ptr,
-    roles_ptr, partial_ptr,
+    partial_ptr,
     num_rollouts: tl.int64, num_slots: tl.int64, group_size: tl.int64, margin: tl.float64, num_groups: tl.float64,
     tau: tl.float64, threshold: tl.float64,
-    RAGGED: tl.constexpr, HAS_COUNTS: tl.constexpr, DENOMINATOR: tl.constexpr, REDUCTION: tl.constexpr,
+    RAGGED: tl.constexpr, DENOMINATOR: tl.constexpr, REDUCTION: tl.constexpr,
     GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = scores_ptr.dtype.element_ty
@@ -227,8 +222,8 @@ def _kernel(
         program = tl.program_id(0).to(tl.int64)
         group_loss, valid = _tile(
             program * GROUPS, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr,
-            roles_ptr, margin, threshold, tau, one, num_slots, group_size,
-            RAGGED, HAS_COUNTS, REDUCTION, GROUPS, MEMBERS,
+            margin, threshold, tau, one, num_slots, group_size,
+            RAGGED, REDUCTION, GROUPS, MEMBERS,
         )  # fmt: skip
         tl.store(partial_ptr + 2 * program, tl.sum(group_loss))
         tl.store(partial_ptr + 2 * program + 1, tl.sum(valid.to(tl.int32)).to(acc))
@@ -239,16 +234,16 @@ def _kernel(
         elif DENOMINATOR == "valid":
             num_valid = _count_valid(
                 order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau, num_rollouts, num_slots,
-                group_size, RAGGED, HAS_COUNTS, GROUPS, MEMBERS,
+                group_size, RAGGED, GROUPS, MEMBERS,
             )  # fmt: skip
             denominator = tl.maximum(num_valid, 1).to(acc)
         loss = tl.zeros((GROUPS,), acc)
         k0 = num_slots * 0
         while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
             group_loss, _valid = _tile(
-                k0, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr, roles_ptr,
+                k0, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr,
                 margin, threshold, tau, denominator, num_slots, group_size,
-                RAGGED, HAS_COUNTS, REDUCTION, GROUPS, MEMBERS,
+                RAGGED, REDUCTION, GROUPS, MEMBERS,
             )  # fmt: skip
             loss += group_loss
             k0 += GROUPS
@@ -284,35 +279,34 @@ def _reduce_kernel(
     tl.store(weights_ptr + rollouts, weights / denominator, mask=rollouts < num_rollouts)
 
 
-def forward(rollouts: Rollouts, settings: ContrastSettings) -> GroupLoss:
-    """Loss, weights and roles of scores [S]."""
-    scores, rewards, counts, segments, group_size = rollouts
+def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+    """Loss and weights of scores [S]."""
+    rewards, groups = rollouts
     num_rollouts = scores.numel()
-    num_slots = num_rollouts // group_size if segments is None else segments.offsets.numel() - 1
+    num_slots = num_rollouts // groups.size if groups.offsets is None else groups.offsets.numel() - 1
     # Trailing slots of ragged groups are never visited by one program, hence zeros.
-    loss = scores.new_zeros(num_slots) if settings.reduction == "none" else scores.new_empty(())
+    loss = scores.new_zeros(num_slots) if objective.reduction == "none" else scores.new_empty(())
     weights = torch.empty_like(scores)
-    roles = torch.empty(num_rollouts, dtype=torch.int8, device=scores.device)
     num_programs = 1 if num_rollouts <= FEW else triton.cdiv(num_slots, GROUPS)
     partial = scores.new_empty(2 * num_programs) if num_programs > 1 else None
     denominator = "one"
-    if settings.reduction == "mean":
-        denominator = "valid" if settings.num_groups is None else "given"
-    margin_ptr, margin = _pointer_or_number(settings.margin)
-    num_groups_ptr, num_groups = _pointer_or_number(settings.num_groups)
+    if objective.reduction == "mean":
+        denominator = "valid" if objective.num_groups is None else "given"
+    margin_ptr, margin = _pointer_or_number(objective.margin)
+    num_groups_ptr, num_groups = _pointer_or_number(objective.num_groups)
     _kernel[(num_programs,)](
-        scores, rewards, counts, segments and segments.order, segments and segments.offsets, margin_ptr,
-        num_groups_ptr, loss, weights, roles, partial, num_rollouts, num_slots, group_size, margin, num_groups,
-        settings.tau, settings.reward_threshold, RAGGED=segments is not None, HAS_COUNTS=counts is not None,
-        DENOMINATOR=denominator, REDUCTION=settings.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS,
+        scores, rewards, counts, groups.order, groups.offsets, margin_ptr,
+        num_groups_ptr, loss, weights, partial, num_rollouts, num_slots, groups.size, margin, num_groups,
+        objective.tau, objective.reward_threshold, RAGGED=groups.offsets is not None,
+        DENOMINATOR=denominator, REDUCTION=objective.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS,
         **LAUNCH, **registers(REGISTERS, scores.device),
     )  # fmt: skip
-    if partial is not None and settings.reduction != "none":
+    if partial is not None and objective.reduction != "none":
         _reduce_kernel[(triton.cdiv(num_rollouts, BLOCK),)](
             partial, num_groups_ptr, loss, weights, num_rollouts, num_programs, num_groups,
             DENOMINATOR=denominator, BLOCK=BLOCK, **LAUNCH,
         )  # fmt: skip
-    return GroupLoss(loss, weights, roles)
+    return GroupLoss(loss, weights)
 
 
 def _pointer_or_number(x: Tensor | None) -> tuple[Tensor | None, float]:

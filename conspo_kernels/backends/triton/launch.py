@@ -12,38 +12,37 @@ from torch import Tensor
 
 
 class Launch(NamedTuple):
-    """lanes: vectors of 16 bytes per tile, `vectors_per_thread` of them in flight per thread."""
+    """lanes: vectors of 16 bytes per tile. A thread has `vectors_per_thread`, and at best waits for all of them."""
 
     lanes: int
     num_warps: int
 
 
-# kernel: "forward", "backward", or "heavy", a backward whose slope or narrow stores double the registers per logit.
-# Registers, and the warps that fit them, are those of `python -m benchmarks.compiled`, bf16. A multiprocessor has to
-# keep bandwidth * latency / multiprocessors bytes in flight, about 600 ns on a GPU; every row has a margin of two.
-# Nothing here is measured yet: where a GPU says otherwise, change its row.
-# "known": forward and backward of a row in one program, whose second look at the row is to find it in the L2. 1,024
-# threads of more than 32 registers leave room for one row per multiprocessor (for fp32 logits two). Do not tune this
-# away.
+# "forward", "backward"; "heavy forward", of 16-bit logits whose tanh is a series; "heavy", a backward of such a tanh,
+# or of narrow stores; "known", below.
+# A multiprocessor has to keep bandwidth * latency / multiprocessors bytes in flight: at 0.6 to 0.8 us 11 to 15 KB on an
+# A100, 15 to 20 on an H100, 20 to 26 on an H200; half of it for a kernel that writes as much as it reads.
+# What is in flight is counted in machine code (`python -m benchmarks.compiled`, "flight"): loads that are issued before
+# the first one is used, times the warps that the registers leave room for. Compilers differ: below is the least of
+# Triton 3.6.0 and 3.7.1, sm_90 and sm_100. Nothing here is measured yet: where a GPU says otherwise, change its row.
+# "known": forward and backward of a row in one program, whose second look at the row is to find it in the caches. 1,024
+# threads of more than 32 registers, which four vectors each need, leave room for one row per multiprocessor. Do not
+# tune this away.
 TABLE: dict[str, dict[str, Launch]] = {
-    # sm_80: 2 TB/s over 108: 11 KB. sm_90: 3.3 over 132: 15 KB. sm_100: 8 over 148: 32 KB. Forward 56 registers, 36
-    # warps, 72 KB; backward 64 registers, 32 warps, 64 KB. With 1024 lanes 72 and 128 registers, 28 and 16 warps: no
-    # more in flight, and fewer warps to hide the arithmetic.
     "sm": {
-        "forward": Launch(512, 4),
-        "backward": Launch(512, 4),
-        "heavy": Launch(256, 4),
-        "known": Launch(2048, 32),
-        "heavy known": Launch(1024, 32),
+        "forward": Launch(512, 4),  # 56 KB, with a softcap 28
+        "heavy forward": Launch(256, 4),  # 24 KB: arithmetic limits it, to what 11 KB feed
+        "backward": Launch(512, 4),  # 48 KB, with entropy 32, with a softcap 24
+        "heavy": Launch(256, 4),  # 18 KB where arithmetic limits it, else 36
+        "known": Launch(4096, 32),  # 48 KB
     },
-    # gfx942: 5.3 TB/s over 304: 11 KB. A wave is 64 lanes: two loads per thread instead of four, and all 32 waves fit:
-    # 64 KB.
+    # gfx942: 5.3 TB/s over 304: 11 KB. A wave is 64 lanes: two loads per thread instead of four, and all 32 waves fit.
     "gfx": {
         "forward": Launch(512, 4),
+        "heavy forward": Launch(256, 4),
         "backward": Launch(512, 4),
         "heavy": Launch(256, 4),
-        "known": Launch(2048, 16),
-        "heavy known": Launch(1024, 16),
+        "known": Launch(4096, 16),
     },
 }
 DEFAULT = "sm_90"  # the architecture of the interpreter
@@ -79,13 +78,12 @@ def _cached_row_bytes(device: torch.device) -> float:
     return L2_SHARE * properties.L2_cache_size / properties.multi_processor_count
 
 
-def caches_rows(logits: Tensor) -> bool:
-    """Whether the L2 holds the rows in flight of kernel "known".
+def row_fits_cache(logits: Tensor) -> bool:
+    """Whether the L2 holds the rows in flight of kernel "known", one per multiprocessor.
 
     It depends on V, the dtype and the device alone, as the order of every sum does.
     """
-    rows = 2 if logits.element_size() == 4 else 1
-    return rows * logits.shape[-1] * logits.element_size() <= _cached_row_bytes(logits.device)
+    return logits.shape[-1] * logits.element_size() <= _cached_row_bytes(logits.device)
 
 
 FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction: from Triton 3.10 on only where asked

@@ -58,7 +58,7 @@ def _chunk_statistics(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _statistics_kernel(
     logits_ptr, labels_ptr, partial_ptr,
-    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_positions: tl.int64,
+    logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_positions: tl.int64,
     inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
     LANES: tl.constexpr, CHUNK: tl.constexpr, PARTS: tl.constexpr,
@@ -71,7 +71,7 @@ def _statistics_kernel(
     inner = tl.full((), inner, tl.float64)
     scale2 = tl.full((), scale, ACC) * LOG2_E
 
-    row = row_offset(token, num_positions, logits_early, stride_logits_b, stride_logits_t)
+    row = row_offset(token, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
     first, last = interior(row, vocab_size, VECTOR)
     start = first + chunk * CHUNK
     stop = tl.minimum(start + CHUNK, last)
@@ -97,8 +97,8 @@ def _label_distance(
     readable = active & (label >= 0) & (label < vocab_size)
     u = tl.load(logits_ptr + row + label, mask=readable, other=float("nan")).to(ACC)
     if TANH is not None:
-        # A softcap of 50 makes 7e-6 of tanh's error in fp32: the sum has it, the label need not. Only the maximum keeps
-        # it: there both errors are the same and cancel, so that logp <= 0.
+        # A softcap of 50 makes 7e-6 of tanh's error in fp32. Recompute the label's tanh in fp64, except where the label
+        # is the row maximum: there both terms carry the same error, it cancels, and logp <= 0.
         z, u = u, capped(u, inner, TANH)
         d = tl.where(u == m, u - m, capped(z.to(tl.float64), inner, "series") - m).to(ACC)
     else:
@@ -110,7 +110,7 @@ def _label_distance(
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _combine_kernel(
     logits_ptr, labels_ptr, partial_ptr, logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr,
-    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_tokens: tl.int64,
+    logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_tokens: tl.int64,
     num_positions: tl.int64, inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
@@ -133,7 +133,7 @@ def _combine_kernel(
     m, s, w = merge(m, s, w, scale * LOG2_E, 1, HAS_ENTROPY)
     log_sum = tl.log(s)
 
-    row = row_offset(tokens, num_positions, logits_early, stride_logits_b, stride_logits_t)
+    row = row_offset(tokens, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
     d = _label_distance(logits_ptr, row, labels, active, vocab_size, m, inner, TANH, ACC)
     zero = tl.zeros_like(log_sum)
     tl.store(logprobs_ptr + tokens, tl.where(active, tl.fma(d, scale, -log_sum), zero), mask=in_range)
@@ -160,7 +160,10 @@ def _write_gradient(
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, SAME_ALIGNMENT: tl.constexpr, VECTOR: tl.constexpr,
     LANES: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of the vectors [start, stop) behind the first one of a row and, with `has_edges`, of its edges."""
+    """The gradient of the vectors [start, stop) behind the first one of a row and, with `has_edges`, of its edges.
+
+    The last tile first. Compilers put more loads before their first use so, and spend fewer instructions.
+    """
     if SAME_ALIGNMENT:
         grad_first, _grad_last = interior(grad_row, vocab_size, VECTOR)
     else:
@@ -181,16 +184,17 @@ def _write_gradient(
             offsets, mask = edges(row, vocab_size, first, last, VECTOR)
             tl.store(grad_logits_ptr + (grad_row - row) + offsets, tl.zeros_like(offsets).to(zero.dtype), mask=mask)
     else:
-        for _ in range(num_tiles):
-            _backward_tile(
-                logits_ptr + first + start + lanes, grad_logits_ptr + grad_first + start + lanes, None,
-                lanes == (label_lane - start).to(tl.int32), c, h, m, log_sum, entropy, inner, scale,
-                TANH, HAS_ENTROPY, DROP,
-            )  # fmt: skip
-            start += LANES * VECTOR
+        start += (num_tiles * (LANES * VECTOR)).to(start.dtype)
         if start < stop:
             _backward_tile(
                 logits_ptr + first + start + lanes, grad_logits_ptr + grad_first + start + lanes, start + lanes < stop,
+                lanes == (label_lane - start).to(tl.int32), c, h, m, log_sum, entropy, inner, scale,
+                TANH, HAS_ENTROPY, DROP,
+            )  # fmt: skip
+        for _ in range(num_tiles):
+            start -= LANES * VECTOR
+            _backward_tile(
+                logits_ptr + first + start + lanes, grad_logits_ptr + grad_first + start + lanes, None,
                 lanes == (label_lane - start).to(tl.int32), c, h, m, log_sum, entropy, inner, scale,
                 TANH, HAS_ENTROPY, DROP,
             )  # fmt: skip
@@ -207,7 +211,7 @@ def _write_gradient(
 def _backward_kernel(
     logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
     grad_logits_ptr,
-    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_early: tl.int64,
+    logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_misalignment: tl.int64,
     stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64, vocab_start: tl.int64,
     inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, SAME_ALIGNMENT: tl.constexpr, ACC: tl.constexpr,
@@ -229,9 +233,9 @@ def _backward_kernel(
     inner = tl.full((), inner, tl.float64)
     scale = tl.full((), scale, ACC)
 
-    row = row_offset(token, num_positions, logits_early, stride_logits_b, stride_logits_t)
+    row = row_offset(token, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
     first, last = interior(row, vocab_size, VECTOR)
-    grad_row = row_offset(token, num_positions, grad_early, stride_grad_b, stride_grad_t)
+    grad_row = row_offset(token, num_positions, grad_misalignment, stride_grad_b, stride_grad_t)
     start = chunk * CHUNK
     stop = tl.minimum(start + CHUNK, last - first)
     has_edges = (chunk == 0) & (last - first < vocab_size)
@@ -242,16 +246,16 @@ def _backward_kernel(
     )  # fmt: skip
 
 
-# Reads N * V logits twice, the second time from the L2 where that holds the rows in flight, and writes them once.
-# One program per row: it is the row's statistics, then its gradient. Ignored tokens are not read.
+# Reads N * V logits twice, the second time from the caches, and writes them once. One program per row: it
+# is the row's statistics, then its gradient, backwards: what was read last is still in the L1, most of the rest in the
+# L2 where that holds the rows in flight. Ignored tokens are not read. Logits and gradient are aligned alike.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _known_kernel(
     logits_ptr, labels_ptr, coefficients_ptr, logprobs_ptr, grad_logits_ptr,
-    logits_early: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_early: tl.int64,
+    logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_misalignment: tl.int64,
     stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64,
     inner: tl.float64, scale: tl.float64, vocab_size, num_chunks,
-    TANH: tl.constexpr, SAME_ALIGNMENT: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr,
-    LANES: tl.constexpr, PARTS: tl.constexpr,
+    TANH: tl.constexpr, ACC: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + token)
@@ -259,8 +263,8 @@ def _known_kernel(
     c = tl.load(coefficients_ptr + token, mask=active, other=0.0)
     inner = tl.full((), inner, tl.float64)
     scale = tl.full((), scale, ACC)
-    row = row_offset(token, num_positions, logits_early, stride_logits_b, stride_logits_t)
-    grad_row = row_offset(token, num_positions, grad_early, stride_grad_b, stride_grad_t)
+    row = row_offset(token, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
+    grad_row = row_offset(token, num_positions, grad_misalignment, stride_grad_b, stride_grad_t)
     first, last = interior(row, vocab_size, VECTOR)
     has_edges = last - first < vocab_size
 
@@ -280,5 +284,5 @@ def _known_kernel(
     _write_gradient(
         logits_ptr, grad_logits_ptr, row, grad_row, first, last, last * 0, last - first, has_edges, label, vocab_size,
         c, tl.zeros_like(c), m, log_sum, tl.zeros_like(c), inner, scale,
-        TANH, False, SAME_ALIGNMENT, VECTOR, LANES, "evict_first",
+        TANH, False, True, VECTOR, LANES, "evict_first",
     )  # fmt: skip

@@ -23,10 +23,10 @@ CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,
 UNSPECIALIZED = (
     "num_tokens",
     "num_positions",
-    "logits_early",
+    "logits_misalignment",
     "stride_logits_b",
     "stride_logits_t",
-    "grad_early",
+    "grad_misalignment",
     "stride_grad_b",
     "stride_grad_t",
     "vocab_start",
@@ -47,9 +47,9 @@ UNALIGNED = (
 
 
 @triton.jit
-def row_offset(token, num_positions, early, stride_b, stride_t):
+def row_offset(token, num_positions, misalignment, stride_b, stride_t):
     """Offset of a token's first logit from the aligned base pointer."""
-    return early + (token // num_positions) * stride_b + (token % num_positions) * stride_t
+    return misalignment + (token // num_positions) * stride_b + (token % num_positions) * stride_t
 
 
 @triton.jit
@@ -75,9 +75,9 @@ def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
     size = logits.element_size()
     launch = launch_of(kernel, logits)
     cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes}
-    if not kernel.endswith("known"):  # a whole row per program
+    if kernel != "known":  # a whole row per program
         cut["CHUNK"] = CHUNK_BYTES // size
-    if kernel == "forward" or kernel.endswith("known"):
+    if kernel not in ("backward", "heavy"):
         cut["PARTS"] = vectors_per_thread(launch, logits.device)
     return cut | FUSED | {"num_warps": launch.num_warps}
 
@@ -93,7 +93,7 @@ def aligned_base(x: Tensor) -> tuple[Tensor, int]:
     take care of rows that begin elsewhere. Where the storage itself begins past that boundary (memory wrapped from
     elsewhere) `x` is used as it is, and accesses are narrow.
     """
-    early = x.data_ptr() % VECTOR_BYTES // x.element_size()
-    if early == 0 or early > x.storage_offset():
+    misalignment = x.data_ptr() % VECTOR_BYTES // x.element_size()
+    if misalignment == 0 or misalignment > x.storage_offset():
         return x, 0
-    return x.as_strided((1,), (1,), x.storage_offset() - early), early
+    return x.as_strided((1,), (1,), x.storage_offset() - misalignment), misalignment

@@ -16,7 +16,7 @@ from .launch import FUSED
 
 BLOCK = 4096
 LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
-PROGRAMS = 8  # per multiprocessor: 64 warps, as many as one holds
+PROGRAMS = 8  # per multiprocessor: 64 warps, twice what 51 registers leave room for, so that no program is the last
 MULTIPROCESSORS = 132  # of an H100, where no GPU says its own number
 UNSPECIALIZED = ("rows", "row_blocks", "width", "num_positions", "stride_b", "stride_t")
 

@@ -110,7 +110,7 @@ def _backward_kernel(
 # Reads the labels twice and a number per rollout; writes a coefficient and a label per token, a number per rollout.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _coefficients_kernel(
-    weights_ptr, labels_ptr, offsets_ptr, coefficients_ptr, counts_ptr, wanted_ptr,
+    weights_ptr, labels_ptr, offsets_ptr, coefficients_ptr, counts_ptr, kept_labels_ptr,
     num_positions: tl.int64, num_tokens: tl.int64, num_segments: tl.int64,
     PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -118,7 +118,7 @@ def _coefficients_kernel(
     if PACKED:
         if s == num_segments:
             _fill_outside(coefficients_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
-            _fill_outside(wanted_ptr, offsets_ptr, num_segments, num_tokens, IGNORED, BLOCK)
+            _fill_outside(kept_labels_ptr, offsets_ptr, num_segments, num_tokens, IGNORED, BLOCK)
             return
     start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
     count = tl.zeros((BLOCK,), tl.int32)
@@ -136,21 +136,21 @@ def _coefficients_kernel(
         label = tl.load(labels_ptr + tokens, mask=mask, other=IGNORED)
         coefficient = tl.where(label != IGNORED, c, tl.zeros_like(c))
         tl.store(coefficients_ptr + tokens, coefficient, mask=mask)
-        tl.store(wanted_ptr + tokens, tl.where(coefficient != 0, label, IGNORED), mask=mask)
+        tl.store(kept_labels_ptr + tokens, tl.where(coefficient != 0, label, IGNORED), mask=mask)
         start += BLOCK
 
 
 # Reads a coefficient and a label per token, and writes them.
 @triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _masked_kernel(
-    values_ptr, labels_ptr, coefficients_ptr, wanted_ptr, num_tokens: tl.int64, BLOCK: tl.constexpr
+    values_ptr, labels_ptr, coefficients_ptr, kept_labels_ptr, num_tokens: tl.int64, BLOCK: tl.constexpr
 ):  # fmt: skip
     tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = tokens < num_tokens
     label = tl.load(labels_ptr + tokens, mask=mask, other=IGNORED)
     coefficient = tl.load(values_ptr + tokens, mask=mask & (label != IGNORED), other=0.0)
     tl.store(coefficients_ptr + tokens, coefficient, mask=mask)
-    tl.store(wanted_ptr + tokens, tl.where(coefficient != 0, label, IGNORED), mask=mask)
+    tl.store(kept_labels_ptr + tokens, tl.where(coefficient != 0, label, IGNORED), mask=mask)
 
 
 # Reads two numbers (three with counts) per value; writes one. One program: the order of the sum is fixed.
@@ -197,25 +197,25 @@ def backward(
 
 def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
-    spread = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
+    at_tokens = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
     counts = torch.empty(weights.shape, dtype=torch.int32, device=labels.device)
-    wanted = torch.empty_like(labels)
+    kept_labels = torch.empty_like(labels)
     if programs := _num_programs(labels, offsets):
         _coefficients_kernel[(programs,)](
-            weights, labels, offsets, spread, counts, wanted, labels.shape[1], labels.numel(), weights.numel(),
+            weights, labels, offsets, at_tokens, counts, kept_labels, labels.shape[1], labels.numel(), weights.numel(),
             PACKED=offsets is not None, BLOCK=BLOCK // 2, **LAUNCH,  # two loops' registers
         )  # fmt: skip
-    return spread, counts, wanted
+    return at_tokens, counts, kept_labels
 
 
 def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
-    spread, wanted = torch.empty_like(coefficients), torch.empty_like(labels)
+    at_tokens, kept_labels = torch.empty_like(coefficients), torch.empty_like(labels)
     if labels.numel():
         _masked_kernel[(triton.cdiv(labels.numel(), BLOCK),)](
-            coefficients, labels, spread, wanted, labels.numel(), BLOCK=BLOCK, **LAUNCH
+            coefficients, labels, at_tokens, kept_labels, labels.numel(), BLOCK=BLOCK, **LAUNCH
         )
-    return spread, wanted
+    return at_tokens, kept_labels
 
 
 def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:

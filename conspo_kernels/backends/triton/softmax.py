@@ -85,6 +85,12 @@ def _moment(e, d):
 
 
 @triton.jit
+def _rounded(a, b):
+    """a * b, which no compiler fuses with a sum."""
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
 def fold(m, s, w, u, scale2, HAS_ENTROPY: tl.constexpr):
     """Fold a tile u [PARTS * LANES, VECTOR] into the running statistics [LANES].
 
@@ -106,16 +112,21 @@ def fold(m, s, w, u, scale2, HAS_ENTROPY: tl.constexpr):
 
 @triton.jit
 def merge(m, s, w, scale2, AXIS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
-    """Merge partial statistics along an axis into one, in a fixed order."""
+    """Merge partial statistics along an axis into one, in a fixed order.
+
+    Every lane of a warp has the sum over the warp, and from Triton 3.8 on every one stores it. Were a product fused
+    with the sum, each lane would have its own product unrounded, and its own last bit: hence `_rounded`.
+    """
     m_all = tl.max(m, axis=AXIS)
     base = finite_max(m_all)
     d = (m - tl.expand_dims(base, AXIS)) * scale2
     decay = tl.exp2(d)
+    s = _rounded(decay, s)
     if HAS_ENTROPY:
-        w_all = tl.sum(decay * w + _moment(decay * s, d), axis=AXIS)
+        w_all = tl.sum(tl.fma(decay, w, _rounded(s, tl.maximum(d, -1e30))), axis=AXIS)
     else:
         w_all = tl.zeros_like(m_all)
-    return m_all, tl.sum(decay * s, axis=AXIS), w_all
+    return m_all, tl.sum(s, axis=AXIS), w_all
 
 
 @triton.jit

@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...values import LogitRows, LogitTransform, Statistics, Upstream
-from .launch import caches_rows
+from ...values import Incoming, LogitRows, LogitTransform, Statistics
+from .launch import row_fits_cache
 from .row_kernels import _backward_kernel, _combine_kernel, _known_kernel, _statistics_kernel
 from .rows import VECTOR_BYTES, aligned_base, num_chunks_of, tiles
 
@@ -25,11 +25,12 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
     logprobs, entropy, row_max, log_sum = out
 
     partial = torch.empty(num_tokens * num_chunks * (3 if with_entropy else 2), dtype=acc, device=logits.device)
-    base, early = aligned_base(logits)
-    row = (early, logits.stride(0), logits.stride(1))
+    base, misalignment = aligned_base(logits)
+    row = (misalignment, logits.stride(0), logits.stride(1))
     constants = _constants(logits, transform) | {"HAS_ENTROPY": with_entropy}
+    kernel = "heavy forward" if constants["TANH"] == "series" and logits.element_size() == 2 else "forward"
     _statistics_kernel[(num_tokens * num_chunks,)](
-        base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, "forward")
+        base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, kernel)
     )
     _combine_kernel[(triton.cdiv(num_tokens, COMBINE_ROWS),)](
         base, labels, partial, logprobs, entropy, row_max, log_sum, *row, num_tokens, labels.shape[1],
@@ -41,17 +42,16 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
     return out
 
 
-def backward(grad_logits: Tensor, rows: LogitRows, statistics: Statistics, upstream: Upstream) -> None:
+def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
     """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
     logits, labels, transform, start = rows
-    grad_logprobs, grad_entropy = upstream
+    row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
     num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
     if num_tokens == 0:
         return
-    _logprobs, entropy, row_max, log_sum = statistics
     base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
-    # The slope of a softcap and the addresses of narrow stores double the registers per logit: a smaller tile.
-    light = transform.softcap is None and same_alignment
+    # A series for tanh and the addresses of narrow stores double the registers per logit: a smaller tile.
+    light = transform.tanh(logits.dtype) != "series" and same_alignment
     _backward_kernel[(num_tokens * num_chunks,)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
         labels.shape[1], start, **_constants(logits, transform), **tiles(logits, "backward" if light else "heavy"),
@@ -63,27 +63,26 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
     """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
     logits, labels, transform, _start = rows
     logprobs = torch.empty_like(coefficients) if out is None else out
-    if not caches_rows(logits):
+    base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
+    # With a softcap, or narrow stores, arithmetic takes as long as a third look at the row would.
+    if transform.softcap is not None or not same_alignment or not row_fits_cache(logits):
         acc, device = coefficients.dtype, coefficients.device
         statistics = Statistics.empty(tuple(labels.shape), acc, device, False)._replace(logprobs=logprobs)
-        backward(grad_logits, rows, forward(rows, False, statistics), Upstream(coefficients))
+        backward(grad_logits, rows, forward(rows, False, statistics).incoming(coefficients))
     elif labels.numel():
-        base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
-        light = transform.softcap is None and same_alignment
         _known_kernel[(labels.numel(),)](
             base, labels, coefficients, logprobs, grad_base, *row, *grad_row, labels.shape[1],
-            **_constants(logits, transform), **tiles(logits, "known" if light else "heavy known"),
-            SAME_ALIGNMENT=same_alignment,
+            **_constants(logits, transform), **tiles(logits, "known"),
         )  # fmt: skip
     return logprobs
 
 
 def _strided(logits: Tensor, grad_logits: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], bool]:
     """Both from an aligned base, offset and strides of the rows of each, and whether these are aligned alike."""
-    base, early = aligned_base(logits)
-    grad_base, grad_early = aligned_base(grad_logits)
-    row = (early, logits.stride(0), logits.stride(1))
-    grad_row = (grad_early, grad_logits.stride(0), grad_logits.stride(1))
+    base, misalignment = aligned_base(logits)
+    grad_base, grad_misalignment = aligned_base(grad_logits)
+    row = (misalignment, logits.stride(0), logits.stride(1))
+    grad_row = (grad_misalignment, grad_logits.stride(0), grad_logits.stride(1))
     vector = VECTOR_BYTES // logits.element_size()
     same_alignment = all((a - b) % vector == 0 for a, b in zip(row, grad_row, strict=True))
     return base, grad_base, row, grad_row, same_alignment

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from ..values import python_number
-from . import check
+from .values import python_number
+
+GRAD_REDUCTIONS = ("mean", "sum")
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,20 @@ class Parallel:
 
     def __post_init__(self) -> None:
         start = python_number(self.vocab_start)
-        if start is not self.vocab_start:
-            object.__setattr__(self, "vocab_start", start)
-        check.parallel(self.data, self.context, self.vocab, self.vocab_start, self.grad_reduction)
+        object.__setattr__(self, "vocab_start", start)
+        for name in ("data", "context", "vocab"):
+            group = getattr(self, name)
+            if group is not None and not isinstance(group, ProcessGroup):
+                raise TypeError(f"parallel.{name} must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+        if isinstance(start, bool) or not isinstance(start, int):
+            raise TypeError(f"parallel.vocab_start must be an int, got {type(start).__name__}")
+        if start < 0:
+            raise ValueError(f"parallel.vocab_start must not be negative, got {start}")
+        if start > 0 and self.vocab is None:
+            raise ValueError(f"parallel.vocab_start must be 0 where parallel.vocab is None, got {start}")
+        reduction: Any = self.grad_reduction
+        if not isinstance(reduction, str) or reduction not in GRAD_REDUCTIONS:
+            raise ValueError(f"parallel.grad_reduction must be one of 'mean', 'sum', got {reduction!r}")
 
     def __copy__(self) -> Parallel:
         return self
@@ -75,43 +86,3 @@ class Parallel:
 
     def _factor(self, group: ProcessGroup | None) -> float:
         return float(group.size()) if group is not None and self.grad_reduction == "mean" else 1.0
-
-
-ONE_RANK = Parallel()
-
-
-def parallel_from(value: Any) -> Parallel:
-    """The argument `parallel` of a public function."""
-    if value is None:
-        return ONE_RANK
-    if not isinstance(value, Parallel):
-        raise TypeError(f"parallel must be a conspo_kernels.Parallel or None, got {type(value).__name__}")
-    return value
-
-
-class VocabShard(NamedTuple):
-    """The ranks that share a vocabulary, and where this rank's part of it begins. Parts may differ in size."""
-
-    group: ProcessGroup
-    start: int
-
-
-def shard_of(x: Tensor, dim: int) -> tuple[Tensor, VocabShard]:
-    """The local part of a DTensor that is sharded along `dim` and replicated otherwise, and where it lies."""
-    # Imported by who has one: it takes as long as the rest of torch.
-    from torch.distributed.tensor import DTensor, Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    assert isinstance(x, DTensor)
-    sharded = [i for i, p in enumerate(x.placements) if isinstance(p, Shard) and p.dim % x.dim() == dim % x.dim()]
-    others = [p for i, p in enumerate(x.placements) if i not in sharded and not p.is_replicate()]
-    if len(sharded) != 1 or others:
-        raise ValueError(
-            f"a DTensor must be sharded along dimension {dim % x.dim()} over one mesh dimension and replicated "
-            f"over the others, got placements {x.placements}"
-        )
-    size, total = x.device_mesh.size(sharded[0]), x.shape[dim]
-    if -(-total // size) * (size - 1) >= total:  # the same on every rank, or the others would wait for the last
-        raise ValueError(f"a vocabulary of {total} entries leaves ranks without any when it is sharded over {size}")
-    _shape, offset = compute_local_shape_and_global_offset(x.shape, x.device_mesh, x.placements)
-    return x.to_local(), VocabShard(x.device_mesh.get_group(sharded[0]), offset[dim])
