@@ -307,7 +307,7 @@ def test_ids_in_pinned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "staged", staged)
     monkeypatch.setattr(ranks, "resolved", lambda _: OneRank())
     monkeypatch.setattr(ranks.dist, "all_gather", lambda parts, x, group: parts[0].copy_(x))
-    _scores, all_rewards, _counts, all_ids, _indices = ranks.gather_rollouts(scores, rewards, None, ids, "", 1.0)
+    _scores, all_rewards, _counts, all_ids, _indices = ranks.gather_rollouts(scores, rewards, None, ids, 0, "", 1.0)
     assert torch.equal(all_ids.cpu(), ids)
     assert torch.equal(all_rewards.cpu(), rewards)
     assert ids.data_ptr() in copied
