@@ -80,10 +80,10 @@ def test_hostile_inputs(target: str) -> None:
 
 @pytest.mark.parametrize("target", ["sm_90"])
 def test_lanes_that_hold_a_row_agree_on_its_last_bit(target: str) -> None:
-    """5, 10 and 19 chunks, without and with entropy. Fused, products are unrounded on one side of each shuffle only."""
-    result = run("combines", target)
-    assert result["launched"] == [""] * 6
-    assert all("threads write different bits to one address at once" in fault for fault in result["fused"]), result
+    """5, 10 and 19 chunks, without and with entropy. Where a compiler may fuse products with sums, `_rounded` keeps it
+    from it: a product that is unrounded on one side of a shuffle only is a fault of the executor.
+    """
+    assert run("combines", target) == {"launched": [""] * 6, "fused": [""] * 6}
     assert run("reductions", target) == [""] * 4
 
 
