@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import triton
+from processes import python
 
 from benchmarks.compiled import ROW_KERNELS
 
@@ -19,17 +16,6 @@ READER, WRITER = 26 * 1024, 20 * 1024
 # With 31 instructions per 16-bit logit, 128 a clock, a multiprocessor takes 7.2e9 logits per second: 11 KB in 0.8 us.
 SERIES = 16 * 1024
 IN_FLIGHT_TARGETS = ("sm_90", "sm_100")
-REPOSITORY = Path(__file__).resolve().parents[2]
-
-
-def python(*arguments: str) -> str:
-    """In a process of its own: Triton's interpreter, which the other tests want, is chosen once per process."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY)}
-    result = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, cwd=REPOSITORY, check=False
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 def wide_loads(target: str, kernel: str, case: str) -> int:

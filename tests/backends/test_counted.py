@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_compiled import python
+from processes import python
 
 from benchmarks.compiled_code.machine_code import Instruction, Pipes, in_flight, instructions, loops, pipes, width
 

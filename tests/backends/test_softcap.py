@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from test_compiled import python
+from processes import python
 
 SOFTCAPS = (20.0, 30.0, 50.0, 1000.0)
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from launches import DEVICE, Launch, launches_of, other_than_gemms, pageable
-from test_compiled import python
+from processes import python
 from torch import Tensor
 
 import conspo_kernels as ck

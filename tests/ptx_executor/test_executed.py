@@ -12,7 +12,7 @@ from typing import Any
 import executed
 import pytest
 import torch
-from test_compiled import REPOSITORY, python
+from processes import REPOSITORY, python
 
 from benchmarks.compiled import CASES
 from ptx_executor.driver import TARGETS

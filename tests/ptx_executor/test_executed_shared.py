@@ -12,7 +12,7 @@ import sys
 
 import pytest
 from conftest import EXECUTED
-from test_compiled import REPOSITORY
+from processes import REPOSITORY
 
 GROUPS = (
     ("sm_90", ("test_linear.py",)),
