@@ -30,7 +30,7 @@ def seeds_of(count: int) -> str:
 
 
 def empty(ax: Any) -> None:
-    ax.text(0.5, 0.5, "no run yet", ha="center", va="center", color="0.5", transform=ax.transAxes)
+    ax.text(0.5, 0.5, "no whole seed yet", ha="center", va="center", color="0.5", transform=ax.transAxes)
     ax.set(xticks=[], yticks=[])
 
 
@@ -190,16 +190,21 @@ def cause_part(results: Results) -> Any:
     names = {"kl": "KL over a batch, nats per token", "norm_last": "norm of the last gradient",
              "wrong_change": "change of wrong scores", "right_change": "change of right scores"}  # fmt: skip
     for row, updates in zip(axes, ("mini-batches", "repetition"), strict=True):
-        for method, runs in list(report.cause_runs(results, updates).values())[1].items():  # the rate in the middle
+        by_method = list(report.cause_runs(results, updates).values())[1]  # the rate in the middle
+        count = len(by_method["conspo"])
+        for method, runs in by_method.items():
             for ax, name in zip(row, names, strict=True):
                 curve = mean_curve(results, runs, name)
                 ax.plot(range(1, len(curve) + 1), curve, color=COLOURS[method], label=method, linewidth=1.5)
         for ax, title in zip(row, names.values(), strict=True):
-            ax.set_title(f"{updates}: {title}", fontsize=9)
+            ax.set_title(f"{updates}, {seeds_of(count)}: {title}", fontsize=8)
             ax.grid(alpha=0.3)
-            if "KL" in title or "norm" in title:
+            if not count:
+                empty(ax)
+            elif "KL" in title or "norm" in title:
                 ax.set_yscale("log")
-        row[0].legend(fontsize=7)
+        if count:
+            row[0].legend(fontsize=7)
     figure.suptitle("Part 2: what one batch does to the policy, by eighths of a run")
     return figure
 
