@@ -102,14 +102,14 @@ sanitize: $(VENV)/.installed-dev  ## the native kernels under AddressSanitizer a
 	cd $(COPY) && CFLAGS='$(SANITIZERS)' $(abspath $(BIN))/python setup.py -q build_ext --inplace
 	cd $(COPY) && ASAN_OPTIONS=detect_leaks=0 OMP_NUM_THREADS=2 PYTHONPATH=. \
 	  LD_PRELOAD="$$(for name in asan ubsan stdc++; do $(CXX) -print-file-name=lib$$name.so; done | tr '\n' ' ')" \
-	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/test_native.py tests/test_loss.py \
+	  $(abspath $(BIN))/python -m pytest -p no:cacheprovider tests/backends/test_native.py tests/public/test_loss.py \
 	  -k "(test_native or native) and not memory and not built"
 
 demo: $(VENV)/.installed-train $(if $(filter smollm2,$(MODEL)),$(VENV)/.weights-smollm2)  ## train a small model with the loss
 	$(BIN)/python examples/train.py $(RUNS)
 
 sweep: $(VENV)/.installed-train  ## the demo over tau, target margin and warm-up ratio, GRPO beside it
-	$(BIN)/python examples/sweep.py
+	PYTHONPATH=examples $(BIN)/python -m demo.sweep
 
 paper: $(VENV)/.installed-train  ## the paper in small: every method on two tasks, resumable, hours (ONLY=: runs whose name contains it)
 	PYTHONPATH=examples $(BIN)/python -m paper $(if $(ONLY),--only '$(ONLY)') $(OPTIONS)

@@ -38,11 +38,11 @@ STEPS: dict[str, tuple[tuple[str, ...], dict[str, str]]] = {
         (*GRADCHECK, "--implementation", "triton", "--compiled", "sm_90", "--dtype", "bf16", "fp32"),
         {},
     ),
-    "executed-kernels": ((*PYTEST, "tests/test_executed.py"), {}),
-    "kernels": ((*PYTEST, "tests/test_launch.py"), {}),
-    "compile": ((*PYTEST, "tests/test_compile.py"), {}),
-    "ranks": ((*PYTEST, "tests/test_ranks.py"), {}),
-    "machine-code": ((*PYTEST, "tests/test_compiled.py", "tests/test_counted.py"), {}),
+    "executed-kernels": ((*PYTEST, "tests/ptx_executor/test_executed.py"), {}),
+    "kernels": ((*PYTEST, "tests/backends/test_launch.py"), {}),
+    "compile": ((*PYTEST, "tests/ops/test_compile.py"), {}),
+    "ranks": ((*PYTEST, "tests/ops/test_ranks.py"), {}),
+    "machine-code": ((*PYTEST, "tests/backends/test_compiled.py", "tests/backends/test_counted.py"), {}),
 }
 
 

@@ -27,12 +27,11 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from benchmarks.compiled_code.machine_code import least_in_flight
+from benchmarks.compiled_code.occupancy import Occupancy, occupancy
 from conspo_kernels.objective import GroupLoss, Groups, Objective, Rollouts
 from conspo_kernels.values import LogitRows, LogitTransform, Statistics
 from ptx_executor.driver import CompilingDriver
-
-from .machine_code import least_in_flight
-from .occupancy import Occupancy, occupancy
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -11,11 +11,10 @@ from __future__ import annotations
 import argparse
 from typing import NamedTuple
 
+from benchmarks.counted import GPUS
+from benchmarks.timing.tables import markdown
 from conspo_kernels.backends.triton.launch import L2_SHARE
 from conspo_kernels.linear.tiling import Problem, Tile, accumulator_bytes, backward_tile, row_tile, workspace_of
-
-from .counted import GPUS
-from .tables import markdown
 
 TOKENS, VOCAB, HIDDEN, ITEMSIZE, FP32 = 8192, 151_936, (2048, 4096, 7168), 2, 4
 SMALL = 512 * 2**20  # the default workspace of a GPU with up to 16 GiB

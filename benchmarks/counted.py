@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .compiled import CASES, TARGETS, offline
-from .counted_peers import NOT_COUNTED, PEERS
-from .machine_code import Pipes, passes
-from .tables import markdown
-from .wheels import use, versions
+from benchmarks.compiled import CASES, TARGETS, offline
+from benchmarks.compiled_code.machine_code import Pipes, passes
+from benchmarks.rivals.counted_peers import NOT_COUNTED, PEERS
+from benchmarks.timing.tables import markdown
+from benchmarks.timing.wheels import use, versions
 
 
 class GPU(NamedTuple):

@@ -13,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.timing.measure import Call, interleaved
 from conspo_kernels import conspo_loss, linear_conspo_loss, linear_weighted_score_loss, weighted_score_loss
-
-from .measure import Call, interleaved
 
 EAGER = "eager from logits"
 OURS = "conspo_kernels"

@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .rows import Row, outlasted
-from .tables import markdown, quartiles
+from benchmarks.timing.rows import Row, outlasted
+from benchmarks.timing.tables import markdown, quartiles
 
 ENVIRONMENT = (
     "commit",

@@ -1,7 +1,7 @@
 """Time and memory of every op beside its rivals and the limits of the machine, all in one run, interleaved.
 
 python -m benchmarks.run --suite cpu --out benchmarks/results/cpu
-python -m benchmarks.run --suite gpu --out DIR    # all of it: correctness, ceilings, targets (benchmarks/suite.py)
+python -m benchmarks.run --suite gpu --out DIR    # all of it, as benchmarks/gpu_suite/suite.py has it
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from . import fused_linear, wheels
-from .host_time import measure_host
-from .interpreter import hasten
-from .logits_path import OPS, OURS, Exact, Inputs
-from .measure import environment
-from .rows import Choice, Row, measure_linear, measure_op, measure_scores, outlasted
-from .shapes import LINEAR_SUITES, SUITES, LinearShape, Shape
-from .tables import markdown, quartiles, write
+from benchmarks.host_time import measure_host
+from benchmarks.simulation.interpreter import hasten
+from benchmarks.timing import fused_linear, wheels
+from benchmarks.timing.logits_path import OPS, OURS, Exact, Inputs
+from benchmarks.timing.measure import environment
+from benchmarks.timing.rows import Choice, Row, measure_linear, measure_op, measure_scores, outlasted
+from benchmarks.timing.shapes import LINEAR_SUITES, SUITES, LinearShape, Shape
+from benchmarks.timing.tables import markdown, quartiles, write
 
 SCORES_OP = "scores + backward"
 HOST_OP = "host time"
@@ -142,7 +142,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parse(arguments)
     if parsed.whole:
-        from . import suite
+        from benchmarks.gpu_suite import suite
 
         return suite.run(parsed.suite, parsed.out, parsed.wheels)
     if parsed.threads is not None:

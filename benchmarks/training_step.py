@@ -17,12 +17,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.rivals.baselines import conspo_loss_of, eager
+from benchmarks.timing.measure import Call, environment, interleaved, peak_bytes
+from benchmarks.timing.shapes import MODELS
+from benchmarks.timing.tables import markdown, write
 from conspo_kernels import conspo_loss, linear_conspo_loss
-
-from .baselines import conspo_loss_of, eager
-from .measure import Call, environment, interleaved, peak_bytes
-from .shapes import MODELS
-from .tables import markdown, write
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 HEAD = 64  # width of an attention head

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .measure import Call, peak_bytes
+from benchmarks.timing.measure import Call, peak_bytes
 
 ROWS = 8
 HEADS = ("conspo", "trl")

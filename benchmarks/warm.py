@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from unittest import mock
 
-from .compiled import CASES, TARGETS, offline
-from .triton_cache import binaries
+from benchmarks.compiled import CASES, TARGETS, offline
+from benchmarks.gpu_suite.triton_cache import binaries
 
 
 @contextlib.contextmanager

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from demo.records import replace_atomically
 from matplotlib.figure import Figure
 from objectives import coefficients, conspo, grpo
-from records import replace_atomically
 from torch import Tensor
 
 GROUP, RIGHT = 8, 2

@@ -25,17 +25,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grpo import grpo_loss
-from plot import plot_run
-from policy import Policy, build_char_policy
-from records import StepLog, replace_atomically, write_json
-from rollout import Rollouts, accuracy, sample
-from settings import parse_arguments
-from smollm2 import build_smollm2_policy
-from tasks import OneDigitSums, SpellBackward, Task
+from demo.grpo import grpo_loss
+from demo.plot import plot_run
+from demo.policy import Policy, build_char_policy
+from demo.records import StepLog, replace_atomically, write_json
+from demo.rollout import Rollouts, accuracy, sample
+from demo.settings import parse_arguments
+from demo.smollm2 import build_smollm2_policy
+from demo.tasks import OneDigitSums, SpellBackward, Task
+from demo.warmup import warm_up
 from tqdm import tqdm
 from transformers import set_seed
-from warmup import warm_up
 
 from conspo_kernels import (
     CosineMargin,

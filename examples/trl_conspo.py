@@ -25,15 +25,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is looked up: model, tok
 
 import torch
 from datasets import Dataset
-from plot import plot_run
-from policy import CharTokenizer, Policy, build_char_policy
-from records import write_json
-from rollout import accuracy
-from tasks import SpellBackward
+from demo.plot import plot_run
+from demo.policy import CharTokenizer, Policy, build_char_policy
+from demo.records import write_json
+from demo.rollout import accuracy
+from demo.tasks import SpellBackward
+from demo.warmup import warm_up
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback, set_seed
-from warmup import warm_up
 
 from conspo_kernels.integrations.trl import ConSPOConfig, ConSPOTrainer
 

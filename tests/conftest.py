@@ -14,7 +14,7 @@ import pytest
 import skips
 import torch
 
-from benchmarks.interpreter import hasten
+from benchmarks.simulation.interpreter import hasten
 
 # `CONSPO_COMPILED=sm_90 pytest`: Triton's kernels are compiled for that GPU, and their PTX is executed on the CPU.
 COMPILED = os.environ.get("CONSPO_COMPILED")
@@ -30,8 +30,9 @@ IMPLEMENTATIONS = ("torch", "triton", "native")
 
 # A bare machine with a GPU has torch, Triton, numpy and pytest: there the files that import anything else are not
 # collected, and the last lines of the report say so. In CI nothing is left out: they fail at their import.
-EXAMPLES = Path(__file__).parent.parent / "examples"
-FOLDERS = (Path(__file__).parent, EXAMPLES, EXAMPLES / "recipes")
+TESTS = Path(__file__).parent
+EXAMPLES = TESTS.parent / "examples"
+FOLDERS = (TESTS / "support", EXAMPLES, EXAMPLES / "recipes")
 OPTIONAL = {
     "hypothesis", "transformers", "trl", "peft", "matplotlib", "yaml", "kernels", "datasets", "tqdm", "nbclient",
     "nbformat",
@@ -44,14 +45,15 @@ def missing_packages(path: Path, seen: set[Path] | None = None) -> set[str]:
     if path in seen:
         return set()
     seen.add(path)
-    imported: set[str] = set()
+    modules: set[str] = set()
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Import):
-            imported |= {alias.name.split(".")[0] for alias in node.names}
+            modules |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module is not None:
-            imported.add(node.module.split(".")[0])
+            modules.add(node.module)
+    imported = {name.split(".")[0] for name in modules}
     missing = {name for name in imported & OPTIONAL if importlib.util.find_spec(name) is None}
-    for local in (folder / f"{name}.py" for folder in FOLDERS for name in imported):
+    for local in (folder / f"{name.replace('.', '/')}.py" for folder in FOLDERS for name in modules):
         if local.exists():
             missing |= missing_packages(local, seen)
     return missing
@@ -59,9 +61,9 @@ def missing_packages(path: Path, seen: set[Path] | None = None) -> set[str]:
 
 collect_ignore: list[str] = []
 if sys.version_info < (3, 11):  # TRL 1.16, which these train with, needs it
-    collect_ignore += ["test_trl.py", "test_trl_loss_head.py", "test_trl_example.py"]
+    collect_ignore += ["integrations/test_trl.py", "integrations/test_trl_loss_head.py", "examples/test_trl_example.py"]
 if not os.environ.get("CI"):
-    collect_ignore += [p.name for p in sorted(Path(__file__).parent.glob("test_*.py")) if missing_packages(p)]
+    collect_ignore += [str(p.relative_to(TESTS)) for p in sorted(TESTS.glob("*/test_*.py")) if missing_packages(p)]
 
 if importlib.util.find_spec("hypothesis") is not None:
     from hypothesis import settings

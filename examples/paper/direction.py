@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo.policy import Policy
+from demo.rollout import sample
+from demo.sequences import Batch
 from objectives import informative, rollout_means
-from policy import Policy
-from rollout import sample
-from sequences import Batch
 from torch import Tensor
 
 from conspo_kernels import token_logprobs

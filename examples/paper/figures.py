@@ -13,7 +13,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # before pyplot is imported: there may be no display
 import matplotlib.pyplot as plt
-from records import replace_atomically
+from demo.records import replace_atomically
 
 from . import compare, protocol, report
 from .protocol import CAUSE, MAIN, Results, Run

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from records import replace_atomically
+from demo.records import replace_atomically
 
 from . import compare, protocol
 from .protocol import MAIN, SEEDS, SENSITIVITY, Results, Run, Start

@@ -9,14 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from policy import Policy, build_char_policy
-from records import replace_atomically
-from rollout import accuracy, supervised_batch
-from sequences import read_prompts_once
-from smollm2 import build_smollm2_policy
-from tasks import Entry, OneDigitSums, RunningSums, SpellBackward, Task
+from demo.policy import Policy, build_char_policy
+from demo.records import replace_atomically
+from demo.rollout import accuracy, supervised_batch
+from demo.sequences import read_prompts_once
+from demo.smollm2 import build_smollm2_policy
+from demo.tasks import Entry, OneDigitSums, RunningSums, SpellBackward, Task
+from demo.warmup import warm_up
 from transformers import set_seed
-from warmup import warm_up
 
 from conspo_kernels import token_logprobs
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from demo.policy import Policy
+from demo.rollout import Rollouts, sample
+from demo.sequences import Batch
 from objectives import OBJECTIVES, coefficients, dr_grpo, informative, rollout_means
-from policy import Policy
-from rollout import Rollouts, sample
-from sequences import Batch
 from torch import Tensor
 
 from conspo_kernels import CosineMargin, token_logprobs, trust_region, weighted_logprob_loss

@@ -1,0 +1,1 @@
+"""A GPU in software, for machines without one."""

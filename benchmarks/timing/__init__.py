@@ -1,0 +1,1 @@
+"""How ops are timed beside their rivals: shapes, measurements, rows, tables."""
