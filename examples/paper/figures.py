@@ -92,10 +92,12 @@ def draw_cause(ax: Any, results: Results) -> None:
     """Mini-batches and repetition side by side, each method at the best of its rates."""
     names = ["grpo", *CAUSE]
     by_updates = {updates: report.cause_runs(results, updates) for updates in ("mini-batches", "repetition")}
-    by_updates["mini-batches"][math.nan] = {"grpo": report.finals(results, TASK).get("grpo", [])}  # at its own best
     if not any(runs["conspo"] for runs in by_updates["repetition"].values()):
         empty(ax)
         return
+    seeds = {run.seed for runs in by_updates["mini-batches"].values() for run in runs["conspo"]}
+    grpo = [run for run in report.finals(results, TASK)["grpo"] if run.seed in seeds]
+    by_updates["mini-batches"][math.nan] = {"grpo": grpo}  # at its own best rate
     for shift, (updates, by_rate) in zip((-0.2, 0.2), by_updates.items(), strict=True):
         for place, name in enumerate(names):
             found = [list(compare.values(results, runs.get(name, [])).values()) for runs in by_rate.values()]
@@ -103,7 +105,8 @@ def draw_cause(ax: Any, results: Results) -> None:
             if best is not None:
                 half = 100 * compare.half_width(best) if len(best) > 1 else 0.0
                 ax.bar(place + shift, 100 * statistics.mean(best), 0.38, yerr=half, capsize=3,
-                       color="C0" if shift < 0 else "C1", label=updates if place == 1 else None)  # fmt: skip
+                       color="C0" if shift < 0 else "C1",
+                       label=f"{updates}, {seeds_of(len(best))}" if place == 1 else None)  # fmt: skip
     ax.set_xticks(range(len(names)), [name.replace(" of ", "\nof ").replace(", ", ",\n") for name in names], fontsize=8)
     ax.set_ylabel("accuracy at the best of the rates, %")
     ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the legend
