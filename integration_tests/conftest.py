@@ -14,7 +14,8 @@ from pathlib import Path
 from types import ModuleType
 from unittest import mock
 
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+TESTS = Path(__file__).resolve().parent.parent / "tests"
+sys.path += [str(TESTS / "support"), str(TESTS / "integrations")]
 
 
 @contextmanager
