@@ -11,7 +11,11 @@ import pytest
 from conspo_kernels.__main__ import main
 from conspo_kernels.integrations import support
 
+NEEDS_PYTHON = {"trl": (3, 11)}
+installs = pytest.mark.leave_out(where=lambda parameters: sys.version_info < NEEDS_PYTHON.get(parameters["name"], (3,)))
 
+
+@installs
 @pytest.mark.parametrize("name", ["trl", "transformers"])
 def test_what_is_installed_here_is_supported(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     package = pytest.importorskip(name)
@@ -23,9 +27,11 @@ def test_what_is_installed_here_is_supported(name: str, capsys: pytest.CaptureFi
     assert "missing" not in text
 
 
-def test_json(capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("trl")
-    assert main(["info", "--trainer", "trl", "--json"]) == 0
+@installs
+@pytest.mark.parametrize("name", ["trl"])
+def test_json(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip(name)
+    assert main(["info", "--trainer", name, "--json"]) == 0
     described = json.loads(capsys.readouterr().out)["trainer"]
     assert (described["supported"], described["reason"], described["missing"]) == (True, None, {})
     assert described["versions"].keys() > {"trl", "transformers", "peft"}

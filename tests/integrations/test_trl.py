@@ -109,6 +109,12 @@ def test_one_group_per_micro_batch_would_be_another_gradient() -> None:
     assert parts.difference({name: p.grad for name, p in policy.named_parameters()}, wanted) > 0.1
 
 
+def test_the_papers_constants_are_the_defaults(tmp_path: Path) -> None:
+    """Its section 5.1; `test_defaults.py` has the other signatures."""
+    settings = ConSPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False)
+    assert (settings.tau, settings.margin, settings.margin_warmup_ratio) == (10.0, 0.01, 0.3)
+
+
 def test_metrics_and_the_margin_are_in_trls_logs(tmp_path: Path) -> None:
     trainer = parts.trainer(
         tmp_path,

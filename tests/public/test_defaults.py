@@ -14,7 +14,6 @@ import pytest
 import conspo_kernels
 from conspo_kernels import integrations, reference
 from conspo_kernels.integrations import nemo_rl, slime
-from conspo_kernels.integrations.trl import ConSPOConfig
 
 TAU, TARGET, WARMUP_RATIO = 10.0, 0.01, 0.3
 NEUTRAL_MARGIN = 0.0  # a curriculum needs a step, which only a trainer or a loop knows
@@ -64,11 +63,6 @@ def test_the_curriculum() -> None:
     schedule = conspo_kernels.CosineMargin(1000)
     assert (schedule.total_steps, schedule.target, schedule.warmup_ratio) == (1000, TARGET, WARMUP_RATIO)
     assert [schedule(step) for step in (0, 300, 1000)] == [0.0, TARGET, TARGET]
-
-
-def test_the_config_of_the_trl_trainer(tmp_path: Any) -> None:
-    config = ConSPOConfig(output_dir=str(tmp_path), report_to="none", bf16=False)
-    assert (config.tau, config.margin, config.margin_warmup_ratio) == (TAU, TARGET, WARMUP_RATIO)
 
 
 @pytest.mark.parametrize("steps", [None, 1000])
