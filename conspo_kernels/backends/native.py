@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,15 @@ _C: Any = None
 
 
 def _why_not_built() -> str:
-    """What `setup.py` wrote down."""
-    note = Path(__file__).parent.parent / "not_built.txt"
-    return note.read_text(encoding="utf-8") if note.exists() else "the package is used as it lies, it was not installed"
+    """What `setup.py` wrote down; without it, these are sources, which hide an installed package where Python starts."""
+    package = Path(__file__).resolve().parent.parent
+    note = package / "not_built.txt"
+    if note.exists():
+        return note.read_text(encoding="utf-8")
+    for folder in map(Path, filter(None, sys.path)):
+        if (folder / package.name).is_dir() and (folder / package.name).resolve() != package:
+            return f"Python takes the sources in {package.parent}, not the package installed in {folder}: start elsewhere"
+    return "the package is used as it lies, it was not installed"
 
 
 def _load() -> str | None:

@@ -341,3 +341,17 @@ def test_an_installation_without_the_kernels_says_why(tmp_path: Path, monkeypatc
         "this installation has no native extension: no C++ compiler: no-such-compiler, which CXX names, is not on the "
     )
     assert native._load() == said + "path"
+
+
+def test_sources_that_hide_an_installed_package_name_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python started inside of a clone."""
+    sources, installed = tmp_path / "clone", tmp_path / "site-packages"
+    for folder in (sources, installed):
+        (folder / "conspo_kernels" / "backends").mkdir(parents=True)
+    monkeypatch.setattr(native, "__file__", str(sources / "conspo_kernels" / "backends" / "native.py"))
+    monkeypatch.setattr(native, "BUILT", False)
+    monkeypatch.setattr(sys, "path", ["", str(sources)])
+    assert (native._load() or "").endswith("the package is used as it lies, it was not installed")
+    monkeypatch.setattr(sys, "path", ["", str(sources), str(installed)])
+    hidden = f"Python takes the sources in {sources}, not the package installed in {installed}: start elsewhere"
+    assert (native._load() or "").endswith(hidden)
