@@ -25,14 +25,15 @@ _C: Any = None
 
 
 def _why_not_built() -> str:
-    """What `setup.py` wrote down; without it, these are sources, which hide an installed package where Python starts."""
+    """What `setup.py` wrote down; without it these are sources, which may hide an installed package."""
     package = Path(__file__).resolve().parent.parent
     note = package / "not_built.txt"
     if note.exists():
         return note.read_text(encoding="utf-8")
     for folder in map(Path, filter(None, sys.path)):
         if (folder / package.name).is_dir() and (folder / package.name).resolve() != package:
-            return f"Python takes the sources in {package.parent}, not the package installed in {folder}: start elsewhere"
+            installed = f"not the package installed in {folder}"
+            return f"Python takes the sources in {package.parent}, {installed}: start elsewhere"
     return "the package is used as it lies, it was not installed"
 
 
