@@ -47,7 +47,7 @@ def conditions() -> dict[str, str]:
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
-    sources = ("examples/*.py", "examples/paper/*.py", "conspo_kernels", "csrc")
+    sources = ("examples/*.py", "examples/demo", "examples/paper/*.py", "conspo_kernels", "csrc")
     changed = git("status", "--porcelain", "--", *sources)
     if changed:
         raise SystemExit(f"records name a commit: commit these first\n{changed}")

@@ -45,7 +45,7 @@ def task_of(name: str) -> Task:
         case "spell_backward":
             return SpellBackward(held_out=held_out)
         case "long_sums":
-            return RunningSums(min_terms=8, max_terms=16, held_out=held_out, size=8_000)
+            return RunningSums(min_terms=4, max_terms=8, held_out=held_out, size=8_000)
         case "smollm2":
             return OneDigitSums(held_out=64)
     raise ValueError(f"name must be a task of the protocol, got {name!r}")
