@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...objective import GroupLoss, Objective, Rollouts
-from .launch import FUSED, registers
+from .direct import kernel
+from .launch import FUSED, ceil_div, registers
 from .softmax import NEG_INF, finite_max
 
 MEMBERS = 16
@@ -203,7 +204,7 @@ def _tile(
 
 # Reads scores, rewards and counts a few times, from the cache after the first; writes a number per rollout, and with
 # several programs 2 per program.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _kernel(
     scores_ptr, rewards_ptr, counts_ptr, order_ptr, offsets_ptr, margin_ptr, num_groups_ptr, loss_ptr, weights_ptr,
     partial_ptr,
@@ -252,7 +253,7 @@ def _kernel(
 
 
 # Reads 2 numbers per program of the first launch, reads and writes one per rollout.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _reduce_kernel(
     partial_ptr, num_groups_ptr, loss_ptr, weights_ptr,
     num_rollouts: tl.int64, num_programs: tl.int64, num_groups: tl.float64,
@@ -287,7 +288,7 @@ def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objec
     # Trailing slots of ragged groups are never visited by one program, hence zeros.
     loss = scores.new_zeros(num_slots) if objective.reduction == "none" else scores.new_empty(())
     weights = torch.empty_like(scores)
-    num_programs = 1 if num_rollouts <= FEW else triton.cdiv(num_slots, GROUPS)
+    num_programs = 1 if num_rollouts <= FEW else ceil_div(num_slots, GROUPS)
     partial = scores.new_empty(2 * num_programs) if num_programs > 1 else None
     denominator = "one"
     if objective.reduction == "mean":
@@ -302,7 +303,7 @@ def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objec
         **LAUNCH, **registers(REGISTERS, scores.device),
     )  # fmt: skip
     if partial is not None and objective.reduction != "none":
-        _reduce_kernel[(triton.cdiv(num_rollouts, BLOCK),)](
+        _reduce_kernel[(ceil_div(num_rollouts, BLOCK),)](
             partial, num_groups_ptr, loss, weights, num_rollouts, num_programs, num_groups,
             DENOMINATOR=denominator, BLOCK=BLOCK, **LAUNCH,
         )  # fmt: skip

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ...values import ELSEWHERE as ELSEWHERE_LABEL
 from ...values import IGNORED as IGNORED_LABEL
+from .direct import kernel
+from .launch import ceil_div
 
 BLOCK = 1024
 NUM_WARPS = 4
@@ -43,7 +45,7 @@ def _is_offset(x, offsets_ptr, num_offsets, steps):
 
 
 # Reads a label and a mask's entry per token, of packed ones log2(S) offsets too; writes 8 bytes per token.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _kernel(
     labels_ptr, mask_ptr, offsets_ptr, aligned_ptr,
     absent: tl.int64, stride_labels_b: tl.int64, stride_labels_t: tl.int64, stride_mask_b: tl.int64,
@@ -78,7 +80,7 @@ def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, 
     mask_strides = (0, 0) if response_mask is None else response_mask.stride()
     num_offsets = 0 if offsets is None else offsets.numel()
     if labels.numel():
-        _kernel[(triton.cdiv(labels.numel(), BLOCK),)](
+        _kernel[(ceil_div(labels.numel(), BLOCK),)](
             labels, response_mask, offsets, aligned, absent, *labels.stride(), *mask_strides, labels.shape[1],
             labels.numel(), num_offsets, num_offsets.bit_length(), SHIFT=shift, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip

@@ -86,6 +86,11 @@ def row_fits_cache(logits: Tensor) -> bool:
     return logits.shape[-1] * logits.element_size() <= _cached_row_bytes(logits.device)
 
 
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. `triton.cdiv` on the host looks for constexprs in its arguments: 8 us."""
+    return -(-a // b)
+
+
 FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction: from Triton 3.10 on only where asked
 
 

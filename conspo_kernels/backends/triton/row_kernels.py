@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ...values import IGNORED as IGNORED_LABEL
+from .direct import kernel
 from .rows import UNALIGNED, UNSPECIALIZED, edges, interior, row_offset
 from .softmax import LN_2, LOG2_E, NEG_INF, capped, fold, grad_tile, merge
 
@@ -55,7 +56,7 @@ def _chunk_statistics(
 
 
 # Reads N * V logits once; writes 2 (3 with entropy) numbers per token and chunk.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _statistics_kernel(
     logits_ptr, labels_ptr, partial_ptr,
     logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_positions: tl.int64,
@@ -107,7 +108,7 @@ def _label_distance(
 
 
 # Reads the partial statistics and one logit per token; writes 3 (4 with entropy) numbers per token.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _combine_kernel(
     logits_ptr, labels_ptr, partial_ptr, logprobs_ptr, entropy_ptr, row_max_ptr, log_sum_ptr,
     logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, num_tokens: tl.int64,
@@ -207,7 +208,7 @@ def _write_gradient(
 
 
 # Reads and writes N * V once. Tokens whose coefficients are zero, ignored ones too, are zero-filled and not read.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
     logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
     grad_logits_ptr,
@@ -249,7 +250,7 @@ def _backward_kernel(
 # Reads N * V logits twice, the second time from the caches, and writes them once. One program per row: it
 # is the row's statistics, then its gradient, backwards: what was read last is still in the L1, most of the rest in the
 # L2 where that holds the rows in flight. Ignored tokens are not read. Logits and gradient are aligned alike.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _known_kernel(
     logits_ptr, labels_ptr, coefficients_ptr, logprobs_ptr, grad_logits_ptr,
     logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_misalignment: tl.int64,

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, launch_of, vectors_per_thread
+from .launch import FUSED, ceil_div, launch_of, vectors_per_thread
 
 VECTOR_BYTES = 16  # the widest load of one thread
 CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,936 logits
@@ -83,7 +83,7 @@ def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
 
 
 def num_chunks_of(logits: Tensor) -> int:
-    return triton.cdiv(logits.shape[-1] * logits.element_size(), CHUNK_BYTES)
+    return ceil_div(logits.shape[-1] * logits.element_size(), CHUNK_BYTES)
 
 
 def aligned_base(x: Tensor) -> tuple[Tensor, int]:

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED
+from .direct import kernel
+from .launch import FUSED, ceil_div
 
 BLOCK = 4096
 LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
@@ -28,7 +29,7 @@ def _scaled(x_ptr, offsets, mask, factor):
 
 
 # Reads one number; reads and writes x once unless it is 1. x is rows of `width` numbers that follow one another.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("factor_ptr",))
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=("factor_ptr",))
 def _kernel(
     x_ptr, factor_ptr, rows: tl.int64, row_blocks: tl.int64, width: tl.int64, num_positions: tl.int64,
     stride_b: tl.int64, stride_t: tl.int64, ONE_ROW: tl.constexpr, BLOCK: tl.constexpr,
@@ -66,7 +67,7 @@ def scale_(gradient: Tensor, factor: Tensor) -> None:
         gradient.mul_(factor)
         return
     rows, width, num_positions, stride_b, stride_t = layout
-    row_blocks = triton.cdiv(width, BLOCK)
+    row_blocks = ceil_div(width, BLOCK)
     grid = (min(rows * row_blocks, num_programs(gradient.device)),)
     _kernel[grid](
         gradient, factor, rows, row_blocks, width, num_positions, stride_b, stride_t,

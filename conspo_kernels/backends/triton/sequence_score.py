@@ -12,7 +12,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ...values import IGNORED as IGNORED_LABEL
-from .launch import FUSED
+from .direct import kernel
+from .launch import FUSED, ceil_div
 
 BLOCK = 4096
 LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
@@ -41,7 +42,7 @@ def _segment(s, offsets_ptr, num_positions, num_tokens, PACKED: tl.constexpr):
 
 
 # Reads a log-probability and a label per token; writes two numbers per rollout.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _forward_kernel(
     logprobs_ptr, labels_ptr, offsets_ptr, scores_ptr, counts_ptr,
     num_positions: tl.int64, num_tokens: tl.int64,
@@ -82,7 +83,7 @@ def _fill_outside(out_ptr, offsets_ptr, num_segments, num_tokens, value, BLOCK: 
 
 
 # Reads a label per token and two numbers per rollout; writes a gradient per token.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
     weights_ptr, factor_ptr, counts_ptr, labels_ptr, offsets_ptr, grad_logprobs_ptr,
     num_positions: tl.int64, num_tokens: tl.int64, num_segments: tl.int64,
@@ -108,7 +109,7 @@ def _backward_kernel(
 
 
 # Reads the labels twice and a number per rollout; writes a coefficient and a label per token, a number per rollout.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _coefficients_kernel(
     weights_ptr, labels_ptr, offsets_ptr, coefficients_ptr, counts_ptr, kept_labels_ptr,
     num_positions: tl.int64, num_tokens: tl.int64, num_segments: tl.int64,
@@ -141,7 +142,7 @@ def _coefficients_kernel(
 
 
 # Reads a coefficient and a label per token, and writes them.
-@triton.jit(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _masked_kernel(
     values_ptr, labels_ptr, coefficients_ptr, kept_labels_ptr, num_tokens: tl.int64, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -154,7 +155,7 @@ def _masked_kernel(
 
 
 # Reads two numbers (three with counts) per value; writes one. One program: the order of the sum is fixed.
-@triton.jit(do_not_specialize=("number",), do_not_specialize_on_alignment=UNALIGNED)
+@kernel(do_not_specialize=("number",), do_not_specialize_on_alignment=UNALIGNED)
 def _weighted_sum_kernel(values_ptr, weights_ptr, counts_ptr, sum_ptr, number: tl.int64, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), values_ptr.dtype.element_ty)
     start = number * 0
@@ -212,7 +213,7 @@ def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
     at_tokens, kept_labels = torch.empty_like(coefficients), torch.empty_like(labels)
     if labels.numel():
-        _masked_kernel[(triton.cdiv(labels.numel(), BLOCK),)](
+        _masked_kernel[(ceil_div(labels.numel(), BLOCK),)](
             coefficients, labels, at_tokens, kept_labels, labels.numel(), BLOCK=BLOCK, **LAUNCH
         )
     return at_tokens, kept_labels

@@ -1,12 +1,11 @@
 """Token log-probabilities over the vocabulary, forward and backward: how `row_kernels.py` is launched."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...values import Incoming, LogitRows, LogitTransform, Statistics
-from .launch import row_fits_cache
+from .launch import ceil_div, row_fits_cache
 from .row_kernels import _backward_kernel, _combine_kernel, _known_kernel, _statistics_kernel
 from .rows import VECTOR_BYTES, aligned_base, num_chunks_of, tiles
 
@@ -32,9 +31,9 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
     _statistics_kernel[(num_tokens * num_chunks,)](
         base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, kernel)
     )
-    _combine_kernel[(triton.cdiv(num_tokens, COMBINE_ROWS),)](
+    _combine_kernel[(ceil_div(num_tokens, COMBINE_ROWS),)](
         base, labels, partial, logprobs, entropy, row_max, log_sum, *row, num_tokens, labels.shape[1],
-        **constants, ROWS=COMBINE_ROWS, CHUNKS=triton.next_power_of_2(num_chunks), num_warps=1,
+        **constants, ROWS=COMBINE_ROWS, CHUNKS=1 << (num_chunks - 1).bit_length(), num_warps=1,
         # Several lanes hold a row and store it. Were `merge`'s products fused with the sum over lanes, each would have
         # its own one unrounded, and its own last bit.
         enable_fp_fusion=False,
