@@ -61,8 +61,7 @@ def moved_bytes(problem: Problem, mode: str, workspace: int, cached: bool = Fals
     cached: kernels with known coefficients find a row in the cache when they read it again.
     """
     n, v, h, itemsize, gathered, *_ = problem
-    wide = problem.logit_bytes or itemsize
-    logit = wide if wide == itemsize else wide - itemsize  # `logit_bytes` has the gradient's copy
+    logit = problem.logit_bytes or itemsize
     looks = 1 if mode == "none" or (cached and mode in ("known", "frozen")) else 2
     logits = n * v * (looks * logit + (0 if mode == "none" else itemsize))
     needs_weight = mode in ("store", "recompute", "known")
@@ -99,8 +98,7 @@ class Cost(NamedTuple):
 def cost(problem: Problem, mode: str, workspace: int, gpu: str) -> Cost:
     device, known = DEVICES[gpu], GPUS[gpu]
     problem = problem._replace(multiprocessors=known.multiprocessors)
-    wide = problem.logit_bytes - problem.itemsize if problem.logit_bytes else problem.itemsize
-    in_flight = known.multiprocessors * problem.vocab_size * wide
+    in_flight = known.multiprocessors * problem.vocab_size * (problem.logit_bytes or problem.itemsize)
     moved = moved_bytes(problem, mode, workspace, cached=in_flight <= L2_SHARE * device.l2)
     logits, sums, rows = (size / 1e9 for size in moved)
     return Cost(gemm_operations(problem, mode) / device.flops, moved.total / known.bandwidth, (logits, sums, rows))
@@ -128,7 +126,7 @@ def table(tokens: int, vocab: int, workspace: int | None) -> str:
 
 def wide_share(problem: Problem, mode: str, workspace: int, gpu: str) -> float:
     """By how much a mode's time grows with fp32 logits, gradients in 16 bits; what GEMMs write more of counts too."""
-    before, after = (cost(it, mode, workspace, gpu) for it in (problem, problem._replace(logit_bytes=FP32 + ITEMSIZE)))
+    before, after = (cost(it, mode, workspace, gpu) for it in (problem, problem._replace(logit_bytes=FP32)))
     products = 2 if mode == "recompute" else 1
     written = products * problem.num_tokens * problem.vocab_size * (FP32 - ITEMSIZE) / GPUS[gpu].bandwidth
     return (after.gemms + after.moved + written) / (before.gemms + before.moved) - 1
@@ -182,7 +180,7 @@ left out.
 ## fp32 logits
 
 `logits_dtype=torch.float32` with 16-bit operands, H 4,096, the default workspace: by how much a mode's time grows. A
-logit is written and read in 4 bytes, and its gradient, in 2, has memory of its own; so fewer rows fit a tile, and rows
+logit is written and read in 4 bytes, and its gradient, in 2, overwrites it; so half as many rows fit a tile, and rows
 of an H100 or H200 no longer fit the L2.
 
 {wide}

@@ -41,14 +41,16 @@ class TokenLogprob(Protocol):
     def backward(self, grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `rows.logits` itself.
 
-        Its dtype may be narrower than that of the logits, on an accelerator. A token whose coefficients are zero is not
-        read, and its gradient is zero. The logits may be a slice of the columns.
+        Its dtype may be 16 bits wide where the logits have 32. Then a row of it may lie in the second half of the row's
+        own memory: who walks a row from its end overwrites what has been read, and nobody else may be on that row. A
+        token whose coefficients are zero is not read, and its gradient is zero. The logits may be a slice of the
+        columns.
         """
 
     def forward_backward(
         self, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
     ) -> Tensor:
-        """logprobs, and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
+        """logprobs, and into `grad_logits`, as of backward, the gradient of sum(coefficients * logprobs)."""
 
 
 class SequenceScore(Protocol):

@@ -10,7 +10,7 @@
 
 GEMMs by torch; the statistics of a tile of logits, and its gradient in place, by the kernels that are handed in.
 Names: n tokens that take part, of N; r tokens of a tile; v vocabulary, h hidden size; z a tile of logits [r, columns],
-dz its gradient in the dtype of the GEMMs.
+dz its gradient in the dtype of the GEMMs, in the same memory.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..backends.contract import TokenLogprob
 from ..values import Incoming, LogitRows, LogitTransform, Statistics
 from . import gemm as gemms
 from .gemm import Sum, slices
-from .tiles import Head, LogitTiles, RowSelection
+from .tiles import Head, LogitTiles, RowSelection, second_halves
 from .tiling import Tile, backward_tile, fixed_tile, row_tile
 
 
@@ -91,8 +91,11 @@ def backward_store(run: Run, incoming: Incoming, stored: Tensor, overwrite: bool
     """From the logits that were stored: two GEMMs.  overwrite: their gradient is written over them."""
     tokens, head, everything = run.tokens, run.head, slice(0, run.tokens.number)
     z = grad = stored[everything]
-    if head.narrows(needs.bias) or not overwrite:
-        grad = head.new_logits(z.shape[0], z.shape[1], head.weight.dtype if head.narrows(needs.bias) else z.dtype)
+    dtype = head.weight.dtype if head.narrows(needs.bias) else z.dtype
+    if not overwrite:
+        grad = head.new_logits(z.shape[0], z.shape[1], dtype)
+    elif dtype != z.dtype:
+        grad = second_halves(z, dtype)
     incoming = _incoming_part(_gather(tokens, incoming), everything)
     run.kernels.backward(grad[None], _logit_rows(run, z, everything), incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None

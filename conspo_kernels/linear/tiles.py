@@ -37,9 +37,9 @@ class Head(NamedTuple):
     def narrows(self, needs_bias: bool) -> bool:
         """Whether kernels write gradients in a narrower dtype than that of the logits.
 
-        Not on a CPU; and a gradient of the bias is summed before it is rounded.
+        Not where the bias needs one: that is summed before the gradient is rounded.
         """
-        return self.logits_dtype != self.weight.dtype and self.weight.device.type != "cpu" and not needs_bias
+        return self.logits_dtype != self.weight.dtype and not needs_bias
 
     def row_stride(self, columns: int) -> int:
         """From one row of logits to the next, in elements: on a GPU whole cache lines, so that V may be odd.
@@ -56,16 +56,38 @@ class Head(NamedTuple):
         return -(-columns // ALIGNMENT) * ALIGNMENT
 
     def new_logits(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> Tensor:
-        """[rows, columns], not filled."""
-        return self.weight.new_empty_strided(
-            (rows, columns), (self.row_stride(columns), 1), dtype=dtype or self.logits_dtype
-        )
+        """[rows, columns], not filled; the last row has its padding too."""
+        stride = self.row_stride(columns)
+        flat = self.weight.new_empty(rows * stride, dtype=dtype or self.logits_dtype)
+        return flat.as_strided((rows, columns), (stride, 1))
 
-    def operand(self, z: Tensor) -> Tensor:
-        """A tile of gradients in the dtype that it is multiplied in."""
-        return (
-            z if z.dtype == self.weight.dtype else self.new_logits(z.shape[0], z.shape[1], self.weight.dtype).copy_(z)
-        )
+    def operand(self, gradient: Tensor) -> Tensor:
+        """A tile of gradients in the dtype that it is multiplied in. One that is wider is lost."""
+        return gradient if gradient.dtype == self.weight.dtype else rounded_over(gradient, self.weight.dtype)
+
+
+def second_halves(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the gradient of fp32 logits z [r, columns] in 16 bits: the second half of the bytes of each row.
+
+    Who walks a row from its end overwrites what he has read: an element is written twice as near to the end as it was.
+    """
+    stride = z.stride(0)
+    return z.view(dtype).as_strided(z.shape, (2 * stride, 1), 2 * z.storage_offset() + stride)
+
+
+def rounded_over(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """fp32 z [r, columns] in 16 bits, in the first half of its own memory.
+
+    Rows k to 2k go where rows k/2 to k were, which have moved by then.
+    """
+    out = z.view(dtype).as_strided(z.shape, (z.stride(0), 1), 2 * z.storage_offset())
+    out[:1] = z[:1].to(dtype)
+    done = 1
+    while done < z.shape[0]:
+        rows = slice(done, 2 * done)
+        out[rows].copy_(z[rows])
+        done *= 2
+    return out
 
 
 class RowSelection(NamedTuple):
@@ -93,11 +115,9 @@ class RowSelection(NamedTuple):
 
     def problem(self, head: Head) -> Problem:
         vocab_size, hidden_size = head.weight.shape
-        itemsize, wide = self.hidden.element_size(), head.logits_dtype.itemsize
-        logit_bytes = wide if wide == itemsize else wide + itemsize
         return Problem(
-            self.number, vocab_size, hidden_size, itemsize, self.indices is not None, logit_bytes,
-            multiprocessors(self.hidden.device),
+            self.number, vocab_size, hidden_size, self.hidden.element_size(), self.indices is not None,
+            head.logits_dtype.itemsize, multiprocessors(self.hidden.device),
         )  # fmt: skip
 
     def gather(self, *tensors: Tensor) -> list[Tensor]:
@@ -124,14 +144,12 @@ class RowSelection(NamedTuple):
 class LogitTiles:
     """Tiles of logits, one after another in one buffer.
 
-    narrow: logits are wider than the operands of the GEMMs. Gradients get a buffer of their own, in the narrow dtype.
+    narrow: logits are wider than the operands of the GEMMs, and kernels write gradients in the dtype of these.
     """
 
     def __init__(self, head: Head, rows: int, columns: int, narrow: bool = False) -> None:
-        self.head = head
-        size = rows * head.row_stride(columns)
-        self.buffer = head.weight.new_empty(size, dtype=head.logits_dtype)
-        self.gradients = head.weight.new_empty(size) if narrow else self.buffer
+        self.head, self.narrow = head, narrow
+        self.buffer = head.weight.new_empty(rows * head.row_stride(columns), dtype=head.logits_dtype)
 
     def compute(self, hidden: Tensor, columns: slice) -> Tensor:
         """hidden [r, H] -> logits [r, columns]."""
@@ -141,5 +159,5 @@ class LogitTiles:
         return gemms.gemm(hidden, weight[columns].t(), out, None if bias is None else bias[columns])
 
     def gradient(self, z: Tensor) -> Tensor:
-        """Room for the gradient of a tile z [r, columns]."""
-        return self.gradients.as_strided(z.shape, (self.head.row_stride(z.shape[1]), 1))
+        """Room for the gradient of a tile z [r, columns], in its own memory."""
+        return second_halves(z, self.head.weight.dtype) if self.narrow else z

@@ -31,7 +31,7 @@ def workspace_of(memory: int) -> int:
 class Problem(NamedTuple):
     """itemsize: of hidden and weight, bytes.  gathered: rows are copied together before each GEMM.
 
-    logit_bytes: of a logit in the workspace, with its copy in the operands' dtype where it is wider; 0: itemsize.
+    logit_bytes: of a logit in the workspace, and its gradient, which overwrites it; 0: itemsize.
     multiprocessors: of a GPU; 0: a CPU, which has no waves, and whose rows of logits lie side by side.
     """
 

@@ -154,9 +154,24 @@ void run_forward(const Forward<T>& forward, int64_t num_rows) {
   }
 }
 
+using NarrowGradient = decltype(RowKernels::gradient_in_half);
+
+// The kernel for a gradient narrower than the logits, or none. It takes whole rows: where a row's gradient lies over its
+// logits, these have one reader.
+NarrowGradient narrow_gradient(const RowKernels& kernels, const Tensor& grad_logits, const Tensor& logits) {
+  if (grad_logits.scalar_type() == logits.scalar_type()) return nullptr;
+  TORCH_INTERNAL_ASSERT(logits.scalar_type() == at::kFloat, "only of fp32 logits a gradient may be narrower");
+  switch (grad_logits.scalar_type()) {
+    case at::kBFloat16: return kernels.gradient_in_bfloat16;
+    case at::kHalf: return kernels.gradient_in_half;
+    default: TORCH_INTERNAL_ASSERT(false, "a gradient of fp32 logits may be fp32, bf16 or fp16");
+  }
+}
+
 template <typename T>
 struct Backward {
   const RowKernels& kernels;
+  NarrowGradient narrow;
   Rows to, rows;
   Transform transform;
   const int64_t* labels;
@@ -170,7 +185,8 @@ struct Backward {
       return;
     }
     const RowGradient given{row_max[row], log_sum[row], c, h, grad_entropy ? entropy[row] : T(0), labels[row]};
-    kernels.gradient(to[row], rows[row], begin, end, transform, given);
+    narrow ? narrow(to[row], rows[row], end, transform, given)
+           : kernels.gradient(to[row], rows[row], begin, end, transform, given);
   }
 };
 
@@ -210,7 +226,6 @@ void token_logprob_backward(
   const auto dtype = accumulated(logits.scalar_type());
   check_rows(logits, "logits", {labels.size(0), labels.size(1), logits.size(2)});
   check_rows(grad_logits, "grad_logits", logits.sizes());
-  TORCH_INTERNAL_ASSERT(grad_logits.scalar_type() == logits.scalar_type());
   check_contiguous(labels, "labels", at::kLong, num_rows);
   check_contiguous(row_max, "row_max", dtype, num_rows);
   check_contiguous(log_sum, "log_sum", dtype, num_rows);
@@ -221,12 +236,19 @@ void token_logprob_backward(
   }
   if (num_rows == 0) return;
   AT_DISPATCH_FLOATING_TYPES(dtype, "token_logprob_backward", [&] {
+    const RowKernels& kernels = row_kernels(element_of(logits.scalar_type()));
     const Backward<scalar_t> backward{
-        row_kernels(element_of(logits.scalar_type())), Rows(grad_logits), Rows(logits), {inner, scale, capped},
-        labels.const_data_ptr<int64_t>(), row_max.const_data_ptr<scalar_t>(),
+        kernels, narrow_gradient(kernels, grad_logits, logits), Rows(grad_logits), Rows(logits),
+        {inner, scale, capped}, labels.const_data_ptr<int64_t>(), row_max.const_data_ptr<scalar_t>(),
         log_sum.const_data_ptr<scalar_t>(), data<scalar_t>(entropy), grad_logprobs.const_data_ptr<scalar_t>(),
         data<scalar_t>(grad_entropy)};
     const int64_t parts = backward.rows.parts(), vocab_size = backward.rows.vocab_size();
+    if (backward.narrow) {
+      for_each(num_rows, vocab_size, [&](int64_t begin, int64_t end) {
+        for (int64_t row = end - 1; row >= begin; --row) backward.part(row, 0, vocab_size);
+      });
+      return;
+    }
     for_each(num_rows * parts, std::min(PART, vocab_size), [&](int64_t begin, int64_t end) {
       // From the end: what forward read last is what the caches still hold.
       for (int64_t i = end - 1; i >= begin; --i) {
@@ -251,7 +273,6 @@ Tensor token_logprob_forward_backward(
   }
   check_rows(logits, "logits", {labels.size(0), labels.size(1), logits.size(2)});
   check_rows(grad_logits, "grad_logits", logits.sizes());
-  TORCH_INTERNAL_ASSERT(grad_logits.scalar_type() == logits.scalar_type());
   check_contiguous(labels, "labels", at::kLong, num_rows);
   check_contiguous(coefficients, "coefficients", dtype, num_rows);
   Tensor logprobs = at::empty(labels.sizes(), logits.options().dtype(dtype));
@@ -265,7 +286,8 @@ Tensor token_logprob_forward_backward(
     const Forward<scalar_t> forward{
         kernels, Rows(logits), transform, tokens, logprobs.data_ptr<scalar_t>(), nullptr, m, ls};
     const Backward<scalar_t> backward{
-        kernels, Rows(grad_logits), Rows(logits), transform, tokens, m, ls, nullptr,
+        kernels, narrow_gradient(kernels, grad_logits, logits), Rows(grad_logits), Rows(logits), transform, tokens, m,
+        ls, nullptr,
         coefficients.const_data_ptr<scalar_t>(), nullptr};
     const int64_t vocab_size = forward.rows.vocab_size();
     for_each(num_rows, vocab_size, [&](int64_t begin, int64_t end) {

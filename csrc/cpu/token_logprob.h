@@ -36,6 +36,9 @@ struct RowGradient {
 struct RowKernels {
   void (*statistics)(const void* row, int64_t begin, int64_t end, const Transform&, bool entropy, Statistics*);
   void (*gradient)(void* to, const void* row, int64_t begin, int64_t end, const Transform&, const RowGradient&);
+  // Of fp32 logits, in 16 bits; `to` may be the second half of the row's own bytes: what is overwritten has been read.
+  void (*gradient_in_bfloat16)(void* to, const void* row, int64_t count, const Transform&, const RowGradient&);
+  void (*gradient_in_half)(void* to, const void* row, int64_t count, const Transform&, const RowGradient&);
   void (*exp)(void* to, const void* from, int64_t count, bool negative);
 };
 

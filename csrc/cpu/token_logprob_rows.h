@@ -156,31 +156,43 @@ struct Elsewhere {
   static constexpr bool IS_LABEL = false;
 };
 
-template <typename E, bool CAPPED, bool ENTROPY>
-void gradient_of(
-    E* to, const E* row, int64_t begin, int64_t end, const Transform& transform, const RowGradient& given) {
-  using T = typename Accumulate<E>::Type;
-  constexpr int SIZE = Pack<E>::SIZE;
-  // A NaN that is passed on has zeros where bf16 has no digits.
-  const auto number = [](double x) { return x == x ? T(x) : T(__builtin_nan("")); };
-  const Capped<T, CAPPED> capped{T(transform.inner)};
-  const Exponential<T> exponential(1);
-  const T m = number(given.max), scale = T(transform.scale), log_sum = number(given.log_sum);
-  const T c = number(given.c * transform.scale), h = number(given.h * transform.scale);
-  const T entropy = number(given.entropy);
+// The gradients of a row's logits.
+template <typename T, bool CAPPED, bool ENTROPY>
+class Gradients {
+ public:
+  Gradients(const Transform& transform, const RowGradient& given)
+      : capped{T(transform.inner)}, exponential(1), m(number(given.max)), scale(T(transform.scale)),
+        log_sum(number(given.log_sum)), c(number(given.c * transform.scale)), h(number(given.h * transform.scale)),
+        entropy(number(given.entropy)) {}
 
-  const auto gradients = [&](Pack<E> z, auto place) {
+  template <typename E, typename Place>
+  Pack<E> operator()(Pack<E> z, Place) const {
     for (auto& v : z.v) {
       const Float<T> u = capped.value(v);
       const Float<T> log_p = (u - m) * scale - log_sum;
       const Float<T> p = exponential.of_negative(log_p);
-      Float<T> g = decltype(place)::IS_LABEL ? c * (1 - p) : -c * p;
+      Float<T> g = Place::IS_LABEL ? c * (1 - p) : -c * p;
       if constexpr (ENTROPY) g -= h * ((p > 0 ? p * log_p : broadcast<T>(0)) + p * entropy);
       if constexpr (CAPPED) g *= capped.slope(v, u);
       v = g;
     }
     return z;
-  };
+  }
+
+ private:
+  // A NaN that is passed on has zeros where bf16 has no digits.
+  static T number(double x) { return x == x ? T(x) : T(__builtin_nan("")); }
+
+  const Capped<T, CAPPED> capped;
+  const Exponential<T> exponential;
+  const T m, scale, log_sum, c, h, entropy;
+};
+
+template <typename E, bool CAPPED, bool ENTROPY>
+void gradient_of(
+    E* to, const E* row, int64_t begin, int64_t end, const Transform& transform, const RowGradient& given) {
+  constexpr int SIZE = Pack<E>::SIZE;
+  const Gradients<typename Accumulate<E>::Type, CAPPED, ENTROPY> gradients(transform, given);
 
   // The label's element is computed apart, before it may be written over, and stored last.
   const bool has_label = begin <= given.label && given.label < end;
@@ -215,6 +227,41 @@ void gradient(
   }
 }
 
+// From the end: an element is written twice as near to the end of a row as it was.
+template <typename To, bool CAPPED, bool ENTROPY>
+void narrow_gradient_of(
+    To* to, const float* row, int64_t count, const Transform& transform, const RowGradient& given) {
+  constexpr int SIZE = Pack<float>::SIZE;
+  const Gradients<float, CAPPED, ENTROPY> gradients(transform, given);
+  const bool has_label = 0 <= given.label && given.label < count;
+  To at_label[SIZE], rest[SIZE];
+  if (has_label) store_narrow(at_label, gradients(load_tail(row + given.label, 1, row[given.label]), Label{}));
+  int64_t i = count / SIZE * SIZE;
+  if (i < count) {
+    store_narrow(rest, gradients(load_tail(row + i, int(count - i), row[i]), Elsewhere{}));
+    for (int64_t j = i; j < count; ++j) to[j] = rest[j - i];
+  }
+  for (i -= SIZE; i >= 0; i -= SIZE) {
+    if (i >= AHEAD) __builtin_prefetch(row + i - AHEAD);
+    store_narrow(to + i, gradients(load(row + i), Elsewhere{}));
+  }
+  if (has_label) to[given.label] = at_label[0];
+}
+
+template <typename To>
+void narrow_gradient(
+    void* to, const void* row, int64_t count, const Transform& transform, const RowGradient& given) {
+  To* out = static_cast<To*>(to);
+  const float* z = static_cast<const float*>(row);
+  if (transform.capped) {
+    given.h != 0 ? narrow_gradient_of<To, true, true>(out, z, count, transform, given)
+                 : narrow_gradient_of<To, true, false>(out, z, count, transform, given);
+  } else {
+    given.h != 0 ? narrow_gradient_of<To, false, true>(out, z, count, transform, given)
+                 : narrow_gradient_of<To, false, false>(out, z, count, transform, given);
+  }
+}
+
 // The exponentials themselves, for their test.
 template <typename T>
 void exp_each(void* to, const void* from, int64_t count, bool negative) {
@@ -233,10 +280,11 @@ void exp_each(void* to, const void* from, int64_t count, bool negative) {
 
 // In the order of `Element`.
 const RowKernels CONSPO_KERNELS[ELEMENTS] = {
-    {CONSPO_ISA::statistics<float>, CONSPO_ISA::gradient<float>, CONSPO_ISA::exp_each<float>},
-    {CONSPO_ISA::statistics<double>, CONSPO_ISA::gradient<double>, CONSPO_ISA::exp_each<double>},
-    {CONSPO_ISA::statistics<BFloat16>, CONSPO_ISA::gradient<BFloat16>, nullptr},
-    {CONSPO_ISA::statistics<Half>, CONSPO_ISA::gradient<Half>, nullptr},
+    {CONSPO_ISA::statistics<float>, CONSPO_ISA::gradient<float>, CONSPO_ISA::narrow_gradient<BFloat16>,
+     CONSPO_ISA::narrow_gradient<Half>, CONSPO_ISA::exp_each<float>},
+    {CONSPO_ISA::statistics<double>, CONSPO_ISA::gradient<double>, nullptr, nullptr, CONSPO_ISA::exp_each<double>},
+    {CONSPO_ISA::statistics<BFloat16>, CONSPO_ISA::gradient<BFloat16>, nullptr, nullptr, nullptr},
+    {CONSPO_ISA::statistics<Half>, CONSPO_ISA::gradient<Half>, nullptr, nullptr, nullptr},
 };
 
 }  // namespace conspo

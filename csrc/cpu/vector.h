@@ -128,6 +128,15 @@ inline void store(BFloat16* to, const Pack<BFloat16>& pack) {
   __builtin_memcpy(to, &both, sizeof(both));
 }
 
+// fp32 in bf16, any NaN as one.
+inline void store_narrow(BFloat16* to, const Pack<float>& pack) {
+  const Float<float> v = pack.v[0];
+  const Int<float> b = bits<Int<float>>(v);
+  const Int<float> rounded = v == v ? (b + 0x7fff + ((b >> 16) & 1)) >> 16 : Int<float>{} + 0x7fc0;
+  const Short shorts = __builtin_convertvector(rounded & 0xffff, Short);
+  __builtin_memcpy(to, &shorts, sizeof(shorts));
+}
+
 // With the masks of all lanes, for GCC 12 takes the plain forms for reads of something uninitialised.
 #if defined(__x86_64__) && CONSPO_VECTOR_BYTES == 64
 inline Pack<Half> load(const Half* from) {
@@ -170,6 +179,7 @@ inline void store(Half* to, const Pack<Half>& pack) {
   __builtin_memcpy(to, &shorts, sizeof(shorts));
 }
 #endif
+inline void store_narrow(Half* to, const Pack<float>& pack) { store(to, Pack<Half>{{pack.v[0]}}); }
 
 // ---- exp ------------------------------------------------------------------------------------------------------------
 

@@ -146,10 +146,12 @@ def _combine_kernel(
 
 @triton.jit
 def _backward_tile(
-    logits_ptr, grad_ptr, mask, is_label, c, h, m, log_sum, entropy, inner, scale,
+    logits_ptr, grad_ptr, mask, is_label, wait, c, h, m, log_sum, entropy, inner, scale,
     TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, DROP: tl.constexpr,
 ):  # fmt: skip
     z = tl.load(logits_ptr, mask=mask, eviction_policy=DROP).to(m.dtype)
+    if wait:  # until all threads of the program have read this far
+        tl.debug_barrier()
     g = grad_tile(z, is_label, c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY)
     tl.store(grad_ptr, g.to(grad_ptr.dtype.element_ty), mask=mask, eviction_policy=DROP)
 
@@ -189,25 +191,69 @@ def _write_gradient(
         if start < stop:
             _backward_tile(
                 logits_ptr + first + start + lanes, grad_logits_ptr + grad_first + start + lanes, start + lanes < stop,
-                lanes == (label_lane - start).to(tl.int32), c, h, m, log_sum, entropy, inner, scale,
+                lanes == (label_lane - start).to(tl.int32), False, c, h, m, log_sum, entropy, inner, scale,
                 TANH, HAS_ENTROPY, DROP,
             )  # fmt: skip
         for _ in range(num_tiles):
             start -= LANES * VECTOR
             _backward_tile(
                 logits_ptr + first + start + lanes, grad_logits_ptr + grad_first + start + lanes, None,
-                lanes == (label_lane - start).to(tl.int32), c, h, m, log_sum, entropy, inner, scale,
+                lanes == (label_lane - start).to(tl.int32), False, c, h, m, log_sum, entropy, inner, scale,
                 TANH, HAS_ENTROPY, DROP,
             )  # fmt: skip
         if has_edges:
             offsets, mask = edges(row, vocab_size, first, last, VECTOR)
             _backward_tile(
                 logits_ptr + offsets, grad_logits_ptr + (grad_row - row) + offsets, mask, offsets - row == label,
+                False, c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY, DROP,
+            )  # fmt: skip
+
+
+@triton.jit
+def _write_narrow_gradient(
+    logits_ptr, grad_logits_ptr, row, grad_row, label, vocab_size, c, h, m, log_sum, entropy, inner, scale,
+    ALIGNED: tl.constexpr, TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr, VECTOR: tl.constexpr, LANES: tl.constexpr,
+    DROP: tl.constexpr,
+):  # fmt: skip
+    """The gradient of a whole row in half of a logit's bytes, perhaps in the second half of the row's own.
+
+    From the end: a tile is written half as far from it as it was read, over logits that were read before, perhaps by
+    another thread. All of them wait for each other once the tiles 0, 1, 2, 4, 8 ... are read: until the next of these
+    nobody writes further from the end than that. No other program may be on this row.
+    """
+    if ALIGNED:  # a product, so that the compiler sees it
+        row = row // VECTOR * VECTOR
+        grad_row = grad_row // VECTOR * VECTOR
+    lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+    label_lane = tl.where(label >> 31 == 0, label, -1)  # as in `_write_gradient`
+    num_tiles = vocab_size // (LANES * VECTOR)
+    start = num_tiles * (LANES * VECTOR)
+    mask = start + lanes < vocab_size
+    if (c == 0) & (h == 0):
+        zero = tl.zeros((LANES, VECTOR), grad_logits_ptr.dtype.element_ty)
+        if start < vocab_size:
+            tl.store(grad_logits_ptr + grad_row + start + lanes, zero, mask=mask)
+        for _ in range(num_tiles):
+            start -= LANES * VECTOR
+            tl.store(grad_logits_ptr + grad_row + start + lanes, zero)
+    else:
+        if start < vocab_size:
+            _backward_tile(
+                logits_ptr + row + start + lanes, grad_logits_ptr + grad_row + start + lanes, mask,
+                lanes == (label_lane - start).to(tl.int32), True, c, h, m, log_sum, entropy, inner, scale,
+                TANH, HAS_ENTROPY, DROP,
+            )  # fmt: skip
+        for tile in range(num_tiles):
+            start -= LANES * VECTOR
+            _backward_tile(
+                logits_ptr + row + start + lanes, grad_logits_ptr + grad_row + start + lanes, None,
+                lanes == (label_lane - start).to(tl.int32), tile & (tile - 1) == 0,
                 c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY, DROP,
             )  # fmt: skip
 
 
-# Reads and writes N * V once. Tokens whose coefficients are zero, ignored ones too, are zero-filled and not read.
+# Reads and writes N * V once. Tokens whose coefficients are zero, ignored ones too, are zero-filled and not read. A
+# gradient that is narrower than the logits has one program per row, otherwise a row has one per chunk.
 @kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
     logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
@@ -237,14 +283,20 @@ def _backward_kernel(
     row = row_offset(token, num_positions, logits_misalignment, stride_logits_b, stride_logits_t)
     first, last = interior(row, vocab_size, VECTOR)
     grad_row = row_offset(token, num_positions, grad_misalignment, stride_grad_b, stride_grad_t)
-    start = chunk * CHUNK
-    stop = tl.minimum(start + CHUNK, last - first)
-    has_edges = (chunk == 0) & (last - first < vocab_size)
-    _write_gradient(
-        logits_ptr, grad_logits_ptr, row, grad_row, first, last, start, stop, has_edges, label - vocab_start,
-        vocab_size, c, h, m, log_sum, entropy, inner, scale,
-        TANH, HAS_ENTROPY, SAME_ALIGNMENT, VECTOR, LANES, "",
-    )  # fmt: skip
+    if grad_logits_ptr.dtype.element_ty.primitive_bitwidth < logits_ptr.dtype.element_ty.primitive_bitwidth:
+        _write_narrow_gradient(
+            logits_ptr, grad_logits_ptr, row, grad_row, label - vocab_start, vocab_size, c, h, m, log_sum, entropy,
+            inner, scale, SAME_ALIGNMENT, TANH, HAS_ENTROPY, VECTOR, LANES, "",
+        )  # fmt: skip
+    else:
+        start = chunk * CHUNK
+        stop = tl.minimum(start + CHUNK, last - first)
+        has_edges = (chunk == 0) & (last - first < vocab_size)
+        _write_gradient(
+            logits_ptr, grad_logits_ptr, row, grad_row, first, last, start, stop, has_edges, label - vocab_start,
+            vocab_size, c, h, m, log_sum, entropy, inner, scale,
+            TANH, HAS_ENTROPY, SAME_ALIGNMENT, VECTOR, LANES, "",
+        )  # fmt: skip
 
 
 # Reads N * V logits twice, the second time from the caches, and writes them once. One program per row: it
@@ -282,8 +334,14 @@ def _known_kernel(
         logprob = tl.fma(d, scale, -log_sum)
     tl.store(logprobs_ptr + token, logprob)
     tl.debug_barrier()  # where the gradient overwrites the logits, every thread has read the label's
-    _write_gradient(
-        logits_ptr, grad_logits_ptr, row, grad_row, first, last, last * 0, last - first, has_edges, label, vocab_size,
-        c, tl.zeros_like(c), m, log_sum, tl.zeros_like(c), inner, scale,
-        TANH, False, True, VECTOR, LANES, "evict_first",
-    )  # fmt: skip
+    zero = tl.zeros_like(c)
+    if grad_logits_ptr.dtype.element_ty.primitive_bitwidth < logits_ptr.dtype.element_ty.primitive_bitwidth:
+        _write_narrow_gradient(
+            logits_ptr, grad_logits_ptr, row, grad_row, label, vocab_size, c, zero, m, log_sum, zero, inner, scale,
+            True, TANH, False, VECTOR, LANES, "evict_first",
+        )  # fmt: skip
+    else:
+        _write_gradient(
+            logits_ptr, grad_logits_ptr, row, grad_row, first, last, last * 0, last - first, has_edges, label,
+            vocab_size, c, zero, m, log_sum, zero, inner, scale, TANH, False, True, VECTOR, LANES, "evict_first",
+        )  # fmt: skip

@@ -1,5 +1,7 @@
 """Token log-probabilities over the vocabulary, forward and backward: how `row_kernels.py` is launched."""
 
+from typing import Any
+
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -45,15 +47,17 @@ def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
     """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
     logits, labels, transform, start = rows
     row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
-    num_tokens, num_chunks = labels.numel(), num_chunks_of(logits)
+    num_tokens, constants = labels.numel(), _constants(logits, transform)
     if num_tokens == 0:
         return
+    if grad_logits.dtype != logits.dtype:
+        constants["num_chunks"] = 1  # the gradient may lie over logits that only this row's program may read
     base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
     # A series for tanh and the addresses of narrow stores double the registers per logit: a smaller tile.
     light = transform.tanh(logits.dtype) != "series" and same_alignment
-    _backward_kernel[(num_tokens * num_chunks,)](
+    _backward_kernel[(num_tokens * constants["num_chunks"],)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
-        labels.shape[1], start, **_constants(logits, transform), **tiles(logits, "backward" if light else "heavy"),
+        labels.shape[1], start, **constants, **tiles(logits, "backward" if light else "heavy"),
         HAS_ENTROPY=grad_entropy is not None, SAME_ALIGNMENT=same_alignment,
     )  # fmt: skip
 
@@ -77,17 +81,23 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
 
 
 def _strided(logits: Tensor, grad_logits: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], bool]:
-    """Both from an aligned base, offset and strides of the rows of each, and whether these are aligned alike."""
+    """Both from an aligned base, offset and strides of the rows of each, and whether these are aligned alike.
+
+    A gradient narrower than the logits: whether the rows of both are aligned.
+    """
     base, misalignment = aligned_base(logits)
     grad_base, grad_misalignment = aligned_base(grad_logits)
     row = (misalignment, logits.stride(0), logits.stride(1))
     grad_row = (grad_misalignment, grad_logits.stride(0), grad_logits.stride(1))
     vector = VECTOR_BYTES // logits.element_size()
-    same_alignment = all((a - b) % vector == 0 for a, b in zip(row, grad_row, strict=True))
+    if grad_logits.dtype != logits.dtype:
+        same_alignment = all(x % vector == 0 for x in (*row, *grad_row))
+    else:
+        same_alignment = all((a - b) % vector == 0 for a, b in zip(row, grad_row, strict=True))
     return base, grad_base, row, grad_row, same_alignment
 
 
-def _constants(logits: Tensor, transform: LogitTransform) -> dict[str, object]:
+def _constants(logits: Tensor, transform: LogitTransform) -> dict[str, Any]:
     """The arguments that all kernels of `row_kernels.py` share."""
     return {
         "inner": transform.inner,
