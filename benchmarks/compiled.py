@@ -29,6 +29,7 @@ from triton.runtime.jit import JITFunction
 
 from benchmarks.compiled_code.machine_code import least_in_flight
 from benchmarks.compiled_code.occupancy import Occupancy, occupancy
+from conspo_kernels.linear.tiles import second_halves
 from conspo_kernels.objective import GroupLoss, Groups, Objective, Rollouts
 from conspo_kernels.values import LogitRows, LogitTransform, Statistics
 from ptx_executor.driver import CompilingDriver
@@ -110,6 +111,24 @@ def call_token_logprob(
     return rows, statistics, grad
 
 
+def call_over(vocab_size: int, known: bool) -> tuple[Any, ...]:
+    """As `call_token_logprob` or, with `known`, `call_known`: the gradient of fp32 logits, in bf16, over them."""
+    from conspo_kernels.backends.triton import token_logprob as kernels
+
+    logits = _logits(vocab_size, torch.float32)
+    labels = torch.tensor([[0, vocab_size - 1]])
+    rows = LogitRows(logits, labels, LogitTransform())
+    stride = -(-vocab_size // 64) * 64
+    tile = torch.empty(2 * stride).as_strided((2, vocab_size), (stride, 1)).copy_(logits[0])
+    grad, over = second_halves(tile, torch.bfloat16)[None], rows._replace(logits=tile[None])
+    if known:
+        with mock.patch.object(kernels, "row_fits_cache", return_value=True):
+            return rows, kernels.forward_backward(grad, over, torch.ones(1, 2)), grad
+    statistics = kernels.forward(over, False)
+    kernels.backward(grad, over, statistics.incoming(statistics.logprobs))
+    return rows, statistics, grad
+
+
 def call_known(logits: Tensor) -> tuple[LogitRows, Tensor, Tensor]:
     """Logits and labels, log-probabilities, and the gradient of their sum: one launch, as where caches hold a row."""
     from conspo_kernels.backends.triton import token_logprob as kernels
@@ -175,6 +194,8 @@ CASES: dict[str, Callable[[], object]] = {
     "fp64, V 1,000": lambda: call_token_logprob(_logits(1000, torch.float64)),
     "known, bf16, V 151,936": lambda: call_known(_logits(151_936, torch.bfloat16)),
     "known, fp32, V 50,257": lambda: call_known(_logits(50_257, torch.float32)),
+    "bf16 over fp32, V 50,257": lambda: call_over(50_257, known=False),
+    "known, bf16 over fp32, V 50,257": lambda: call_over(50_257, known=True),
     "padded": lambda: call_sequence_score(packed=False),
     "packed": lambda: call_sequence_score(packed=True),
     "equal groups": lambda: call_group_infonce(ragged=False),

@@ -60,6 +60,8 @@ def test_planted_faults() -> None:
     assert "20004 bytes from the start of logits_ptr, which has 20004" in result["mask"]
     assert "global load: address not a multiple of 16" in result["hint"]
     assert result["constant"] > 100 * GRADIENT["fp32"] > 100 * result["no constant"] / 10
+    assert len(result["barriers, over"]) == 3  # of the last logits of a row, of the tile with a part, of whole tiles
+    assert all("memory race" in fault for fault in result["barriers, over"])
     for kernel in ("statistics", "scores"):
         assert len(result[f"barriers, {kernel}"]) == 5
         for fault in result[f"barriers, {kernel}"]:  # without any one of them

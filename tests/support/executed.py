@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compiled import CASES, call_group_infonce, call_sequence_score, call_token_logprob
+from benchmarks.compiled import CASES, call_group_infonce, call_over, call_sequence_score, call_token_logprob
 from conspo_kernels.backends.triton import (
     group_infonce,
     row_kernels,
@@ -215,6 +215,7 @@ def faults() -> dict[str, Any]:
     ):
         result["hint"] = fault_of(forward)
     result["barriers, statistics"] = without_barriers(forward, "_statistics_kernel")
+    result["barriers, over"] = without_barriers(lambda: call_over(9023, known=False), "_backward_kernel")
     result["barriers, scores"] = without_barriers(lambda: call_sequence_score(False, 300), "_forward_kernel")
     with planted(softmax.grad_tile, "scale * inner * 4", "scale * inner * 3.9"), compiled("sm_90"):
         result["constant"] = token_errors(call_token_logprob(torch.randn(1, 2, 4097), softcap=30.0))["gradient"]

@@ -218,42 +218,46 @@ def _write_narrow_gradient(
     """The gradient of a whole row in half of a logit's bytes, perhaps in the second half of the row's own.
 
     From the end: a tile is written half as far from it as it was read, over logits that were read before, perhaps by
-    another thread. All of them wait for each other once the tiles 0, 1, 2, 4, 8 ... are read: until the next of these
-    nobody writes further from the end than that. No other program may be on this row.
+    another thread. So all wait for each other once the tiles 0, 1, 2, 4, 8 ... are read. No other program may be here.
     """
-    if ALIGNED:  # a product, so that the compiler sees it
-        row = row // VECTOR * VECTOR
-        grad_row = grad_row // VECTOR * VECTOR
+    # A product, so that the compiler sees it.
+    logits_ptr += row // VECTOR * VECTOR if ALIGNED else row
+    grad_logits_ptr += grad_row // VECTOR * VECTOR if ALIGNED else grad_row
     lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     label_lane = tl.where(label >> 31 == 0, label, -1)  # as in `_write_gradient`
-    num_tiles = vocab_size // (LANES * VECTOR)
-    start = num_tiles * (LANES * VECTOR)
-    mask = start + lanes < vocab_size
+    start = vocab_size // (LANES * VECTOR) * (LANES * VECTOR)
+    last = vocab_size // VECTOR * VECTOR
+    edge = last + tl.arange(0, VECTOR)
     if (c == 0) & (h == 0):
         zero = tl.zeros((LANES, VECTOR), grad_logits_ptr.dtype.element_ty)
-        if start < vocab_size:
-            tl.store(grad_logits_ptr + grad_row + start + lanes, zero, mask=mask)
-        for _ in range(num_tiles):
+        tl.store(grad_logits_ptr + edge, tl.zeros_like(edge).to(zero.dtype), mask=edge < vocab_size)
+        tl.store(grad_logits_ptr + start + lanes, zero, mask=start + lanes < last)
+        for _ in range(vocab_size // (LANES * VECTOR)):
             start -= LANES * VECTOR
-            tl.store(grad_logits_ptr + grad_row + start + lanes, zero)
+            tl.store(grad_logits_ptr + start + lanes, zero)
     else:
-        if start < vocab_size:
+        if last < vocab_size:
             _backward_tile(
-                logits_ptr + row + start + lanes, grad_logits_ptr + grad_row + start + lanes, mask,
-                lanes == (label_lane - start).to(tl.int32), True, c, h, m, log_sum, entropy, inner, scale,
-                TANH, HAS_ENTROPY, DROP,
+                logits_ptr + edge, grad_logits_ptr + edge, edge < vocab_size, edge == label, True,
+                c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY, DROP,
             )  # fmt: skip
-        for tile in range(num_tiles):
+        if start < last:
+            _backward_tile(
+                logits_ptr + start + lanes, grad_logits_ptr + start + lanes, start + lanes < last,
+                lanes == (label_lane - start).to(tl.int32), True,
+                c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY, DROP,
+            )  # fmt: skip
+        for tile in range(vocab_size // (LANES * VECTOR)):
             start -= LANES * VECTOR
             _backward_tile(
-                logits_ptr + row + start + lanes, grad_logits_ptr + grad_row + start + lanes, None,
+                logits_ptr + start + lanes, grad_logits_ptr + start + lanes, None,
                 lanes == (label_lane - start).to(tl.int32), tile & (tile - 1) == 0,
                 c, h, m, log_sum, entropy, inner, scale, TANH, HAS_ENTROPY, DROP,
             )  # fmt: skip
 
 
-# Reads and writes N * V once. Tokens whose coefficients are zero, ignored ones too, are zero-filled and not read. A
-# gradient that is narrower than the logits has one program per row, otherwise a row has one per chunk.
+# Reads and writes N * V once. Tokens whose coefficients are zero, ignored ones too, are zero-filled and not read. One
+# program per chunk of a row, or per row where the gradient is narrower than the logits.
 @kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _backward_kernel(
     logits_ptr, labels_ptr, row_max_ptr, log_sum_ptr, entropy_ptr, grad_logprobs_ptr, grad_entropy_ptr,
