@@ -1,12 +1,19 @@
 """Where log-probabilities come from: logits, or hidden states and the weight of the head.
 
-Both sources offer the same: log-probabilities, with a graph where grad mode is on, and the gradient for known
-coefficients. `inputs/sources.py` makes them of arguments; nothing is checked here.
+Both sources offer the same, for tokens [B, T]:
+
+    logprobs         log-probabilities and entropies (empty unless asked for), with a graph where grad mode is on
+    known_gradient   the gradient for known coefficients [B, T]; None: it cannot be computed before the backward
+    skips_tokens     whether dropping tokens saves work
+    synchronize      whether to wait for the device once, to learn which tokens take part
+
+`inputs/sources.py` makes them of arguments; nothing is checked here.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,32 +28,21 @@ from .parallel import Parallel
 from .values import Tokens
 
 
-class LabelledRows(Protocol):
-    """The public argument that labels belong to, row by row."""
+@dataclass(kw_only=True)
+class LabelledRows:
+    """The public argument that labels belong to, row by row.
 
-    @property
-    def name(self) -> str: ...
+    shape: of its tokens, as the user passed them.  dtype: of log-probabilities.  vocab_size: labels are smaller; or
+    NOT_CHECKED, or ON_ALL_RANKS.
+    """
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of its tokens, as the user passed them."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of log-probabilities."""
-
-    @property
-    def vocab_size(self) -> int:
-        """Labels are smaller; NOT_CHECKED or ON_ALL_RANKS."""
-
-    @property
-    def parallel(self) -> Parallel: ...
-
-    @property
-    def implementation(self) -> str: ...
+    name: str
+    shape: tuple[int, ...]
+    device: torch.device
+    dtype: torch.dtype
+    vocab_size: int
+    parallel: Parallel
+    implementation: str
 
 
 class KnownGradient(NamedTuple):
@@ -62,58 +58,28 @@ class KnownGradient(NamedTuple):
     weight_grad: Tensor | None = None
 
 
-class Source(LabelledRows, Protocol):
-    """What is asked of a source. Tokens are [B, T]."""
-
-    @property
-    def skips_tokens(self) -> bool:
-        """Whether dropping tokens saves work."""
-
-    @property
-    def synchronize(self) -> bool:
-        """Whether to wait for the device once, to learn which tokens take part."""
-
-    def logprobs(self, tokens: Tokens, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (empty unless asked for), [B, T], with a graph where grad mode is on."""
-
-    def known_gradient(self, tokens: Tokens, coefficients: Tensor) -> KnownGradient | None:
-        """The gradient for known coefficients [B, T]; None if it cannot be computed in advance: use `logprobs` then."""
-
-
-class UserValues(NamedTuple):
+@dataclass(kw_only=True)
+class UserValues(LabelledRows):
     """Log-probabilities or scores that the user passed, in fp32 or fp64, in place of a source."""
 
-    name: str
-    shape: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-    vocab_size: int
-    parallel: Parallel
-    implementation: str
     values: Tensor
 
 
-class LogitsSource(NamedTuple):
+@dataclass(kw_only=True)
+class LogitsSource(LabelledRows):
     """logits: [B, T, V], of packed tokens [1, N, V].  user_logits: as the user passed them, perhaps a DTensor.
 
     transform, vocab_start, vocab_group: as of `token_logprob`.  inplace: the gradient is written over the logits.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-    vocab_size: int
-    parallel: Parallel
-    implementation: str
     user_logits: Tensor
     logits: Tensor
     transform: list[float]
     vocab_start: int
     vocab_group: str
     inplace: bool
-    skips_tokens: bool = False
-    synchronize: bool = False
+    skips_tokens: ClassVar[bool] = False
+    synchronize: ClassVar[bool] = False
 
     def logprobs(self, tokens: Tokens, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
         logprobs, entropy, _row_max, _log_sum = token_logprob(
@@ -155,19 +121,13 @@ class LogitsSource(NamedTuple):
         return KnownGradient(logprobs, (self.user_logits, None, None), gradients)
 
 
-class HiddenSource(NamedTuple):
+@dataclass(kw_only=True)
+class HiddenSource(LabelledRows):
     """Hidden states [N, H] and the head's weight [V, H] and bias [V], in the dtype of the GEMMs.
 
     transform: as of `token_logprob`.  workspace: bytes for tiles of logits.
     """
 
-    name: str
-    shape: tuple[int, ...]
-    device: torch.device
-    dtype: torch.dtype
-    vocab_size: int
-    parallel: Parallel
-    implementation: str
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None
@@ -177,7 +137,7 @@ class HiddenSource(NamedTuple):
     weight_grad: Tensor | None
     batch_invariant: bool
     synchronize: bool
-    skips_tokens: bool = True
+    skips_tokens: ClassVar[bool] = True
 
     @property
     def needs(self) -> list[bool]:
@@ -249,3 +209,6 @@ class HiddenSource(NamedTuple):
         inputs = (self.hidden, self.weight, self.bias)
         logprobs = logprobs.view(tokens.labels.shape)
         return KnownGradient(logprobs, inputs, (hidden_grad, weight_grad, bias_grad), self.weight_grad)
+
+
+Source = LogitsSource | HiddenSource

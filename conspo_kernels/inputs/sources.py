@@ -133,9 +133,15 @@ def scores_source(scores: Tensor, parallel: Parallel | None, implementation: str
 
 def _user_values(name: str, values: Tensor, parallel: Parallel | None, implementation: str) -> UserValues:
     values = values.to(accumulated(values.dtype)).resolve_neg()
-    ranks = parallel_from(parallel)
     return UserValues(
-        name, tuple(values.shape), values.device, values.dtype, NOT_CHECKED, ranks, implementation, values
+        name=name,
+        shape=tuple(values.shape),
+        device=values.device,
+        dtype=values.dtype,
+        vocab_size=NOT_CHECKED,
+        parallel=parallel_from(parallel),
+        implementation=implementation,
+        values=values,
     )
 
 

@@ -19,24 +19,25 @@ from .direct import kernel
 from .launch import FUSED, ceil_div, registers
 from .softmax import NEG_INF, finite_max
 
-MEMBERS = 16
-GROUPS = 16
+MEMBERS = tl.constexpr(16)
+GROUPS = tl.constexpr(16)
 FEW = 1024  # rollouts: four tiles, of which a program reads each four times
 LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
 # ptxas, which does not know that there are few programs, would rather use a stack than have fewer at a time.
 REGISTERS = 64
 BLOCK = 1024  # of the second launch, rollouts per program
-UNSPECIALIZED = ("num_rollouts", "num_slots", "group_size", "num_programs")
+UNSPECIALIZED = ("num_rollouts", "num_groups", "group_size", "num_programs")
 # A user's slice begins anywhere.
-UNALIGNED = ("scores_ptr", "rewards_ptr", "counts_ptr", "margin_ptr", "num_groups_ptr")
+UNALIGNED = ("scores_ptr", "rewards_ptr", "counts_ptr", "margin_ptr", "denominator_ptr")
 
 
 @triton.jit
-def _extent(k0, num_slots, offsets_ptr, group_size, RAGGED: tl.constexpr, GROUPS: tl.constexpr):
-    """Start and stop of the groups k0 .. k0 + GROUPS; empty past the last slot."""
+def _extent(k0, groups):
+    """Start and stop of the groups k0 .. k0 + GROUPS; empty past the last one."""
+    offsets_ptr, num_groups, group_size = groups
     k = k0 + tl.arange(0, GROUPS)
-    mask = k < num_slots
-    if RAGGED:
+    mask = k < num_groups
+    if offsets_ptr is not None:
         start = tl.load(offsets_ptr + k, mask=mask, other=0)
         stop = tl.load(offsets_ptr + k + 1, mask=mask, other=0)
     else:
@@ -46,24 +47,23 @@ def _extent(k0, num_slots, offsets_ptr, group_size, RAGGED: tl.constexpr, GROUPS
 
 
 @triton.jit
-def _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED: tl.constexpr):
-    """Whether a group begins at slot k0 or later: trailing slots of ragged groups are empty."""
-    if RAGGED:
-        return tl.load(offsets_ptr + tl.minimum(k0, num_slots)) < num_rollouts
+def _any_left(k0, num_rollouts, groups):
+    """Whether there are rollouts in group k0 or later: trailing ragged groups are empty."""
+    offsets_ptr, num_groups, _group_size = groups
+    if offsets_ptr is not None:
+        return tl.load(offsets_ptr + tl.minimum(k0, num_groups)) < num_rollouts
     else:
-        return k0 < num_slots
+        return k0 < num_groups
 
 
 @triton.jit
-def _members(
-    start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold,
-    RAGGED: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
+def _members(start, stop, j, rollouts):
     """Members j .. j + MEMBERS of each group: rollout, whether there is one, score, positive, negative."""
+    order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold = rollouts
     position = start[:, None] + (j + tl.arange(0, MEMBERS))[None, :]
     inside = position < stop[:, None]
     rollout = position
-    if RAGGED:
+    if order_ptr is not None:
         rollout = tl.load(order_ptr + position, mask=inside, other=0)
     score = tl.load(scores_ptr + rollout, mask=inside, other=0.0)
     reward = tl.load(rewards_ptr + rollout, mask=inside, other=0)
@@ -95,19 +95,14 @@ def _sigmoid(x):
 
 
 @triton.jit
-def _negatives(
-    start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-    RAGGED: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
+def _negatives(start, stop, rollouts, tau):
     """Of each group: how many positives, whether it is valid, and the (max, sum) of exp(s / tau) over its negatives."""
     num_positive = tl.zeros((GROUPS,), tl.int32)
     num_negative = tl.zeros((GROUPS,), tl.int32)
     peak = tl.full((GROUPS,), NEG_INF, tau.dtype)
     total = tl.zeros((GROUPS,), tau.dtype)
     for j in range(0, tl.max(stop - start), MEMBERS):
-        _rollout, _inside, score, positive, negative = _members(
-            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, MEMBERS
-        )
+        _rollout, _inside, score, positive, negative = _members(start, stop, j, rollouts)
         num_positive += tl.sum(positive.to(tl.int32), axis=1)
         num_negative += tl.sum(negative.to(tl.int32), axis=1)
         z = tl.where(negative, score / tau, NEG_INF)
@@ -119,17 +114,12 @@ def _negatives(
 
 
 @triton.jit
-def _positives(
-    start, stop, lse, margin, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-    RAGGED: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
+def _positives(start, stop, lse, margin, rollouts, tau):
     """Of each group: the sums of softplus(x_i) and of q_i over its positives."""
     sum_softplus = tl.zeros_like(lse)
     sum_q = tl.zeros_like(lse)
     for j in range(0, tl.max(stop - start), MEMBERS):
-        _rollout, _inside, score, positive, _negative = _members(
-            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, MEMBERS
-        )
+        _rollout, _inside, score, positive, _negative = _members(start, stop, j, rollouts)
         x = lse[:, None] - (score - margin) / tau
         sum_softplus += tl.sum(tl.where(positive, _softplus(x), tl.zeros_like(x)), axis=1)
         sum_q += tl.sum(tl.where(positive, _sigmoid(x), tl.zeros_like(x)), axis=1)
@@ -146,54 +136,35 @@ def _number(ptr, value, acc: tl.constexpr):
 
 
 @triton.jit
-def _count_valid(
-    order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau, num_rollouts, num_slots, group_size,
-    RAGGED: tl.constexpr, GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
-):  # fmt: skip
+def _count_valid(num_rollouts, rollouts, groups, tau):
     num_valid = tl.zeros((GROUPS,), tl.int32)
-    k0 = num_slots * 0  # a 0 of its type, which a loop variable has to keep
-    while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
-        start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
-        _num_positive, valid, _peak, _total = _negatives(
-            start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-            RAGGED, GROUPS, MEMBERS,
-        )  # fmt: skip
+    k0 = num_rollouts * 0  # a 0 of its type, which a loop variable has to keep
+    while _any_left(k0, num_rollouts, groups):
+        start, stop = _extent(k0, groups)
+        _num_positive, valid, _peak, _total = _negatives(start, stop, rollouts, tau)
         num_valid += valid.to(tl.int32)
         k0 += GROUPS
     return tl.sum(num_valid)
 
 
 @triton.jit
-def _tile(
-    k0, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr,
-    margin, threshold, tau, denominator, num_slots, group_size,
-    RAGGED: tl.constexpr, REDUCTION: tl.constexpr, GROUPS: tl.constexpr,
-    MEMBERS: tl.constexpr,
-):  # fmt: skip
+def _tile(k0, rollouts, groups, loss_ptr, weights_ptr, margin, tau, denominator, REDUCTION: tl.constexpr):
     """Weights of the groups k0 .. k0 + GROUPS; their losses, and which are valid."""
     acc: tl.constexpr = tau.dtype
-    start, stop = _extent(k0, num_slots, offsets_ptr, group_size, RAGGED, GROUPS)
-    num_positive, valid, peak, total = _negatives(
-        start, stop, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-        RAGGED, GROUPS, MEMBERS,
-    )  # fmt: skip
+    start, stop = _extent(k0, groups)
+    num_positive, valid, peak, total = _negatives(start, stop, rollouts, tau)
     lse = peak + tl.log(total)
     per_positive = 1 / tl.maximum(num_positive, 1).to(acc)
 
-    sum_softplus, sum_q = _positives(
-        start, stop, lse, margin, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau,
-        RAGGED, MEMBERS,
-    )  # fmt: skip
+    sum_softplus, sum_q = _positives(start, stop, lse, margin, rollouts, tau)
     group_loss = tl.where(valid, tau * per_positive * sum_softplus, tl.zeros_like(peak))
     if REDUCTION == "none":
         k = k0 + tl.arange(0, GROUPS)
-        tl.store(loss_ptr + k, group_loss, mask=k < num_slots)
+        tl.store(loss_ptr + k, group_loss, mask=k < groups[1])
 
     pull = sum_q * per_positive / tl.where(total > 0, total, tl.full((), 1, acc))
     for j in range(0, tl.max(stop - start), MEMBERS):
-        rollout, inside, score, positive, negative = _members(
-            start, stop, j, order_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, RAGGED, MEMBERS
-        )
+        rollout, inside, score, positive, negative = _members(start, stop, j, rollouts)
         q = _sigmoid(lse[:, None] - (score - margin) / tau)
         odds = tl.exp(score / tau - peak[:, None])
         weight = tl.where(positive, -q * per_positive[:, None], pull[:, None] * odds)
@@ -206,57 +177,48 @@ def _tile(
 # several programs 2 per program.
 @kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _kernel(
-    scores_ptr, rewards_ptr, counts_ptr, order_ptr, offsets_ptr, margin_ptr, num_groups_ptr, loss_ptr, weights_ptr,
+    scores_ptr, rewards_ptr, counts_ptr, order_ptr, offsets_ptr, margin_ptr, denominator_ptr, loss_ptr, weights_ptr,
     partial_ptr,
-    num_rollouts: tl.int64, num_slots: tl.int64, group_size: tl.int64, margin: tl.float64, num_groups: tl.float64,
+    num_rollouts: tl.int64, num_groups: tl.int64, group_size: tl.int64, margin: tl.float64, denominator: tl.float64,
     tau: tl.float64, threshold: tl.float64,
-    RAGGED: tl.constexpr, DENOMINATOR: tl.constexpr, REDUCTION: tl.constexpr,
-    GROUPS: tl.constexpr, MEMBERS: tl.constexpr,
+    DENOMINATOR: tl.constexpr, REDUCTION: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = scores_ptr.dtype.element_ty
     tau = tl.full((), tau, acc)
-    threshold = tl.full((), threshold, tl.float64)
     margin = _number(margin_ptr, margin, acc)
     one = tl.full((), 1, acc)
+    rollouts = (order_ptr, scores_ptr, rewards_ptr, counts_ptr, tl.full((), threshold, tl.float64))
+    groups = (offsets_ptr, num_groups, group_size)
 
     if partial_ptr is not None:
         program = tl.program_id(0).to(tl.int64)
         group_loss, valid = _tile(
-            program * GROUPS, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr,
-            margin, threshold, tau, one, num_slots, group_size,
-            RAGGED, REDUCTION, GROUPS, MEMBERS,
-        )  # fmt: skip
+            program * GROUPS, rollouts, groups, loss_ptr, weights_ptr, margin, tau, one, REDUCTION
+        )
         tl.store(partial_ptr + 2 * program, tl.sum(group_loss))
         tl.store(partial_ptr + 2 * program + 1, tl.sum(valid.to(tl.int32)).to(acc))
     else:
-        denominator = one
         if DENOMINATOR == "given":
-            denominator = _number(num_groups_ptr, num_groups, acc)
+            divisor = _number(denominator_ptr, denominator, acc)
         elif DENOMINATOR == "valid":
-            num_valid = _count_valid(
-                order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, threshold, tau, num_rollouts, num_slots,
-                group_size, RAGGED, GROUPS, MEMBERS,
-            )  # fmt: skip
-            denominator = tl.maximum(num_valid, 1).to(acc)
+            divisor = tl.maximum(_count_valid(num_rollouts, rollouts, groups, tau), 1).to(acc)
+        else:
+            divisor = one
         loss = tl.zeros((GROUPS,), acc)
-        k0 = num_slots * 0
-        while _any_left(k0, num_rollouts, num_slots, offsets_ptr, group_size, RAGGED):
-            group_loss, _valid = _tile(
-                k0, order_ptr, offsets_ptr, scores_ptr, rewards_ptr, counts_ptr, loss_ptr, weights_ptr,
-                margin, threshold, tau, denominator, num_slots, group_size,
-                RAGGED, REDUCTION, GROUPS, MEMBERS,
-            )  # fmt: skip
+        k0 = num_groups * 0
+        while _any_left(k0, num_rollouts, groups):
+            group_loss, _valid = _tile(k0, rollouts, groups, loss_ptr, weights_ptr, margin, tau, divisor, REDUCTION)
             loss += group_loss
             k0 += GROUPS
         if REDUCTION != "none":
-            tl.store(loss_ptr, tl.sum(loss) / denominator)
+            tl.store(loss_ptr, tl.sum(loss) / divisor)
 
 
 # Reads 2 numbers per program of the first launch, reads and writes one per rollout.
 @kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _reduce_kernel(
-    partial_ptr, num_groups_ptr, loss_ptr, weights_ptr,
-    num_rollouts: tl.int64, num_programs: tl.int64, num_groups: tl.float64,
+    partial_ptr, denominator_ptr, loss_ptr, weights_ptr,
+    num_rollouts: tl.int64, num_programs: tl.int64, denominator: tl.float64,
     DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = weights_ptr.dtype.element_ty
@@ -268,44 +230,43 @@ def _reduce_kernel(
         num_valid += tl.load(partial_ptr + 2 * program + 1, mask=program < num_programs, other=0.0)
         start += BLOCK
     if DENOMINATOR == "given":
-        denominator = _number(num_groups_ptr, num_groups, acc)
+        divisor = _number(denominator_ptr, denominator, acc)
     elif DENOMINATOR == "valid":
-        denominator = tl.maximum(tl.sum(num_valid), 1)
+        divisor = tl.maximum(tl.sum(num_valid), 1)
     else:
-        denominator = tl.full((), 1, acc)
+        divisor = tl.full((), 1, acc)
     if tl.program_id(0) == 0:
-        tl.store(loss_ptr, tl.sum(loss) / denominator)
+        tl.store(loss_ptr, tl.sum(loss) / divisor)
     rollouts = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     weights = tl.load(weights_ptr + rollouts, mask=rollouts < num_rollouts, other=0.0)
-    tl.store(weights_ptr + rollouts, weights / denominator, mask=rollouts < num_rollouts)
+    tl.store(weights_ptr + rollouts, weights / divisor, mask=rollouts < num_rollouts)
 
 
 def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
     """Loss and weights of scores [S]."""
     rewards, groups = rollouts
     num_rollouts = scores.numel()
-    num_slots = num_rollouts // groups.size if groups.offsets is None else groups.offsets.numel() - 1
-    # Trailing slots of ragged groups are never visited by one program, hence zeros.
-    loss = scores.new_zeros(num_slots) if objective.reduction == "none" else scores.new_empty(())
+    num_groups = num_rollouts // groups.size if groups.offsets is None else groups.offsets.numel() - 1
+    # Trailing ragged groups are empty, and are never visited by one program: hence zeros.
+    loss = scores.new_zeros(num_groups) if objective.reduction == "none" else scores.new_empty(())
     weights = torch.empty_like(scores)
-    num_programs = 1 if num_rollouts <= FEW else ceil_div(num_slots, GROUPS)
+    num_programs = 1 if num_rollouts <= FEW else ceil_div(num_groups, GROUPS.value)
     partial = scores.new_empty(2 * num_programs) if num_programs > 1 else None
-    denominator = "one"
+    divided_by = "one"
     if objective.reduction == "mean":
-        denominator = "valid" if objective.num_groups is None else "given"
+        divided_by = "valid" if objective.num_groups is None else "given"
     margin_ptr, margin = _pointer_or_number(objective.margin)
-    num_groups_ptr, num_groups = _pointer_or_number(objective.num_groups)
+    denominator_ptr, denominator = _pointer_or_number(objective.num_groups)
     _kernel[(num_programs,)](
         scores, rewards, counts, groups.order, groups.offsets, margin_ptr,
-        num_groups_ptr, loss, weights, partial, num_rollouts, num_slots, groups.size, margin, num_groups,
-        objective.tau, objective.reward_threshold, RAGGED=groups.offsets is not None,
-        DENOMINATOR=denominator, REDUCTION=objective.reduction, GROUPS=GROUPS, MEMBERS=MEMBERS,
+        denominator_ptr, loss, weights, partial, num_rollouts, num_groups, groups.size, margin, denominator,
+        objective.tau, objective.reward_threshold, DENOMINATOR=divided_by, REDUCTION=objective.reduction,
         **LAUNCH, **registers(REGISTERS, scores.device),
     )  # fmt: skip
     if partial is not None and objective.reduction != "none":
         _reduce_kernel[(ceil_div(num_rollouts, BLOCK),)](
-            partial, num_groups_ptr, loss, weights, num_rollouts, num_programs, num_groups,
-            DENOMINATOR=denominator, BLOCK=BLOCK, **LAUNCH,
+            partial, denominator_ptr, loss, weights, num_rollouts, num_programs, denominator,
+            DENOMINATOR=divided_by, BLOCK=BLOCK, **LAUNCH,
         )  # fmt: skip
     return GroupLoss(loss, weights)
 
