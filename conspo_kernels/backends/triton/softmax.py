@@ -130,13 +130,14 @@ def merge(m, s, w, scale2, AXIS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
 
 
 @triton.jit
-def grad_tile(
-    z, is_label, c, h, m, log_sum, entropy, inner, scale, TANH: tl.constexpr, HAS_ENTROPY: tl.constexpr
-):  # fmt: skip
+def grad_tile(z, is_label, incoming, transform, TANH: tl.constexpr):
     """The gradient by a tile of logits z: c * dlogp[label]/dz + h * dentropy/dz.
 
-    c and h: the gradients that come in, of the row's log-probability and of its entropy.
+    incoming: (c, m, log_sum, h, entropy), c and h the gradients of the row's log-probability and of its entropy; the
+    last two are None without an entropy.  transform: (inner, scale).
     """
+    c, m, log_sum, h, entropy = incoming
+    inner, scale = transform
     if TANH is not None:
         u, slope = tanh(z, inner, TANH)
         factor = (scale * inner * 4).to(z.dtype)
@@ -147,7 +148,7 @@ def grad_tile(
     log2_p = (u - m) * (scale * LOG2_E) - log_sum * LOG2_E
     p = tl.exp2(log2_p)
     g = tl.where(is_label, c, tl.zeros_like(z)) - c * p
-    if HAS_ENTROPY:
+    if h is not None:
         g -= h * factor * (_moment(p, log2_p) * LN_2 + p * entropy)
     if TANH is not None:
         g *= slope
