@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .ops.devices import true_indices
-from .ops.known_gradient import linear_logprob_known, token_logprob_known, token_logprob_known_
+from .ops.known_gradient import linear_logprob_known, token_logprob_known
 from .ops.linear_logprob import linear_logprob
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
@@ -100,24 +100,15 @@ class LogitsSource(LabelledRows):
         if torch.compiler.is_compiling():
             return None  # compiled, its product with what comes in would be one more pass over all logits
         z = self.logits.detach()
-        if self.inplace:
-            gradient = z
-            logprobs = token_logprob_known_(
-                logits=z,
-                labels=tokens.labels,
-                coefficients=coefficients,
-                transform=self.transform,
-                implementation=self.implementation,
-            )
-        else:
-            logprobs, gradient = token_logprob_known(
-                logits=z,
-                labels=tokens.labels,
-                coefficients=coefficients,
-                transform=self.transform,
-                implementation=self.implementation,
-            )
-        gradients = (gradient.view(self.user_logits.shape), None, None)
+        logprobs, gradient = token_logprob_known(
+            logits=z,
+            labels=tokens.labels,
+            coefficients=coefficients,
+            grad_logits=z if self.inplace else None,
+            transform=self.transform,
+            implementation=self.implementation,
+        )
+        gradients = ((z if self.inplace else gradient).view(self.user_logits.shape), None, None)
         return KnownGradient(logprobs, (self.user_logits, None, None), gradients)
 
 

@@ -15,9 +15,8 @@ IGNORED = -1
 ELSEWHERE = -2
 
 
-# logit_scale / temperature / tau, and what else three numbers between these can make, is at most 1e27 and so fits fp32,
-# also times a logit of 1e10: no kernel meets an infinite or a zero factor.
-# Powers of two, which no dtype rounds to beyond them.
+# logit_scale / temperature / tau, like every other product of three numbers between these, is at most 1e27. That fits
+# fp32, also times a logit of 1e10: no kernel meets an infinite or a zero factor. No dtype rounds a power of two.
 SMALLEST, LARGEST = 2.0**-30, 2.0**30
 
 
@@ -98,6 +97,22 @@ class LogitTransform(NamedTuple):
         return [self.temperature, self.logit_scale, *(() if self.softcap is None else (self.softcap,))]
 
 
+def local_labels(labels: Tensor, start: int, size: int) -> Tensor:
+    """Labels relative to `size` entries of the vocabulary from `start` on: ELSEWHERE if not among them."""
+    inside = (labels >= start) & (labels < start + size)
+    return torch.where(inside, labels - start, torch.where(labels == IGNORED, IGNORED, ELSEWHERE))
+
+
+def response_counts(labels: Tensor, offsets: Tensor | None) -> Tensor:
+    """[S] int32 tokens of each rollout whose label is not `IGNORED`.  offsets: of packed labels [1, N], or None."""
+    active = labels != IGNORED
+    if offsets is None:
+        return active.sum(1, dtype=torch.int32)
+    total = torch.nn.functional.pad(active.flatten().cumsum(0), (1, 0))
+    before = total[offsets.long().clamp(0, labels.numel())]  # on an accelerator offsets are not checked
+    return (before[1:] - before[:-1]).clamp(min=0).int()
+
+
 class LogitRows(NamedTuple):
     """logits [B, T, V], last stride 1, fp16, bf16, fp32 or fp64, and what belongs to their rows.
 
@@ -113,8 +128,7 @@ class LogitRows(NamedTuple):
         """Labels relative to the first column, ELSEWHERE if not among these columns."""
         if self.start == 0:  # a label beyond the last column is elsewhere as it is
             return self.labels
-        inside = (self.labels >= self.start) & (self.labels < self.start + self.logits.shape[-1])
-        return torch.where(inside, self.labels - self.start, torch.where(self.labels == IGNORED, IGNORED, ELSEWHERE))
+        return local_labels(self.labels, self.start, self.logits.shape[-1])
 
 
 class Incoming(NamedTuple):
@@ -206,8 +220,4 @@ class Tokens(NamedTuple):
 
     def response_counts(self) -> Tensor:
         """[S] int32 response tokens; those of this rank where rollouts are spread over several."""
-        if self.offsets is None:
-            return self.active.sum(1, dtype=torch.int32)
-        total = torch.nn.functional.pad(self.active.flatten().cumsum(0), (1, 0))
-        before = total[self.offsets.clamp(0, self.labels.numel())]  # on an accelerator offsets are not checked
-        return (before[1:] - before[:-1]).clamp(min=0).int()
+        return response_counts(self.labels, self.offsets)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..objective import evaluate
-from ..values import ELSEWHERE, IGNORED, Incoming, LogitRows, LogitTransform, Statistics
+from ..values import ELSEWHERE, IGNORED, Incoming, LogitRows, LogitTransform, Statistics, response_counts
 
 CHUNK_ELEMENTS = 1 << 21
 
@@ -155,7 +155,7 @@ class sequence_score:
     @staticmethod
     def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
-        counts = counts_of(labels, offsets)
+        counts = response_counts(labels, offsets)
         at_tokens = sequence_score.backward(weights, counts, labels, offsets)
         return at_tokens, counts, torch.where(at_tokens != 0, labels, IGNORED)
 
@@ -193,16 +193,6 @@ def _token_segments(offsets: Tensor, num_tokens: int) -> Tensor:
 def scaled(weights: Tensor, factor: Tensor) -> Tensor:
     """A weight of zero takes no part: an infinite or NaN factor must not reach it as NaN."""
     return torch.where(weights == 0, 0.0, weights * factor)
-
-
-def counts_of(labels: Tensor, offsets: Tensor | None) -> Tensor:
-    """[S] int32 tokens with a label."""
-    active = labels != IGNORED
-    if offsets is None:
-        return active.sum(1, dtype=torch.int32)
-    total = torch.nn.functional.pad(active.flatten().cumsum(0), (1, 0))
-    before = total[offsets.long().clamp(0, labels.numel())]  # on an accelerator offsets are not checked
-    return (before[1:] - before[:-1]).clamp(min=0).int()
 
 
 class group_infonce:

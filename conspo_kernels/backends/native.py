@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..objective import GroupLoss, Objective, Rollouts
-from ..values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
+from ..values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics, response_counts
 from . import eager
 from .eager import label_alignment as label_alignment
 from .eager import scale as scale
@@ -90,10 +90,10 @@ class token_logprob:
     @staticmethod
     def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
+        logits, labels, numbers = rows.logits, rows.labels_in_slice(), _numbers(rows.transform)
         _C.token_logprob_backward(
-            grad_logits, rows.logits, rows.labels_in_slice(), row_max, log_sum, entropy, grad_logprobs, grad_entropy,
-            *_numbers(rows.transform),
-        )  # fmt: skip
+            grad_logits, logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, *numbers
+        )
 
     @staticmethod
     def forward_backward(
@@ -123,7 +123,7 @@ class sequence_score:
 
     @staticmethod
     def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        counts = eager.counts_of(labels, offsets)
+        counts = response_counts(labels, offsets)
         spread: Tensor = _C.sequence_score_backward(weights, counts, labels, offsets)
         return spread, counts, torch.where(spread != 0, labels, IGNORED)
 
@@ -136,10 +136,10 @@ class group_infonce:
 
     @staticmethod
     def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
-        rewards, groups = rollouts
-        num_groups = None if objective.num_groups is None else objective.num_groups.item()
+        rewards, (size, _ids, order, offsets) = rollouts
+        tau, margin, threshold, reduction, num_groups = objective
+        number = None if num_groups is None else num_groups.item()
         found = _C.group_infonce_forward(
-            scores, rewards, counts, groups.order, groups.offsets, groups.size, objective.margin.item(), num_groups,
-            objective.tau, objective.reward_threshold, REDUCTIONS[objective.reduction],
-        )  # fmt: skip
+            scores, rewards, counts, order, offsets, size, margin.item(), number, tau, threshold, REDUCTIONS[reduction]
+        )
         return GroupLoss(*found)

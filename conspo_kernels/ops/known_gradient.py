@@ -21,28 +21,32 @@ from .registration import op
 
 
 def _fake_known(it: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(it.coefficients), torch.empty_like(it.logits, memory_format=torch.contiguous_format)
+    gradient = it.coefficients.new_empty(0)
+    if it.grad_logits is None:
+        gradient = torch.empty_like(it.logits, memory_format=torch.contiguous_format)
+    return torch.empty_like(it.coefficients), gradient
 
 
-@op(_fake_known)
+@op(_fake_known, mutates=("grad_logits",))
 def token_logprob_known(
-    logits: Tensor, labels: Tensor, coefficients: Tensor, transform: list[float], implementation: str
+    logits: Tensor,
+    labels: Tensor,
+    coefficients: Tensor,
+    grad_logits: Tensor | None,
+    transform: list[float],
+    implementation: str,
 ) -> tuple[Tensor, Tensor]:
-    """logprobs [B, T] of logits [B, T, V], and the gradient of sum(coefficients * logprobs), new and contiguous."""
-    gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    """logprobs [B, T] of logits [B, T, V], and the gradient of sum(coefficients * logprobs), new and contiguous.
+
+    grad_logits: the gradient is written there instead, perhaps over the logits; then the second result is empty.
+    """
+    gradient = grad_logits
+    if gradient is None:
+        gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     kernels = backend_for(implementation, logits.device).token_logprob
-    return kernels.forward_backward(gradient, rows, coefficients.contiguous()), gradient
-
-
-@op(lambda it: torch.empty_like(it.coefficients), mutates=("logits",))
-def token_logprob_known_(
-    logits: Tensor, labels: Tensor, coefficients: Tensor, transform: list[float], implementation: str
-) -> Tensor:
-    """`token_logprob_known`, with the gradient written over the logits."""
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
-    kernels = backend_for(implementation, logits.device).token_logprob
-    return kernels.forward_backward(logits, rows, coefficients.contiguous())
+    logprobs = kernels.forward_backward(gradient, rows, coefficients.contiguous())
+    return logprobs, gradient if grad_logits is None else logprobs.new_empty(0)
 
 
 def _fake_linear_known(it: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

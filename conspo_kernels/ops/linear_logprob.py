@@ -14,9 +14,9 @@ from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, RowSelection
-from ..values import IGNORED, Incoming, LogitTransform, Statistics
+from ..values import IGNORED, LogitTransform, Statistics, local_labels
 from . import flops
-from .ranks import local_labels, statistics_over_ranks, sum_over_ranks
+from .ranks import statistics_over_ranks, sum_over_ranks
 from .registration import asked_for, op, traced
 from .token_logprob import incoming_of, statistics_like, tensors_of
 
@@ -103,10 +103,8 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if ctx.weight_grad is not None and not traced(row_max):
         needs[1] = needs[1] and asked_for(ctx.weight_node)
     stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again
-    overwrites = stored is not None and not traced(stored)
-    backward = linear_logprob_backward_ if overwrites else linear_logprob_backward
     with torch.no_grad():
-        grads = backward(
+        grads = linear_logprob_backward(
             hidden=hidden,
             weight=weight,
             bias=bias,
@@ -119,6 +117,7 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
             grad_entropy=grad_entropy,
             needs=needs,
             stored=stored,
+            grad_logits=None if traced(stored) else stored,
             weight_grad=ctx.weight_grad,
             **ctx.settings,
         )
@@ -193,9 +192,7 @@ def _fake_backward(it: Any) -> tuple[Tensor, Tensor, Tensor]:
     return fake_gradients(it.hidden, it.weight, it.bias, it.row_max, needs)
 
 
-# Two ops for all backwards; they differ in whether stored logits are overwritten. Without them and without weight_grad
-# both are functional.
-@op(_fake_backward, mutates=("weight_grad",), flops=flops.backward)
+@op(_fake_backward, mutates=("grad_logits", "weight_grad"), flops=flops.backward)
 def linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -209,6 +206,7 @@ def linear_logprob_backward(
     grad_entropy: Tensor | None,
     needs: list[bool],
     stored: Tensor | None,
+    grad_logits: Tensor | None,
     weight_grad: Tensor | None,
     logits_dtype: torch.dtype,
     transform: list[float],
@@ -218,40 +216,18 @@ def linear_logprob_backward(
     """Gradients of hidden, weight and bias, empty where `needs` says no.
 
     row_max, log_sum, entropy, grad_logprobs, grad_entropy: as of `token_logprob_backward`.  stored: the logits [N, V],
-    or None: they are computed again.  weight_grad: [V, H] that the gradient of weight is added to; then none is
-    returned.
+    or None: they are computed again.  grad_logits: `stored` again, if their gradient may overwrite them, or None.
+    weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
     """
     labels = _labels_with_gradient(labels, stored, grad_logprobs, grad_entropy)
     run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
     incoming = incoming_of(row_max, log_sum, entropy, grad_logprobs, grad_entropy)
-    return _gradients(run, incoming, stored, False, weight_grad, needs)
-
-
-@op(_fake_backward, mutates=("stored", "weight_grad"), flops=flops.backward)
-def linear_logprob_backward_(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    labels: Tensor,
-    indices: Tensor | None,
-    row_max: Tensor,
-    log_sum: Tensor,
-    entropy: Tensor | None,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor | None,
-    needs: list[bool],
-    stored: Tensor | None,
-    weight_grad: Tensor | None,
-    logits_dtype: torch.dtype,
-    transform: list[float],
-    workspace: int,
-    implementation: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The same; the gradient of stored logits is written over them."""
-    labels = _labels_with_gradient(labels, stored, grad_logprobs, grad_entropy)
-    run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
-    incoming = incoming_of(row_max, log_sum, entropy, grad_logprobs, grad_entropy)
-    return _gradients(run, incoming, stored, True, weight_grad, needs)
+    if stored is None:
+        grads = modes.backward_recompute(run, incoming, Needs(*needs), weight_grad)
+    else:
+        grads = modes.backward_store(run, incoming, stored, grad_logits is not None, Needs(*needs))
+    hidden_grad, new_weight_grad, bias_grad = (or_empty(grad, row_max) for grad in grads)
+    return hidden_grad, new_weight_grad, bias_grad
 
 
 def _labels_with_gradient(
@@ -264,17 +240,6 @@ def _labels_with_gradient(
     if grad_entropy is not None:
         needed |= grad_entropy != 0
     return torch.where(needed, labels, IGNORED)
-
-
-def _gradients(
-    run: Run, incoming: Incoming, stored: Tensor | None, overwrite: bool, weight_grad: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
-    if stored is None:
-        grads = modes.backward_recompute(run, incoming, Needs(*needs), weight_grad)
-    else:
-        grads = modes.backward_store(run, incoming, stored, overwrite, Needs(*needs))
-    hidden_grad, new_weight_grad, bias_grad = (or_empty(grad, incoming.row_max) for grad in grads)
-    return hidden_grad, new_weight_grad, bias_grad
 
 
 @op(lambda it: torch.empty_like(it.rows))

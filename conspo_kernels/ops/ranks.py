@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from ..values import ELSEWHERE, IGNORED, Statistics
+from ..values import ELSEWHERE, IGNORED, Statistics, local_labels
 from .devices import to_device
 from .registration import op
 
@@ -29,12 +29,6 @@ def name_of(group: ProcessGroup | None) -> str:
 
 def resolved(name: str) -> ProcessGroup:
     return _resolve_process_group(name)  # type: ignore[arg-type]
-
-
-def local_labels(labels: Tensor, start: int, size: int) -> Tensor:
-    """Labels relative to a part of the vocabulary: ELSEWHERE if in another part."""
-    inside = (labels >= start) & (labels < start + size)
-    return torch.where(labels == IGNORED, IGNORED, torch.where(inside, labels - start, ELSEWHERE))
 
 
 def statistics_over_ranks(

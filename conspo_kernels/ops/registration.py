@@ -72,9 +72,7 @@ def op(
                 return forward(*args)  # type: ignore[call-arg]
 
         schema = torch.library.infer_schema(forward, mutates_args=mutates)
-        registered = torch.library.custom_op(
-            f"{NAMESPACE}::{name}", on_device, mutates_args=mutates, schema=schema
-        )  # fmt: skip
+        registered = torch.library.custom_op(f"{NAMESPACE}::{name}", on_device, mutates_args=mutates, schema=schema)
         registered.register_fake(lambda *args, **kwargs: fake(named(*args, **kwargs)))
         function = None
         if backward is not None:

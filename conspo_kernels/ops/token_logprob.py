@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import backend_for
-from ..values import Incoming, LogitRows, LogitTransform, Statistics
-from .ranks import local_labels, statistics_over_ranks
+from ..values import Incoming, LogitRows, LogitTransform, Statistics, local_labels
+from .ranks import statistics_over_ranks
 from .registration import no_second_derivative, op, traced
 
 

@@ -50,8 +50,8 @@ def test_opcheck_token_logprob(implementation: str, device: torch.device) -> Non
 def test_opcheck_known_gradient(implementation: str, device: torch.device) -> None:
     logits, labels, transform = torch.randn(2, 3, 17, device=device), ALIGNED.to(device), LogitTransform().to_numbers()
     coefficients = torch.rand(2, 3, device=device)
-    for op in (OPS.token_logprob_known.default, OPS.token_logprob_known_.default):
-        opcheck(op, (logits, labels, coefficients, transform, implementation))
+    for grad_logits in (None, torch.empty_like(logits)):
+        opcheck(OPS.token_logprob_known.default, (logits, labels, coefficients, grad_logits, transform, implementation))
     factor = torch.tensor(2.0, device=device)
     opcheck(OPS.scale_.default, (torch.rand(4, device=device), factor, implementation))
     buffer, gradient = torch.rand(2, 4, device=device).unbind()
