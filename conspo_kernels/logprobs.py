@@ -64,18 +64,8 @@ def token_logprobs(
         f(z) = softcap * tanh(z * logit_scale / softcap), or z * logit_scale without a softcap; -inf stays -inf.
 
     Args:
-        logits: [B, T, V] padded, or packed [N, V] or [1, N, V]; fp16, bf16, fp32 or fp64; last stride 1, the others
-            free: a view such as `logits[:, :-1]` is read in place.
-        labels: [B, T], [N] or [1, N] integers, aligned with the logits that predict them; `ignore_index`: no token.
-        response_mask: shaped like labels, any real dtype, zero = no token. Labels under it are never looked at.
-        cu_seqlens: [S + 1] int32 or int64, offsets of packed sequences; required for [N] with `shift`. Rows past the
-            last offset are ignored. Without it [1, N] is one sequence.
-        shift: labels (and response_mask) are the input ids: position t predicts label t + 1 within its own sequence.
-            Outputs stay aligned with the logits. Better than slicing them, whose backward allocates a full buffer.
-        temperature: T > 0 that the rollouts were sampled at.
-        logit_scale: factor > 0 before the softcap.
-        softcap: bound of the capped logits, > 0, or None.
-        ignore_index: the label that means "no token"; it wins over an entry of the vocabulary.
+        cu_seqlens: as `conspo_loss`; [N] needs it only with `shift`.
+        shift: as `conspo_loss`. Outputs stay aligned with the logits.
         parallel: a `Parallel`, of which `vocab` and `vocab_start` are used: the logits are this rank's part of the
             vocabulary. Logits that are a DTensor, sharded along the vocabulary, need none.
         inplace_backward: backward writes the gradient over the storage of `logits`, and so of every alias of them: no
@@ -83,14 +73,14 @@ def token_logprobs(
             backward that needs their values raises autograd's "modified by an inplace operation". A second backward
             through this loss is one of these.
         return_entropy: also return the entropy of each row's distribution, in nats, differentiable too.
-        implementation: "auto", "triton", "native" or "torch". An explicit name runs or raises.
+        Others: as `conspo_loss`.
 
     Returns:
         logprobs, shaped like labels, fp32 (fp64 for fp64 logits), 0 where ignored; or (logprobs, entropy).
 
     Raises:
-        TypeError, ValueError: an argument is of the wrong kind; the message says which, what was expected and what
-            came. A label outside [0, V) raises on the CPU; on a GPU it is not read, and its log-probability is NaN.
+        TypeError, ValueError: as `conspo_loss`. A label outside [0, V) raises on the CPU; on a GPU it is not read, and
+            its log-probability is NaN.
 
     Cost: forward reads the logits once and allocates O(N); backward reads and writes them once. Tokens that are ignored
         or whose incoming gradient is zero are not read.
@@ -220,13 +210,12 @@ def sequence_scores(
 
     Args:
         logprobs: [B, T] padded (a row is a rollout), or packed [N] or [1, N]; floating point.
-        labels: integers, shaped like logprobs, and `response_mask`, of the same shape, `shift` and `ignore_index`: as
-            given to `token_logprobs`; they say which tokens count.
+        labels, response_mask, shift, ignore_index: what `token_logprobs` was called with; they say which tokens count.
         cu_seqlens: [S + 1] int32 or int64, offsets of packed rollouts; required for [N].
         parallel: a `Parallel`, of which `context` is used: the ranks over which the tokens of each rollout are spread.
             All have the same S rollouts, each its own tokens of them, perhaps none. Scores are of whole rollouts, the
             same on every rank. Gradients of parameters are to be summed over these ranks, see `grad_reduction`.
-        implementation: "auto", "triton", "native" or "torch".
+        implementation: as `conspo_loss`.
 
     Returns:
         [S] fp32 (fp64 for fp64 log-probabilities), NaN for a rollout without response tokens.

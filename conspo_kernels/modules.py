@@ -24,13 +24,14 @@ class _Settings(nn.Module):
 
     loss: Callable[..., Tensor | ConSPOOutput]
 
-    def __init__(self, **settings: Any) -> None:
+    def __init__(self, variables: dict[str, Any]) -> None:
+        """variables: the local ones of a constructor, among them its arguments."""
         super().__init__()
         defaults = type(self).loss.__kwdefaults__ or {}
         self.settings = {
-            name: python_number(value)  # torch.compile takes a scalar of NumPy for an array
-            for name, value in settings.items()
-            if isinstance(value, Tensor) or value != defaults[name]
+            name: python_number(variables[name])  # torch.compile takes a scalar of NumPy for an array
+            for name, default in defaults.items()
+            if name in variables and (isinstance(variables[name], Tensor) or variables[name] != default)
         }
 
     def extra_repr(self) -> str:
@@ -69,11 +70,7 @@ class ConSPOLoss(_Settings):
         inplace_backward: bool = False,
         implementation: str = "auto",
     ) -> None:
-        super().__init__(
-            shift=shift, tau=tau, margin=margin, reward_threshold=reward_threshold, temperature=temperature,
-            logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index, reduction=reduction,
-            num_groups=num_groups, parallel=parallel, inplace_backward=inplace_backward, implementation=implementation,
-        )  # fmt: skip
+        super().__init__(locals())
 
     @overload
     def forward(
@@ -127,12 +124,7 @@ class LinearConSPOLoss(_Settings):
         parallel: Parallel | None = None,
         implementation: str = "auto",
     ) -> None:
-        super().__init__(
-            workspace_mib=workspace_mib, logits_dtype=logits_dtype, batch_invariant=batch_invariant,
-            synchronize=synchronize, shift=shift, tau=tau, margin=margin, reward_threshold=reward_threshold,
-            temperature=temperature, logit_scale=logit_scale, softcap=softcap, ignore_index=ignore_index,
-            reduction=reduction, num_groups=num_groups, parallel=parallel, implementation=implementation,
-        )  # fmt: skip
+        super().__init__(locals())
 
     @overload
     def forward(
