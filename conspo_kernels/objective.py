@@ -90,32 +90,27 @@ class Objective(NamedTuple):
     num_groups: Tensor | None
 
 
-class GroupLosses(NamedTuple):
-    """losses: [K], 0 where a group is not valid.  weights: [S], d losses[k] / d scores.  valid: [K] bool."""
+class GroupLoss(NamedTuple):
+    """loss: 0-d, or [K] for "none", 0 where a group is not valid.  weights: [S] dloss/dscores."""
 
-    losses: Tensor
+    loss: Tensor
     weights: Tensor
-    valid: Tensor
 
 
-def group_infonce(
-    scores: Tensor, positive: Tensor, negative: Tensor, groups: Groups, tau: float, margin: Tensor
-) -> GroupLosses:
-    """Value and gradient of every group's loss.
+def group_infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+    """Value and gradient of every group's loss, reduced over the groups.
 
     Args:
         scores: [S] floating point; those of rollouts that are neither positive nor negative are not used.
-        positive: [S] bool.
-        negative: [S] bool.
-        groups: sorted.
-        tau: temperature of the contrast, > 0.
-        margin: 0-d, in units of the scores.
-
-    Returns:
-        `GroupLosses` of the K groups.
+        counts: [S] response tokens; a rollout without is unscorable.
     """
+    tau, margin, reward_threshold, reduction, num_groups = objective
+    groups = rollouts.groups.sorted(scores.shape[0], scores.device)
     ids = groups.ids
     assert ids is not None
+    scorable = ~rollouts.rewards.isnan() & (counts > 0)
+    positive = scorable & (rollouts.rewards > float(reward_threshold))  # torch compares uint16 with floats only
+    negative = scorable & ~positive
     num_positive = groups.sum(positive.to(scores.dtype))
     valid = (num_positive > 0) & (groups.sum(negative.to(scores.dtype)) > 0)
     positive, negative = positive & valid[ids], negative & valid[ids]
@@ -130,34 +125,16 @@ def group_infonce(
     softplus = torch.logaddexp(x, torch.zeros_like(x))  # F.softplus turns linear at 20 and loses 1e-9 in fp64
     per_positive = 1 / num_positive.clamp(min=1)
     losses = tau * per_positive * groups.sum(torch.where(positive, softplus, 0.0))
+    losses = torch.where(valid, losses, 0.0)
 
     q = torch.where(positive, torch.sigmoid(x), 0.0) * per_positive[ids]
     pull = groups.sum(q) / torch.where(total > 0, total, 1.0)
     weights = torch.where(negative, pull[ids] * odds, -q)
-    return GroupLosses(torch.where(valid, losses, 0.0), torch.where(valid[ids], weights, 0.0), valid)
+    weights = torch.where(valid[ids], weights, 0.0)
 
-
-class GroupLoss(NamedTuple):
-    """loss: 0-d, or [K] for "none".  weights: [S] dloss/dscores."""
-
-    loss: Tensor
-    weights: Tensor
-
-
-def evaluate(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
-    """`group_infonce` by rewards [S] in place of positive and negative, reduced over the groups.
-
-    counts: [S] response tokens; a rollout without is unscorable.
-    """
-    groups = rollouts.groups.sorted(scores.shape[0], scores.device)
-    scorable = ~rollouts.rewards.isnan() & (counts > 0)
-    # torch compares uint16 with floats only
-    positive = scorable & (rollouts.rewards > float(objective.reward_threshold))
-    negative = scorable & ~positive
-    losses, weights, valid = group_infonce(scores, positive, negative, groups, objective.tau, objective.margin)
-    if objective.reduction == "none":
+    if reduction == "none":
         return GroupLoss(losses, weights)
     denominator = scores.new_ones(())
-    if objective.reduction == "mean":
-        denominator = valid.sum().clamp(min=1) if objective.num_groups is None else objective.num_groups
+    if reduction == "mean":
+        denominator = valid.sum().clamp(min=1) if num_groups is None else num_groups
     return GroupLoss(losses.sum() / denominator, weights / denominator)

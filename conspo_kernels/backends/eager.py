@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..objective import evaluate
+from .. import objective
 from ..values import ELSEWHERE, IGNORED, Incoming, LogitRows, LogitTransform, Statistics, response_counts
 
 CHUNK_ELEMENTS = 1 << 21
@@ -198,7 +198,7 @@ def scaled(weights: Tensor, factor: Tensor) -> Tensor:
 class group_infonce:
     """`contract.GroupInfoNCE`: the equations are those of `objective.py`."""
 
-    forward = staticmethod(evaluate)
+    forward = staticmethod(objective.group_infonce)
 
 
 class label_alignment:

@@ -13,12 +13,7 @@ import conspo_kernels
 from .. import ConSPOOutput, conspo_loss_from_scores, conspo_weights, reference, sequence_scores
 from .cases import FROM_SCORES, GRADED, HIDDEN_SIZE, Case, Inputs
 
-OWN_OPTIONS = {
-    "inplace_backward",
-    "inplace",
-    "return_entropy",
-    "workspace_mib",
-}  # options that the oracle does not have
+OWN_OPTIONS = {"inplace_backward", "inplace", "return_entropy", "workspace_mib"}  # the oracle does not have them
 
 
 def head_of(inputs: Inputs, leaf: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,12 +57,9 @@ def call(case: Case, inputs: Inputs, leaf: Tensor, implementation: str) -> dict[
         output = function(*arguments, rewards, groups, **options, return_metrics=True)
         assert isinstance(output, ConSPOOutput)
         assert output.logprobs is not None
-        # Of rollouts without gradient the linear function computes neither.
-        return (
-            {"loss": output.loss}
-            if case.linear
-            else {"loss": output.loss, "scores": output.scores, "logprobs": output.logprobs}
-        )
+        if case.linear:  # which computes neither scores nor log-probabilities of rollouts without gradient
+            return {"loss": output.loss}
+        return {"loss": output.loss, "scores": output.scores, "logprobs": output.logprobs}
     tokens = function(*arguments, **options)
     return {"logprobs": tokens} if isinstance(tokens, Tensor) else dict(zip(GRADED[case.op], tokens, strict=True))
 

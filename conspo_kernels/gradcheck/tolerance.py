@@ -1,10 +1,6 @@
 """Tolerances: no worse than twice what eager PyTorch reaches in the same dtype, plus a floor of rounding.
 
-    fp64            1e-10 of the largest number that takes part
-    fp32 and less   2 * the error of eager PyTorch in the same dtype + a floor of a few roundings, and from logits at
-                    most 1e-5 for a log-probability, an entropy or a score
-
-The gradient check and the tests take their tolerances from here.
+`command.py` has them as a table. The gradient check and the tests take their tolerances from here.
 """
 
 from __future__ import annotations

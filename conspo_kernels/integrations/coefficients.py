@@ -121,8 +121,7 @@ def linear_loss(
 
     Args:
         old_logprobs: shaped like logprobs, of the policy that sampled; needed for a trust region.
-        epsilon: of `trust_region`: where the ratio to the policy that sampled has left [1 - epsilon, 1 + epsilon] in
-            the direction in which the gradient pushes, it is zero too. None: never, as in the paper.
+        epsilon: of `trust_region`; None, as in the paper: none.
     """
     if epsilon is not None:
         advantages = _trusted(logprobs, advantages, old_logprobs, epsilon)

@@ -105,9 +105,8 @@ class ConSPOPolicyLoss(nn.Module):
 
     Args:
         tau: as `experience_maker`, for the metrics.
-        trust_region: a token's gradient stops where its ratio to the policy at the batch's beginning has left
-            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes. None: never, as in the
-            paper.
+        trust_region: epsilon of `conspo_kernels.trust_region` around the policy at the batch's beginning; None, as in
+            the paper: none.
 
     `metrics` are those of `reuse_metrics`, of the call before.
     """

@@ -83,9 +83,8 @@ def policy_loss(inputs: Any, tau: float = 10.0, trust_region: float | None = Non
     Args:
         inputs: `LossInputs`, [seq] each: trainer_logprobs, inference_logprobs, advantages, loss_mask, loss_weights.
         tau: as `group_streams`, for the metrics.
-        trust_region: a token's gradient stops where its ratio to the inference engine's probability has left
-            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes. None: never, as in the
-            paper.
+        trust_region: epsilon of `conspo_kernels.trust_region` around the inference engine's policy; None, as in the
+            paper: none.
 
     Returns:
         `LossOutputs`: the loss, and the metrics of `reuse_metrics`, of the trainer's scores beside those of the

@@ -26,23 +26,6 @@ from conspo_kernels import ConSPOWeights
 from .coefficients import Margin, Objective, group_ids, linear_loss, reuse_metrics, token_advantages
 
 
-def conspo_advantages(data: Any, objective: Objective, step: float | None = None) -> Tensor:
-    """Advantages of a whole training batch: -w_i / n_i on the tokens of the loss, whose sum is ConSPO's gradient.
-
-    Args:
-        data: SkyRL's `TrainingInputBatch`: `action_log_probs`, `loss_mask` and `rewards` [B, T], uids in its metadata.
-        objective: ConSPO's settings.
-        step: the training step, for a margin that is a schedule.
-
-    Returns:
-        [B, T].
-
-    Raises:
-        ValueError: as `batch_weights`.
-    """
-    return token_advantages(batch_weights(data, objective, step).weights, data["loss_mask"], 1.0)
-
-
 def batch_weights(data: Any, objective: Objective, step: float | None = None) -> ConSPOWeights:
     """Weights, loss and metrics of a whole training batch.
 
@@ -123,9 +106,7 @@ def policy_loss(
 
     Args:
         tau: as `conspo_trainer`, for the metrics.
-        trust_region: a token's gradient stops where its ratio to `old_log_probs` has left
-            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes. None: never, as in the
-            paper.
+        trust_region: epsilon of `conspo_kernels.trust_region` around `old_log_probs`; None, as in the paper: none.
 
     Returns:
         The loss, and metrics: those of `reuse_metrics`, all zero in the first mini-batch, and SkyRL's `clip_ratio`, the

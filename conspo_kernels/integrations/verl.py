@@ -65,9 +65,7 @@ def register(
     Args:
         tau, reward_threshold: as `conspo_loss`. The reward of a rollout is the sum of its token-level rewards.
         margin: a number, or a schedule of verl's training step, counted from 0.
-        trust_region: a token's gradient stops where its ratio to `old_log_probs` has left
-            [1 - trust_region, 1 + trust_region] in the direction in which the gradient pushes. None: never, as in the
-            paper.
+        trust_region: epsilon of `conspo_kernels.trust_region` around `old_log_probs`; None, as in the paper: none.
         on_step: called in the trainer's process with the step (-1 where no trainer has set one) and the metrics
             `conspo/...` of its whole batch.
 
