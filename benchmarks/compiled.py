@@ -162,7 +162,7 @@ def call_group_infonce(
     counts = torch.ones(n, dtype=torch.int32)
     scores, rollouts = -torch.rand(n), Rollouts(rewards, groups)
     objective = Objective(1.0, torch.tensor(margin), 0.5, "mean", None)
-    return scores, rollouts, objective, kernels.forward(scores, counts, rollouts, objective)
+    return scores, rollouts, objective, kernels.infonce(scores, counts, rollouts, objective)
 
 
 def call_scale() -> tuple[Tensor, Tensor]:

@@ -97,7 +97,7 @@ class GroupLoss(NamedTuple):
     weights: Tensor
 
 
-def group_infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
     """Value and gradient of every group's loss, reduced over the groups.
 
     Args:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 import conspo_kernels as ck
 from conspo_kernels.backends import eager, native, triton
-from conspo_kernels.backends.contract import GroupInfoNCE, LabelAlignment, Scale, SequenceScore, TokenLogprob
+from conspo_kernels.backends.contract import Backend
 
 
 def losses(logits: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
@@ -52,13 +52,6 @@ def modules(logits: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rewa
     return loss + output.loss
 
 
-Ops = tuple[TokenLogprob, SequenceScore, GroupInfoNCE, LabelAlignment, Scale]
-
-
-def backends() -> tuple[Ops, Ops, Ops]:
+def backends() -> tuple[Backend, Backend, Backend]:
     """Each keeps the contract."""
-    return (
-        (eager.token_logprob, eager.sequence_score, eager.group_infonce, eager.label_alignment, eager.scale),
-        (native.token_logprob, native.sequence_score, native.group_infonce, native.label_alignment, native.scale),
-        (triton.token_logprob, triton.sequence_score, triton.group_infonce, triton.label_alignment, triton.scale),
-    )
+    return eager, native, triton

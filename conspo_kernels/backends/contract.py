@@ -1,4 +1,4 @@
-"""What a backend offers: `Backend`, a module (or object) per op with the functions of these protocols.
+"""What a backend offers: the functions of `Backend`.
 
 A backend sees checked tensors on one device. Labels are indices or `IGNORED`; no mask, shift or packing reaches it but
 the offsets of rollouts. Names: b sequences, t positions, v vocabulary, s rollouts, k groups.
@@ -13,20 +13,6 @@ from torch import Tensor
 
 from ..objective import GroupLoss, Objective, Rollouts
 from ..values import Incoming, LogitRows, Statistics
-
-
-class LabelAlignment(Protocol):
-    """Brings users' labels to the one form that every other op takes."""
-
-    def align(
-        self, labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int
-    ) -> Tensor:
-        """[B, T] int64 labels of the rows that predict them, `IGNORED` where there is no response token.
-
-        labels: [B, T] integers; one that equals `absent` is no label; others below 0 become `ELSEWHERE`.
-        response_mask: [B, T], zero = no response token.  offsets: [S + 1] integers, of packed labels [1, N].
-        shift: labels are the input ids: position t gets the label of t + 1 of its own sequence.
-        """
 
 
 class TokenLogprob(Protocol):
@@ -80,22 +66,8 @@ class SequenceScore(Protocol):
         """The sum (0-d) of weights times values, of any one shape, without those whose weight (or count) is zero."""
 
 
-class GroupInfoNCE(Protocol):
-    """The objective of `objective.py` and its gradient; everything is on the device of the scores."""
-
-    def forward(self, scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
-        """scores [S] fp32 or fp64, NaN where counts [S] int32 are 0: without response tokens."""
-
-
-class Scale(Protocol):
-    """A gradient times the scalar that comes in from backward."""
-
-    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
-        """gradient *= factor (0-d), at no cost where the factor is 1."""
-
-
 class Backend(Protocol):
-    """A folder of `backends`, or a module: an object per op."""
+    """A module, or a folder of `backends`. Two ops have several functions each, and are objects or modules."""
 
     @property
     def token_logprob(self) -> TokenLogprob: ...
@@ -103,14 +75,26 @@ class Backend(Protocol):
     @property
     def sequence_score(self) -> SequenceScore: ...
 
-    @property
-    def group_infonce(self) -> GroupInfoNCE: ...
-
-    @property
-    def label_alignment(self) -> LabelAlignment: ...
-
-    @property
-    def scale(self) -> Scale: ...
-
     def obstacle(self, device: torch.device) -> str | None:
         """Why the backend cannot run on a device, or None."""
+
+    def align(
+        self, labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int
+    ) -> Tensor:
+        """Users' labels in the one form that every other op takes: [B, T] int64, of the rows that predict them.
+
+        `IGNORED` where there is no response token.
+
+        labels: [B, T] integers; one that equals `absent` is no label; others below 0 become `ELSEWHERE`.
+        response_mask: [B, T], zero = no response token.  offsets: [S + 1] integers, of packed labels [1, N].
+        shift: labels are the input ids: position t gets the label of t + 1 of its own sequence.
+        """
+
+    def infonce(self, scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+        """The objective of `objective.py` and its gradient; everything is on the device of the scores.
+
+        scores: [S] fp32 or fp64, NaN where counts [S] int32 are 0: without response tokens.
+        """
+
+    def scale_(self, gradient: Tensor, factor: Tensor) -> None:
+        """gradient *= factor (0-d, the scalar that comes in from backward), at no cost where the factor is 1."""

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .. import objective
+from ..objective import infonce as infonce
 from ..values import ELSEWHERE, IGNORED, Incoming, LogitRows, LogitTransform, Statistics, response_counts
 
 CHUNK_ELEMENTS = 1 << 21
@@ -195,29 +195,19 @@ def scaled(weights: Tensor, factor: Tensor) -> Tensor:
     return torch.where(weights == 0, 0.0, weights * factor)
 
 
-class group_infonce:
-    """`contract.GroupInfoNCE`: the equations are those of `objective.py`."""
-
-    forward = staticmethod(objective.group_infonce)
-
-
-class label_alignment:
-    """`contract.LabelAlignment`."""
-
-    @staticmethod
-    def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int) -> Tensor:
-        """[B, T] int64 labels of the rows that predict them."""
-        user_labels = labels.long()  # a narrower type may not hold `absent`: -100 is 156 in uint8
-        active = user_labels != absent
-        if response_mask is not None:
-            active &= response_mask != 0
-        aligned = torch.where(active, torch.where(user_labels < 0, ELSEWHERE, user_labels), IGNORED)
-        if shift:
-            aligned = _next_labels(aligned, offsets)
-        if offsets is not None:
-            position = torch.arange(aligned.shape[1], device=aligned.device)
-            aligned = torch.where((position >= offsets[0]) & (position < offsets[-1]), aligned, IGNORED)
-        return aligned
+def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int) -> Tensor:
+    """[B, T] int64 labels of the rows that predict them."""
+    user_labels = labels.long()  # a narrower type may not hold `absent`: -100 is 156 in uint8
+    active = user_labels != absent
+    if response_mask is not None:
+        active &= response_mask != 0
+    aligned = torch.where(active, torch.where(user_labels < 0, ELSEWHERE, user_labels), IGNORED)
+    if shift:
+        aligned = _next_labels(aligned, offsets)
+    if offsets is not None:
+        position = torch.arange(aligned.shape[1], device=aligned.device)
+        aligned = torch.where((position >= offsets[0]) & (position < offsets[-1]), aligned, IGNORED)
+    return aligned
 
 
 def _next_labels(labels: Tensor, offsets: Tensor | None) -> Tensor:
@@ -232,11 +222,7 @@ def _next_labels(labels: Tensor, offsets: Tensor | None) -> Tensor:
     return shifted.index_fill(1, ends.long(), IGNORED)
 
 
-class scale:
-    """`contract.Scale`."""
-
-    @staticmethod
-    def scale_(gradient: Tensor, factor: Tensor) -> None:
-        """gradient *= factor (0-d), at no cost where the factor is 1 and can be looked at without waiting."""
-        if factor.device.type != "cpu" or factor.item() != 1:
-            gradient.mul_(factor)
+def scale_(gradient: Tensor, factor: Tensor) -> None:
+    """gradient *= factor (0-d), at no cost where the factor is 1 and can be looked at without waiting."""
+    if factor.device.type != "cpu" or factor.item() != 1:
+        gradient.mul_(factor)

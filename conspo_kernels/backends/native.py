@@ -1,6 +1,6 @@
 """The ops in C++ (`csrc/cpu`), for CPU tensors; the only module that imports the extension.
 
-`token_logprob`, `sequence_score` and `group_infonce` have the functions that `contract.py` asks of a backend's modules.
+`align`, `scale_` and the sums with known weights are PyTorch's.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor
 from ..objective import GroupLoss, Objective, Rollouts
 from ..values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics, response_counts
 from . import eager
-from .eager import label_alignment as label_alignment
-from .eager import scale as scale
+from .eager import align as align
+from .eager import scale_ as scale_
 
 BUILT = importlib.util.find_spec(".._C", __package__) is not None
 _C: Any = None
@@ -131,15 +131,12 @@ class sequence_score:
     weighted_sum = staticmethod(eager.sequence_score.weighted_sum)
 
 
-class group_infonce:
-    """`contract.GroupInfoNCE`: all groups in one pass."""
-
-    @staticmethod
-    def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
-        rewards, (size, _ids, order, offsets) = rollouts
-        tau, margin, threshold, reduction, num_groups = objective
-        number = None if num_groups is None else num_groups.item()
-        found = _C.group_infonce_forward(
-            scores, rewards, counts, order, offsets, size, margin.item(), number, tau, threshold, REDUCTIONS[reduction]
-        )
-        return GroupLoss(*found)
+def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+    """All groups in one pass."""
+    rewards, (size, _ids, order, offsets) = rollouts
+    tau, margin, threshold, reduction, num_groups = objective
+    number = None if num_groups is None else num_groups.item()
+    found = _C.group_infonce_forward(
+        scores, rewards, counts, order, offsets, size, margin.item(), number, tau, threshold, REDUCTIONS[reduction]
+    )
+    return GroupLoss(*found)

@@ -108,7 +108,7 @@ def infonce(
     objective = Objective(
         tau, margin.to(dtype), reward_threshold, reduction, None if num_groups is None else num_groups.to(dtype)
     )
-    loss, weights = backend.group_infonce.forward(scores, counts, Rollouts(rewards.contiguous(), groups), objective)
+    loss, weights = backend.infonce(scores, counts, Rollouts(rewards.contiguous(), groups), objective)
     return loss, scores, counts, weights
 
 

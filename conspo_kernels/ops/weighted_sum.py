@@ -18,7 +18,7 @@ from .registration import asked_for, op, traced
 @op(lambda _: None, mutates=("gradient",))
 def scale_(gradient: Tensor, factor: Tensor, implementation: str) -> None:
     """gradient *= factor (0-d), at no cost where the factor is 1; it counts as a modification even then."""
-    backend_for(implementation, gradient.device).scale.scale_(gradient, factor)
+    backend_for(implementation, gradient.device).scale_(gradient, factor)
 
 
 @op(lambda _: None, mutates=("target",))

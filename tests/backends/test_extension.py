@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
 from conspo_kernels.backends import registry
-from conspo_kernels.backends.eager import group_infonce, label_alignment, scale, sequence_score
+from conspo_kernels.backends.eager import align, infonce, scale_, sequence_score
 from conspo_kernels.objective import GroupLoss, Objective, Rollouts
 from conspo_kernels.reference import reference_loss
 from conspo_kernels.values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
@@ -73,11 +73,9 @@ class ToyTokenLogprob:
         return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
 
 
-class ToyGroupInfoNCE:
-    @staticmethod
-    def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
-        CALLS.append("group_infonce")
-        return group_infonce.forward(scores, counts, rollouts, objective)
+def toy_infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+    CALLS.append("infonce")
+    return infonce(scores, counts, rollouts, objective)
 
 
 @pytest.fixture
@@ -85,9 +83,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A backend that is a folder elsewhere, and one line."""
     package = types.ModuleType("toy_backend")
     package.obstacle = lambda device: None  # type: ignore[attr-defined]
-    package.token_logprob, package.group_infonce = ToyTokenLogprob, ToyGroupInfoNCE  # type: ignore[attr-defined]
-    package.sequence_score, package.scale = sequence_score, scale  # type: ignore[attr-defined]
-    package.label_alignment = label_alignment  # type: ignore[attr-defined]
+    package.token_logprob, package.infonce = ToyTokenLogprob, toy_infonce  # type: ignore[attr-defined]
+    package.sequence_score, package.scale_ = sequence_score, scale_  # type: ignore[attr-defined]
+    package.align = align  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "toy_backend", package)
     monkeypatch.setitem(registry.BACKENDS, "toy", "toy_backend")
     CALLS.clear()
@@ -108,7 +106,7 @@ def test_the_shared_cases_on_a_toy_backend(case: Case, packed: bool, toy: str) -
     (grad,) = torch.autograd.grad((loss * weights).sum(), inputs.logits)
     (exact_grad,) = torch.autograd.grad((exact * weights).sum(), leaf)
     torch.testing.assert_close(grad, exact_grad, rtol=0, atol=1e-13)
-    assert {"forward", "group_infonce", "backward"} <= set(CALLS)
+    assert {"forward", "infonce", "backward"} <= set(CALLS)
 
 
 def test_the_linear_path_and_phase_two_run_on_a_toy_backend(toy: str) -> None:

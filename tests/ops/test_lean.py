@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 import conspo_kernels as ck
-from conspo_kernels.backends.eager import group_infonce as eager_infonce
-from conspo_kernels.backends.eager import label_alignment as eager_alignment
+from conspo_kernels.backends import eager
 from conspo_kernels.backends.eager import sequence_score as eager_scores
 from conspo_kernels.backends.eager import token_logprob as eager_kernels
 from conspo_kernels.linear.tiling import Problem, workspace_of
@@ -37,7 +36,7 @@ def test_labels(shift: bool, mask: torch.dtype | None, offsets: list[int] | None
         for given in (labels, labels.t().contiguous().t(), labels[:, 1:]):
             entries = None if response_mask is None else response_mask[:, -given.shape[1] :]
             arguments = (given, entries, cut, shift, absent)
-            assert torch.equal(label_alignment.align(*arguments), eager_alignment.align(*arguments))
+            assert torch.equal(label_alignment.align(*arguments), eager.align(*arguments))
 
 
 @pytest.mark.parametrize("vocab_size", [37, 9001])
@@ -116,11 +115,11 @@ def test_many_groups(reduction: str, ragged: bool, on_device: bool, monkeypatch:
             None if denominator is None else torch.tensor(denominator, device=DEVICE),
         )  # fmt: skip
         rollouts = Rollouts(rewards, groups)
-        expected = eager_infonce.forward(scores, counts, rollouts, objective)
+        expected = eager.infonce(scores, counts, rollouts, objective)
         results = []
         for few in (1024, 16):
             monkeypatch.setattr(group_infonce, "FEW", few)
-            results.append(group_infonce.forward(scores, counts, rollouts, objective))
+            results.append(group_infonce.infonce(scores, counts, rollouts, objective))
             torch.testing.assert_close(results[-1].loss, expected.loss, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(results[-1].weights, expected.weights, rtol=1e-5, atol=1e-7)
         assert torch.equal(results[0].weights, results[1].weights)

@@ -62,7 +62,7 @@ def contrast(num_rollouts: int, on_device: bool) -> None:
     rollouts = Rollouts(torch.zeros(num_rollouts), Groups(2))
     for reduction, num_groups in (("mean", None), ("mean", torch.tensor(3.0)), ("sum", None), ("none", None)):
         objective = Objective(1.0, torch.tensor(0.1), 0.5, reduction, num_groups)
-        group_infonce.forward(scores, counts, rollouts, objective)
+        group_infonce.infonce(scores, counts, rollouts, objective)
 
 
 def spread(packed: bool) -> None:

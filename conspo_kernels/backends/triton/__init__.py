@@ -11,21 +11,28 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from . import group_infonce as group_infonce
-    from . import label_alignment as label_alignment
-    from . import scale as scale
     from . import sequence_score as sequence_score
     from . import token_logprob as token_logprob
+    from .group_infonce import infonce as infonce
+    from .label_alignment import align as align
+    from .scale import scale_ as scale_
 else:
 
-    def __getattr__(op: str) -> Any:
-        """The module of an op, which imports Triton."""
-        if op not in OPS:
-            raise AttributeError(op)
-        return importlib.import_module(f".{op}", __name__)
+    def __getattr__(name: str) -> Any:
+        """What the contract asks for, from its module, which imports Triton."""
+        if name not in OPS:
+            raise AttributeError(name)
+        module = importlib.import_module(f".{OPS[name]}", __name__)
+        return module if name == OPS[name] else getattr(module, name)
 
 
-OPS = ("group_infonce", "label_alignment", "scale", "sequence_score", "token_logprob")
+OPS = {
+    "token_logprob": "token_logprob",
+    "sequence_score": "sequence_score",
+    "infonce": "group_infonce",
+    "align": "label_alignment",
+    "scale_": "scale",
+}
 executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx_executor`
 INSTALLED = importlib.util.find_spec("triton") is not None
 

@@ -242,7 +242,7 @@ def _reduce_kernel(
     tl.store(weights_ptr + rollouts, weights / divisor, mask=rollouts < num_rollouts)
 
 
-def forward(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
     """Loss and weights of scores [S]."""
     rewards, groups = rollouts
     num_rollouts = scores.numel()
