@@ -15,7 +15,7 @@ from ...values import IGNORED as IGNORED_LABEL
 from .direct import kernel
 from .launch import FUSED, ceil_div
 
-BLOCK = 4096
+BLOCK = tl.constexpr(4096)
 LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
 IGNORED = tl.constexpr(IGNORED_LABEL)
 UNSPECIALIZED = ("num_tokens", "num_positions", "num_segments")
@@ -24,13 +24,13 @@ UNALIGNED = ("logprobs_ptr", "labels_ptr", "offsets_ptr", "weights_ptr", "factor
 
 
 @triton.jit
-def _segment(s, offsets_ptr, num_positions, num_tokens, PACKED: tl.constexpr):
+def _segment(s, offsets_ptr, num_positions, num_tokens):
     """Tokens [start, stop) of segment s.
 
     Offsets are clamped: those on an accelerator cannot be checked without a synchronisation, and must not be followed
     out of the tensor.
     """
-    if PACKED:
+    if offsets_ptr is not None:
         start = tl.load(offsets_ptr + s).to(tl.int64)
         stop = tl.load(offsets_ptr + s + 1).to(tl.int64)
         start = tl.minimum(tl.maximum(start, 0), num_tokens)
@@ -44,12 +44,10 @@ def _segment(s, offsets_ptr, num_positions, num_tokens, PACKED: tl.constexpr):
 # Reads a log-probability and a label per token; writes two numbers per rollout.
 @kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
 def _forward_kernel(
-    logprobs_ptr, labels_ptr, offsets_ptr, scores_ptr, counts_ptr,
-    num_positions: tl.int64, num_tokens: tl.int64,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    logprobs_ptr, labels_ptr, offsets_ptr, scores_ptr, counts_ptr, num_positions: tl.int64, num_tokens: tl.int64
+):
     s = tl.program_id(0).to(tl.int64)
-    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
+    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens)
     total = tl.zeros((BLOCK,), logprobs_ptr.dtype.element_ty)
     count = tl.zeros((BLOCK,), tl.int32)
     while start < stop:
@@ -65,7 +63,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _fill_gap(out_ptr, start, stop, value, BLOCK: tl.constexpr):
+def _fill_gap(out_ptr, start, stop, value):
     while start < stop:
         tokens = start + tl.arange(0, BLOCK)
         tl.store(out_ptr + tokens, tl.zeros((BLOCK,), out_ptr.dtype.element_ty) + value, mask=tokens < stop)
@@ -73,13 +71,13 @@ def _fill_gap(out_ptr, start, stop, value, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _fill_outside(out_ptr, offsets_ptr, num_segments, num_tokens, value, BLOCK: tl.constexpr):
+def _fill_outside(out_ptr, offsets_ptr, num_segments, num_tokens, value):
     """Store a value at the packed tokens that are outside of all segments."""
     zero = num_tokens * 0  # of its type, which a loop variable has to keep
     start = tl.maximum(tl.minimum(tl.load(offsets_ptr).to(tl.int64), num_tokens), zero)
     stop = tl.maximum(tl.minimum(tl.load(offsets_ptr + num_segments).to(tl.int64), num_tokens), zero)
-    _fill_gap(out_ptr, zero, start, value, BLOCK)
-    _fill_gap(out_ptr, stop, num_tokens, value, BLOCK)
+    _fill_gap(out_ptr, zero, start, value)
+    _fill_gap(out_ptr, stop, num_tokens, value)
 
 
 # Reads a label per token and two numbers per rollout; writes a gradient per token.
@@ -87,14 +85,13 @@ def _fill_outside(out_ptr, offsets_ptr, num_segments, num_tokens, value, BLOCK: 
 def _backward_kernel(
     weights_ptr, factor_ptr, counts_ptr, labels_ptr, offsets_ptr, grad_logprobs_ptr,
     num_positions: tl.int64, num_tokens: tl.int64, num_segments: tl.int64,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    if PACKED:
+    if offsets_ptr is not None:
         if s == num_segments:
-            _fill_outside(grad_logprobs_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
+            _fill_outside(grad_logprobs_ptr, offsets_ptr, num_segments, num_tokens, 0)
             return
-    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
+    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens)
     n = tl.load(counts_ptr + s)
     grad = tl.load(weights_ptr + s, mask=n > 0, other=0.0)
     if factor_ptr is not None:  # a weight of zero takes no part, whatever comes in
@@ -113,39 +110,37 @@ def _backward_kernel(
 def _coefficients_kernel(
     weights_ptr, labels_ptr, offsets_ptr, coefficients_ptr, counts_ptr, kept_labels_ptr,
     num_positions: tl.int64, num_tokens: tl.int64, num_segments: tl.int64,
-    PACKED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     s = tl.program_id(0).to(tl.int64)
-    if PACKED:
+    if offsets_ptr is not None:
         if s == num_segments:
-            _fill_outside(coefficients_ptr, offsets_ptr, num_segments, num_tokens, 0, BLOCK)
-            _fill_outside(kept_labels_ptr, offsets_ptr, num_segments, num_tokens, IGNORED, BLOCK)
+            _fill_outside(coefficients_ptr, offsets_ptr, num_segments, num_tokens, 0)
+            _fill_outside(kept_labels_ptr, offsets_ptr, num_segments, num_tokens, IGNORED)
             return
-    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens, PACKED)
-    count = tl.zeros((BLOCK,), tl.int32)
+    TILE: tl.constexpr = BLOCK // 2  # two loops' registers
+    start, stop = _segment(s, offsets_ptr, num_positions, num_tokens)
+    count = tl.zeros((TILE,), tl.int32)
     first = start
     while first < stop:
-        tokens = first + tl.arange(0, BLOCK)
+        tokens = first + tl.arange(0, TILE)
         count += (tl.load(labels_ptr + tokens, mask=tokens < stop, other=IGNORED) != IGNORED).to(tl.int32)
-        first += BLOCK
+        first += TILE
     n = tl.sum(count)
     tl.store(counts_ptr + s, n)
     c = tl.load(weights_ptr + s, mask=n > 0, other=0.0) / tl.maximum(n, 1)
     while start < stop:
-        tokens = start + tl.arange(0, BLOCK)
+        tokens = start + tl.arange(0, TILE)
         mask = tokens < stop
         label = tl.load(labels_ptr + tokens, mask=mask, other=IGNORED)
         coefficient = tl.where(label != IGNORED, c, tl.zeros_like(c))
         tl.store(coefficients_ptr + tokens, coefficient, mask=mask)
         tl.store(kept_labels_ptr + tokens, tl.where(coefficient != 0, label, IGNORED), mask=mask)
-        start += BLOCK
+        start += TILE
 
 
 # Reads a coefficient and a label per token, and writes them.
 @kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
-def _masked_kernel(
-    values_ptr, labels_ptr, coefficients_ptr, kept_labels_ptr, num_tokens: tl.int64, BLOCK: tl.constexpr
-):  # fmt: skip
+def _masked_kernel(values_ptr, labels_ptr, coefficients_ptr, kept_labels_ptr, num_tokens: tl.int64):
     tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = tokens < num_tokens
     label = tl.load(labels_ptr + tokens, mask=mask, other=IGNORED)
@@ -156,7 +151,7 @@ def _masked_kernel(
 
 # Reads two numbers (three with counts) per value; writes one. One program: the order of the sum is fixed.
 @kernel(do_not_specialize=("number",), do_not_specialize_on_alignment=UNALIGNED)
-def _weighted_sum_kernel(values_ptr, weights_ptr, counts_ptr, sum_ptr, number: tl.int64, BLOCK: tl.constexpr):
+def _weighted_sum_kernel(values_ptr, weights_ptr, counts_ptr, sum_ptr, number: tl.int64):
     total = tl.zeros((BLOCK,), values_ptr.dtype.element_ty)
     start = number * 0
     while start < number:
@@ -177,9 +172,8 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[T
     counts = torch.empty(num_segments, dtype=torch.int32, device=logprobs.device)
     if num_segments > 0:
         _forward_kernel[(num_segments,)](
-            logprobs, labels, offsets, scores, counts, labels.shape[1], labels.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK, **LAUNCH,
-        )  # fmt: skip
+            logprobs, labels, offsets, scores, counts, labels.shape[1], labels.numel(), **LAUNCH
+        )
     return scores, counts
 
 
@@ -189,10 +183,8 @@ def backward(
     """The gradient of the scores, weights [S] times factor, at their tokens: [B, T], zero where ignored."""
     grad_logprobs = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
     if programs := _num_programs(labels, offsets):
-        _backward_kernel[(programs,)](
-            weights, factor, counts, labels, offsets, grad_logprobs, labels.shape[1], labels.numel(), counts.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK, **LAUNCH,
-        )  # fmt: skip
+        sizes = (labels.shape[1], labels.numel(), counts.numel())
+        _backward_kernel[(programs,)](weights, factor, counts, labels, offsets, grad_logprobs, *sizes, **LAUNCH)
     return grad_logprobs
 
 
@@ -202,10 +194,8 @@ def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tup
     counts = torch.empty(weights.shape, dtype=torch.int32, device=labels.device)
     kept_labels = torch.empty_like(labels)
     if programs := _num_programs(labels, offsets):
-        _coefficients_kernel[(programs,)](
-            weights, labels, offsets, at_tokens, counts, kept_labels, labels.shape[1], labels.numel(), weights.numel(),
-            PACKED=offsets is not None, BLOCK=BLOCK // 2, **LAUNCH,  # two loops' registers
-        )  # fmt: skip
+        sizes = (labels.shape[1], labels.numel(), weights.numel())
+        _coefficients_kernel[(programs,)](weights, labels, offsets, at_tokens, counts, kept_labels, *sizes, **LAUNCH)
     return at_tokens, counts, kept_labels
 
 
@@ -213,8 +203,8 @@ def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
     at_tokens, kept_labels = torch.empty_like(coefficients), torch.empty_like(labels)
     if labels.numel():
-        _masked_kernel[(ceil_div(labels.numel(), BLOCK),)](
-            coefficients, labels, at_tokens, kept_labels, labels.numel(), BLOCK=BLOCK, **LAUNCH
+        _masked_kernel[(ceil_div(labels.numel(), BLOCK.value),)](
+            coefficients, labels, at_tokens, kept_labels, labels.numel(), **LAUNCH
         )
     return at_tokens, kept_labels
 
@@ -222,7 +212,7 @@ def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
     """The sum (0-d) of weights times values, contiguous, without those whose weight (or count) is zero."""
     total = values.new_empty(())
-    _weighted_sum_kernel[(1,)](values, weights, counts, total, values.numel(), BLOCK=BLOCK, **LAUNCH)
+    _weighted_sum_kernel[(1,)](values, weights, counts, total, values.numel(), **LAUNCH)
     return total
 
 
