@@ -19,7 +19,7 @@ from .values import IGNORED, Tokens
 
 
 class ConSPOOutput(NamedTuple):
-    """What `return_metrics=True` returns; all but the loss detached.
+    """The result with `return_metrics=True`; all but the loss detached.
 
     loss: as without metrics.  metrics: 0-d tensors named `conspo/...`.  scores: [S].  logprobs: shaped like labels, or
     None where the loss was computed from scores.

@@ -1,4 +1,4 @@
-"""Log-probabilities of tokens and scores of rollouts, of which the losses are made; and gradients of any other loss.
+"""Log-probabilities of tokens and scores of rollouts, the parts of the losses; and gradients of any other loss.
 
 The gradient of a loss of log-probabilities is one coefficient per token, and `weighted_logprob_loss` has that gradient:
 

@@ -25,10 +25,10 @@ def conspo_metrics(
         weights: [S] dloss/dscores.
         rewards: [S], NaN = unscorable.
         group_ids: [S] int64, the group of each rollout.
-        counts: [S] response tokens, or None: not known, and a NaN score is unscorable.
+        counts: [S] response tokens. None: unknown, and a NaN score is unscorable.
         reward_threshold: a rollout is positive where its reward is greater.
         margin: 0-d.
-        denominator: what the weights were divided by, or None: the number of valid groups.
+        denominator: divisor of the weights; None: the number of valid groups.
     """
     dtype, index = scores.dtype, group_ids
     scorable = ~rewards.isnan() & (scores == scores if counts is None else counts > 0)

@@ -1,4 +1,4 @@
-"""`nn.Module` forms of the losses: settings at construction, what changes from step to step at the call."""
+"""`nn.Module` forms of the losses: settings at construction, a step's tensors and margin at the call."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Settings(nn.Module):
 
 
 class ConSPOLoss(_Settings):
-    """`conspo_loss` with its settings kept: the call takes what changes from step to step.
+    """`conspo_loss` that stores its settings: a call passes only the arguments that change from step to step.
 
         loss_fn = ConSPOLoss(shift=True)
         loss = loss_fn(logits, input_ids, rewards, groups, response_mask=response_mask, margin=margin(step))
@@ -90,7 +90,7 @@ class ConSPOLoss(_Settings):
 
 
 class LinearConSPOLoss(_Settings):
-    """`linear_conspo_loss` with its settings kept, as `ConSPOLoss`.
+    """`linear_conspo_loss` that stores its settings, as `ConSPOLoss` does.
 
         loss_fn = LinearConSPOLoss(shift=True)
         loss = loss_fn(hidden, head.weight, input_ids, rewards, groups, response_mask=response_mask)

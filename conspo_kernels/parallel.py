@@ -14,7 +14,7 @@ GRAD_REDUCTIONS = ("mean", "sum")
 
 @dataclass(frozen=True)
 class Parallel:
-    """What is split over ranks. A function takes of it what concerns it; None is one rank.
+    """What is split over ranks. Each function reads the fields that concern it; None is one rank.
 
     Args:
         data: the ranks over which the rollouts of groups are spread. Scores, rewards and ids are gathered, S numbers

@@ -1,4 +1,4 @@
-"""Values that the layers hand to one another: what a label may be, the logit transform, the statistics of tokens."""
+"""Values that layers pass on: labels and their sentinels, the logit transform, the statistics of tokens."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def python_number(value: Any) -> Any:
 
 
 def accumulated(dtype: torch.dtype) -> torch.dtype:
-    """What numbers of a dtype are summed in."""
+    """The dtype in which numbers of a dtype are summed."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -114,7 +114,7 @@ def response_counts(labels: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 class LogitRows(NamedTuple):
-    """logits [B, T, V], last stride 1, fp16, bf16, fp32 or fp64, and what belongs to their rows.
+    """Rows of logits [B, T, V], last stride 1, fp16, bf16, fp32 or fp64, with their labels and transform.
 
     labels: [B, T] int64, contiguous.  start: the label that the first column is, where they are a slice of the columns.
     """
@@ -132,7 +132,7 @@ class LogitRows(NamedTuple):
 
 
 class Incoming(NamedTuple):
-    """What a backward takes of each token, [B, T], contiguous: statistics of forward, and the gradients that come in.
+    """The inputs of a backward per token, [B, T], contiguous: statistics of forward, and incoming gradients.
 
     grad_logprobs: of log-probabilities.  entropy: of forward, with grad_entropy, that of entropies.
     """
@@ -179,8 +179,8 @@ class Tokens(NamedTuple):
     the rollouts.  cpu_offsets: the same on the CPU, where they are known there.  shape: of the user's labels.
     mask: [B, T] bool on the CPU, the tokens whose log-probabilities are needed; None: the CPU does not know them.
 
-    Where rollouts were dropped, or may have been: counts [S], the response tokens of all of them, as far as they are
-    known, and num_dropped, 0-d.
+    counts, num_dropped: response tokens [S] of all rollouts, and how many rollouts were dropped (0-d), after
+    `tokens_with_gradient`; None: not counted.
     """
 
     labels: Tensor

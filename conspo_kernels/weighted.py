@@ -1,4 +1,4 @@
-"""Sums of scores or log-probabilities with known weights: what `weighted_score_loss` and its relatives share."""
+"""Sums of scores or log-probabilities with known weights, of logits and of hidden states alike."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What runs an op: each backend is a folder, or one module, that offers what `contract.py` says; see `registry.py`."""
+"""The backends that run ops: a folder or a module each, with the functions of `contract.py`; see `registry.py`."""

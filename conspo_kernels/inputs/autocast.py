@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """What autocast multiplies in on a device, where it is on.
+    """The dtype in which autocast multiplies on a device; None: it is off.
 
     "meta" has no autocast, and torch raises. It is named here because torch.compile of 2.11 does not trace
     `torch.amp.is_autocast_available`.

@@ -1,7 +1,7 @@
-"""The errors that a user's argument can cause: what was expected, and what came.
+"""Checks of users' arguments. Each error names the argument, what was expected and what came.
 
 TypeError: not a tensor, not a number. ValueError: a tensor or number of the wrong kind. This module reads metadata
-only; what needs the values of a tensor is checked inside of ops.
+only; ops check the values of tensors.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def tokens(labels: Any, response_mask: Any, name: str, shape: tuple[int, ...], d
 
 
 def cu_seqlens(value: Any, shape: tuple[int, ...], needed_for: str | None) -> None:
-    """Offsets of packed tokens, for rows of the given leading shape; `needed_for` says what cannot do without."""
+    """Offsets of packed tokens, for rows of leading dimensions `shape`; `needed_for`: as of `tokens_of`."""
     if value is None:
         if len(shape) == 1 and needed_for is not None:
             raise ValueError(f"cu_seqlens is needed for {needed_for} of packed tokens {list(shape)}")

@@ -62,7 +62,7 @@ def _objective(
 def tokens_with_gradient(
     source: Source, tokens: Tokens, rollouts: Rollouts, objective: Objective, for_metrics: bool
 ) -> Tokens:
-    """Without the tokens of rollouts that cannot have a gradient, where these are known without waiting.
+    """Drops the tokens of rollouts that cannot have a gradient, if the host knows these without waiting.
 
     Counts tokens before dropping rollouts: metrics report all of them.
     """
@@ -93,8 +93,8 @@ def tokens_with_gradient(
 def _have_gradient(rollouts: Rollouts, counts: Tensor | None, reward_threshold: float, whole: bool) -> Tensor | None:
     """[S] bool on the CPU: rollouts that can have a gradient; None where rewards or ids are not on the CPU.
 
-    counts: [S] response tokens, if known; they are looked at where they are on the CPU.  whole: every group lies on
-    this rank; else it may be valid by what another rank has.
+    counts: [S] response tokens, or None; used only if they are on the CPU.  whole: every group lies on this rank; else
+    rollouts on another rank may make it valid.
     """
     rewards, groups = rollouts
     if rewards.device.type != "cpu":

@@ -41,9 +41,9 @@ def to_device(x: Tensor, device: torch.device, dtype: torch.dtype | None = None)
 
 
 def constant(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number as a 0-d tensor, so that another value is not another program; tensors stay live.
+    """A number as a 0-d tensor, so that another value does not compile another program; tensors stay live.
 
-    In eager mode on the CPU: what the host knows is an argument of a launch, and costs none of its own.
+    In eager mode it stays on the CPU: a kernel takes it as an argument, and no launch copies it.
     """
     if isinstance(value, Tensor):
         return value.detach().resolve_neg()

@@ -77,7 +77,7 @@ def infonce(
     reduction: str,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What lies on another device than the log-probabilities (the CPU) is brought there, without waiting.
+    """Scores, loss and weights. Arguments on the CPU are copied to the device of the log-probabilities without waiting.
 
     Args:
         logprobs, labels, offsets: as of `sequence_score`.
@@ -113,7 +113,7 @@ def infonce(
 
 
 def _on_device(groups: Groups, device: torch.device) -> Groups:
-    """Brought there in one copy."""
+    """A copy on the device, by one transfer."""
     size, *tensors = groups
     parts = [x for x in tensors if x is not None]
     return Groups(size, *to_device(torch.cat(parts), device).split([len(part) for part in parts]))

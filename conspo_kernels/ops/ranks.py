@@ -1,4 +1,4 @@
-"""What crosses ranks: token statistics, sums over tokens, rollouts of groups; as ops where torch.compile has to see it.
+"""Communication between ranks: token statistics, sums over tokens, rollouts of groups; ops where torch.compile traces.
 
 An op takes a process group by its name, so that torch.compile can trace it; "" is no group.
 """
@@ -67,10 +67,10 @@ def _whole_statistics(
 ) -> tuple[Statistics, Tensor, Tensor]:
     """Those of whole rows, from those of this rank's part of the vocabulary. Two collectives.
 
-    scale: what a max is multiplied by to be a logit, as in `LogitTransform`.  mine: [..] bool, the label is
-    in this part (else its log-probability is of no meaning).  ignored: [..] bool, no token.  size: of this part.
-    Also returns how many ranks have the label: 0 if it is outside of the vocabulary, 2 if their parts overlap; and
-    whether all ranks have the same logits, `_alike`. Then, and where a label is not on one rank, logprobs are NaN.
+    scale: of `LogitTransform`, turns a max into a logit.  mine: [..] bool, the label is in this part (else its
+    log-probability means nothing).  ignored: [..] bool, no token.  size: of this part.
+    Also returns how many ranks have the label (0: it is outside of the vocabulary, 2: their parts overlap) and whether
+    all ranks have the same logits (`_alike`). logprobs are NaN if they have, and where not exactly one has the label.
     """
     logprobs, entropy, part_max, part_log_sum = part
     row_max = part_max.clone()

@@ -52,7 +52,7 @@ def op(
     Args:
         fake: from the named arguments to results of their shapes and dtypes.
         mutates: names of the arguments that are written to.
-        save: (ctx, the named arguments, the results): keeps what backward needs.
+        save: (ctx, the named arguments, the results): saves tensors for backward.
         backward: (ctx, the gradients of the results): the gradients of arguments by their names. Without it the op has
             no gradient.
         flops: from the named arguments to the number of operations, for `torch.utils.flop_counter`.
@@ -154,7 +154,7 @@ def _function(
         return output
 
     def by_position(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        # A view whose elements are minus what memory holds: kernels read memory.
+        # Kernels read memory, which a lazily negated view has not changed.
         gradients = tuple(x if x is None else x.resolve_neg() for x in gradients)
         results = backward(ctx, *gradients)
         return tuple(None if results.get(x) is None else without_derivative(results[x]) for x in named._fields)
@@ -179,7 +179,7 @@ def traced(x: Tensor | None) -> bool:
 def asked_for(node: Node | None) -> bool:
     """Whether the backward that runs computes the gradient of the tensor that a node made.
 
-    `ctx.needs_input_grad` says what could be asked for: `autograd.grad(loss, hidden)` asks for less.
+    `ctx.needs_input_grad` names all inputs that require a gradient: `autograd.grad(loss, hidden)` asks for fewer.
     """
     return node is None or torch._C._will_engine_execute_node(node)
 

@@ -1,4 +1,4 @@
-"""conspo::sequence_score: the mean log-probability of each rollout's response tokens, and what its gradient needs."""
+"""conspo::sequence_score: the mean log-probability of each rollout's response tokens, and the ops of its gradient."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from ..linear.tiling import workspace_of
 
 
 def default_workspace(device: torch.device) -> int:
-    """Bytes for tiles of logits: by the size of a device's memory, not by what is free of it, as sums depend on it."""
+    """Bytes for tiles of logits: a share of all memory of a device, not of its free part, as sums depend on it."""
     total = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
     return workspace_of(total)
 
