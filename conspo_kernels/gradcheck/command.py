@@ -112,11 +112,9 @@ def table_lines(table: Iterable[Row]) -> Iterator[str]:
 
     for row in table:
         errors = (row.value_error, row.value_tolerance, row.gradient_error, row.gradient_tolerance)
-        numerical = {None: "-", True: "ok", False: "FAIL"}[row.autograd_gradcheck]
-        yield line.format(
-            row.op, row.case, row.shape, row.implementation, row.dtype, *map(number, errors), numerical,
-            "ok" if row.ok else "FAIL",
-        )  # fmt: skip
+        words = {None: "-", True: "ok", False: "FAIL"}
+        names = (row.op, row.case, row.shape, row.implementation, row.dtype)
+        yield line.format(*names, *map(number, errors), words[row.autograd_gradcheck], words[row.ok])
         if row.note:
             yield f"    {row.note}"
 

@@ -53,10 +53,9 @@ def conspo_advantages(
     logprobs = torch.cat(packed)
     offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(dim=0)]).to(logprobs.device)
     index = torch.tensor([i for experience in experiences for i in experience.index], dtype=torch.int64)
-    result = objective.weights(
-        logprobs, torch.ones_like(logprobs), torch.cat(list(rewards)).to(logprobs.device), index // samples_per_prompt,
-        cu_seqlens=offsets, step=step,
-    )  # fmt: skip
+    mask, verdicts = torch.ones_like(logprobs), torch.cat(list(rewards)).to(logprobs.device)
+    groups = index // samples_per_prompt
+    result = objective.weights(logprobs, mask, verdicts, groups, cu_seqlens=offsets, step=step)
     scale = float((lengths > 0).sum())  # OpenRLHF divides by the rollouts that have a token
     for experience, mask, part in zip(experiences, masks, result.weights.split([len(m) for m in masks]), strict=True):
         experience.info |= {name: value.cpu().expand(len(mask)).clone() for name, value in result.metrics.items()}

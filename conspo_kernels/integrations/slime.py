@@ -53,11 +53,11 @@ def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> Non
     rewards = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32, device=device)
     ranks = _data_parallel_ranks()
     # slime adds gradients up over ranks, after it divided by the rollouts of all of them.
+    parallel = None if ranks is None else Parallel(data=ranks, grad_reduction="sum")
+    mask, groups = torch.cat(list(rollout_data["loss_masks"])).to(device), indices // args.n_samples_per_prompt
     result = _objective(args).weights(
-        torch.cat(logprobs), torch.cat(list(rollout_data["loss_masks"])).to(device), rewards,
-        indices // args.n_samples_per_prompt, cu_seqlens=offsets, step=_step(args),
-        parallel=Parallel(data=ranks, grad_reduction="sum") if ranks is not None else None,
-    )  # fmt: skip
+        torch.cat(logprobs), mask, rewards, groups, cu_seqlens=offsets, step=_step(args), parallel=parallel
+    )
     scaled = -result.weights * _over_ranks(len(logprobs), ranks, device)
     rollout_data["advantages"] = [w.expand_as(x).clone() for w, x in zip(scaled, logprobs, strict=True)]
     rollout_data["returns"] = rollout_data["advantages"]
@@ -119,10 +119,8 @@ def _score_drift(batch: MutableMapping[str, Any], logprobs: Tensor, old: Tensor)
 def _logprobs_and_entropy(args: Any, batch: MutableMapping[str, Any], logits: Tensor) -> tuple[Tensor, Tensor]:
     from slime.backends.megatron_utils.loss import get_log_probs_and_entropy
 
-    _, results = get_log_probs_and_entropy(
-        logits, args=args, unconcat_tokens=batch["unconcat_tokens"], total_lengths=batch["total_lengths"],
-        response_lengths=batch["response_lengths"], with_entropy=True,
-    )  # fmt: skip
+    tokens = {name: batch[name] for name in ("unconcat_tokens", "total_lengths", "response_lengths")}
+    _, results = get_log_probs_and_entropy(logits, args=args, **tokens, with_entropy=True)
     return torch.cat(results["log_probs"]), torch.cat(results["entropy"])
 
 

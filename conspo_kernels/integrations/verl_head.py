@@ -45,16 +45,16 @@ def linear_cross_entropy(
     """
     if reduction not in ("none", "sum", "mean"):
         raise ValueError(f'reduction must be "none", "sum" or "mean", got {reduction!r}')
-    flat = hidden.reshape(-1, hidden.shape[-1])
+    flat, labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     parallel = None
     if dist_process_group is not None and dist_process_group.size() > 1:
         parallel = Parallel(vocab=dist_process_group, vocab_start=dist_process_group.rank() * weight.shape[0])
         flat = _with_part_of_gradient(flat, dist_process_group.size())
     with _as_they_are(flat, weight):
         logprobs, entropy = linear_token_logprobs(
-            flat, weight, labels.reshape(-1), temperature=temperature, return_entropy=True, parallel=parallel,
-            logits_dtype=torch.float64 if flat.dtype == torch.float64 else torch.float32,
-        )  # fmt: skip
+            flat, weight, labels, temperature=temperature, return_entropy=True, parallel=parallel, logits_dtype=dtype
+        )
     if reduction == "sum":
         return logprobs.sum(), entropy
     return (logprobs.mean() if reduction == "mean" else logprobs), entropy

@@ -25,7 +25,7 @@ FEW = 1024  # rollouts: four tiles, of which a program reads each four times
 LAUNCH: dict[str, Any] = {"num_warps": 8, **FUSED}
 # ptxas, which does not know that there are few programs, would rather use a stack than have fewer at a time.
 REGISTERS = 64
-BLOCK = 1024  # of the second launch, rollouts per program
+BLOCK = tl.constexpr(1024)  # of the second launch, rollouts per program
 UNSPECIALIZED = ("num_rollouts", "num_groups", "group_size", "num_programs")
 # A user's slice begins anywhere.
 UNALIGNED = ("scores_ptr", "rewards_ptr", "counts_ptr", "margin_ptr", "denominator_ptr")
@@ -219,7 +219,7 @@ def _kernel(
 def _reduce_kernel(
     partial_ptr, denominator_ptr, loss_ptr, weights_ptr,
     num_rollouts: tl.int64, num_programs: tl.int64, denominator: tl.float64,
-    DENOMINATOR: tl.constexpr, BLOCK: tl.constexpr,
+    DENOMINATOR: tl.constexpr,
 ):  # fmt: skip
     acc: tl.constexpr = weights_ptr.dtype.element_ty
     loss, num_valid = tl.zeros((BLOCK,), acc), tl.zeros((BLOCK,), acc)
@@ -257,17 +257,17 @@ def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objec
         divided_by = "valid" if objective.num_groups is None else "given"
     margin_ptr, margin = _pointer_or_number(objective.margin)
     denominator_ptr, denominator = _pointer_or_number(objective.num_groups)
+    numbers = (margin, denominator, objective.tau, objective.reward_threshold)
+    options = {"DENOMINATOR": divided_by, **LAUNCH}
     _kernel[(num_programs,)](
-        scores, rewards, counts, groups.order, groups.offsets, margin_ptr,
-        denominator_ptr, loss, weights, partial, num_rollouts, num_groups, groups.size, margin, denominator,
-        objective.tau, objective.reward_threshold, DENOMINATOR=divided_by, REDUCTION=objective.reduction,
-        **LAUNCH, **registers(REGISTERS, scores.device),
+        scores, rewards, counts, groups.order, groups.offsets, margin_ptr, denominator_ptr, loss, weights, partial,
+        num_rollouts, num_groups, groups.size, *numbers, REDUCTION=objective.reduction, **options,
+        **registers(REGISTERS, scores.device),
     )  # fmt: skip
     if partial is not None and objective.reduction != "none":
-        _reduce_kernel[(ceil_div(num_rollouts, BLOCK),)](
-            partial, denominator_ptr, loss, weights, num_rollouts, num_programs, denominator,
-            DENOMINATOR=divided_by, BLOCK=BLOCK, **LAUNCH,
-        )  # fmt: skip
+        _reduce_kernel[(ceil_div(num_rollouts, BLOCK.value),)](
+            partial, denominator_ptr, loss, weights, num_rollouts, num_programs, denominator, **options
+        )
     return GroupLoss(loss, weights)
 
 

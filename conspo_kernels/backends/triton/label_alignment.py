@@ -13,7 +13,7 @@ from ...values import IGNORED as IGNORED_LABEL
 from .direct import kernel
 from .launch import ceil_div
 
-BLOCK = 1024
+BLOCK = tl.constexpr(1024)
 NUM_WARPS = 4
 IGNORED = tl.constexpr(IGNORED_LABEL)
 ELSEWHERE = tl.constexpr(ELSEWHERE_LABEL)
@@ -50,7 +50,7 @@ def _kernel(
     labels_ptr, mask_ptr, offsets_ptr, aligned_ptr,
     absent: tl.int64, stride_labels_b: tl.int64, stride_labels_t: tl.int64, stride_mask_b: tl.int64,
     stride_mask_t: tl.int64, num_positions: tl.int64, num_tokens: tl.int64, num_offsets: tl.int64, steps: tl.int32,
-    SHIFT: tl.constexpr, BLOCK: tl.constexpr,
+    SHIFT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = token < num_tokens
@@ -77,11 +77,11 @@ def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, 
     aligned = torch.empty(labels.shape, dtype=torch.int64, device=labels.device)
     if response_mask is not None and response_mask.dtype not in MASK_DTYPES:
         response_mask = response_mask != 0
-    mask_strides = (0, 0) if response_mask is None else response_mask.stride()
+    strides = (*labels.stride(), *((0, 0) if response_mask is None else response_mask.stride()))
     num_offsets = 0 if offsets is None else offsets.numel()
+    sizes = (labels.shape[1], labels.numel(), num_offsets, num_offsets.bit_length())
     if labels.numel():
-        _kernel[(ceil_div(labels.numel(), BLOCK),)](
-            labels, response_mask, offsets, aligned, absent, *labels.stride(), *mask_strides, labels.shape[1],
-            labels.numel(), num_offsets, num_offsets.bit_length(), SHIFT=shift, BLOCK=BLOCK, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        _kernel[(ceil_div(labels.numel(), BLOCK.value),)](
+            labels, response_mask, offsets, aligned, absent, *strides, *sizes, SHIFT=shift, num_warps=NUM_WARPS
+        )
     return aligned
