@@ -42,9 +42,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )  # fmt: skip
 
 
-def plant(monkeypatch: pytest.MonkeyPatch, implementation: str, op: str, function: str, wrong: Any) -> None:
-    """Replace a function of a backend by wrong(the function)."""
-    kernels: Any = getattr(backend_for(implementation, torch.device("cpu")), op)
+def plant(monkeypatch: pytest.MonkeyPatch, implementation: str, name: str, wrong: Any) -> None:
+    """Replace a function of a backend, or of one of its ops, by wrong(the function)."""
+    op, _, function = name.rpartition(".")
+    backend: Any = backend_for(implementation, torch.device("cpu"))
+    kernels = getattr(backend, op) if op else backend
     replacement = wrong(getattr(kernels, function))
     monkeypatch.setattr(kernels, function, staticmethod(replacement) if isinstance(kernels, type) else replacement)
 
@@ -223,7 +225,7 @@ def scaled(factor: float) -> Any:
 def test_a_missing_temperature_is_found(
     dtype: str, implementation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant(monkeypatch, implementation, "token_logprob", "backward", without_temperature)
+    plant(monkeypatch, implementation, "token_logprob.backward", without_temperature)
     command = ["gradcheck", "--op", "token_logprobs", "--dtype", dtype, "--json", "--implementation"]
     assert main([*command, implementation]) == 1
     result = report(capsys)
@@ -240,7 +242,7 @@ def test_a_missing_temperature_is_found(
 def test_a_gradient_off_by_little_is_found(
     dtype: str, factor: float, implementation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant(monkeypatch, implementation, "token_logprob", "backward", scaled(factor))
+    plant(monkeypatch, implementation, "token_logprob.backward", scaled(factor))
     command = ["gradcheck", "--op", "token_logprobs", "--dtype", dtype, "--implementation"]
     assert main([*command, implementation]) == 1
     assert "FAIL" in capsys.readouterr().out
@@ -255,7 +257,7 @@ def test_nan_and_errors_are_failures(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert main([*command, "--implementation", "torch"]) == 1
         rows = [row for row in report(capsys)["rows"] if row["op"] == "conspo_scores"]
         assert all(not row["ok"] and row["note"] for row in rows)
-    plant(monkeypatch, "torch", "sequence_score", "backward", lambda backward: lambda *a: backward(*a) / 0)
+    plant(monkeypatch, "torch", "sequence_score.backward", lambda backward: lambda *a: backward(*a) / 0)
     assert main([*command, "--implementation", "torch"]) == 1
     rows = [row for row in report(capsys)["rows"] if row["op"] == "sequence_scores"]
     assert {row["note"] for row in rows} == {"gradient error: NaN or infinity in the wrong place"}
@@ -272,6 +274,6 @@ def test_wrong_weights_are_found(
 
         return planted
 
-    plant(monkeypatch, implementation, "group_infonce", "forward", wrong)
+    plant(monkeypatch, implementation, "infonce", wrong)
     assert main(["gradcheck", *FEW, "--implementation", implementation]) == 1
     assert "torch.autograd.gradcheck: " in capsys.readouterr().out
