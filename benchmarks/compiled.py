@@ -42,7 +42,7 @@ TARGETS = {
 }
 
 
-ROW_KERNELS = ("_statistics_kernel", "_backward_kernel", "_known_kernel")  # whose main loops load logits
+ROW_KERNELS = ("_statistics_kernel", "_backward_kernel", "_forward_backward_kernel")  # whose main loops load logits
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def call_token_logprob(
 
 
 def call_over(vocab_size: int, known: bool) -> tuple[Any, ...]:
-    """As `call_token_logprob` or, with `known`, `call_known`: the gradient of fp32 logits, in bf16, over them."""
+    """As `call_token_logprob`, or with `known` `call_forward_backward`: the gradient in bf16 lies over fp32 logits."""
     from conspo_kernels.backends.triton import token_logprob as kernels
 
     logits = _logits(vocab_size, torch.float32)
@@ -129,7 +129,7 @@ def call_over(vocab_size: int, known: bool) -> tuple[Any, ...]:
     return rows, statistics, grad
 
 
-def call_known(logits: Tensor) -> tuple[LogitRows, Tensor, Tensor]:
+def call_forward_backward(logits: Tensor) -> tuple[LogitRows, Tensor, Tensor]:
     """Logits and labels, log-probabilities, and the gradient of their sum: one launch, as where caches hold a row."""
     from conspo_kernels.backends.triton import token_logprob as kernels
 
@@ -192,8 +192,8 @@ CASES: dict[str, Callable[[], object]] = {
     "bf16, V 151,936, entropy": lambda: call_token_logprob(_logits(151_936, torch.bfloat16), entropy=True),
     "fp32, V 151,936": lambda: call_token_logprob(_logits(151_936, torch.float32)),
     "fp64, V 1,000": lambda: call_token_logprob(_logits(1000, torch.float64)),
-    "known, bf16, V 151,936": lambda: call_known(_logits(151_936, torch.bfloat16)),
-    "known, fp32, V 50,257": lambda: call_known(_logits(50_257, torch.float32)),
+    "known, bf16, V 151,936": lambda: call_forward_backward(_logits(151_936, torch.bfloat16)),
+    "known, fp32, V 50,257": lambda: call_forward_backward(_logits(50_257, torch.float32)),
     "bf16 over fp32, V 50,257": lambda: call_over(50_257, known=False),
     "known, bf16 over fp32, V 50,257": lambda: call_over(50_257, known=True),
     "padded": lambda: call_sequence_score(packed=False),

@@ -91,10 +91,10 @@ def print_information(info: dict[str, Any]) -> None:
     lines.append(("Triton interprets", "yes" if info["triton_interprets"] else "no"))
     for name, value in lines:
         print(f"{name:18} {value}")
-    print(f"\n{'op':20} {'device':7} {'auto':7} {'runs':15} others")
+    print(f"\n{'op':32} {'device':7} {'auto':7} {'runs':15} others")
     for row in info["implementations"]:
         runs = ", ".join(row["runs"])
-        print(f"{row['op']:20} {row['device']:7} {row['auto']:7} {runs:15} {', '.join(row['others']) or '-'}")
+        print(f"{row['op']:32} {row['device']:7} {row['auto']:7} {runs:15} {', '.join(row['others']) or '-'}")
     reasons = [(row["device"], *pair) for row in info["implementations"] for pair in row["others"].items()]
     print()
     for device, name, reason in dict.fromkeys(reasons):

@@ -2,10 +2,10 @@
 
 Both sources offer the same, for tokens [B, T]:
 
-    logprobs         log-probabilities and entropies (empty unless asked for), with a graph where grad mode is on
-    known_gradient   the gradient for known coefficients [B, T]; None: it cannot be computed before the backward
-    skips_tokens     whether dropping tokens saves work
-    synchronize      whether to wait for the device once, to learn which tokens take part
+    logprobs           log-probabilities and entropies (empty unless asked for), with a graph where grad mode is on
+    forward_backward   the gradient for known coefficients [B, T]; None: it cannot be computed before the backward
+    skips_tokens       whether dropping tokens saves work
+    synchronize        whether to wait for the device once, to learn which tokens take part
 
 `inputs/sources.py` makes them of arguments; nothing is checked here.
 """
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .ops.devices import true_indices
-from .ops.known_gradient import linear_logprob_known, token_logprob_known
+from .ops.forward_backward import linear_logprob_forward_backward, token_logprob_forward_backward
 from .ops.linear_logprob import linear_logprob
 from .ops.ranks import name_of
 from .ops.token_logprob import token_logprob
@@ -45,7 +45,7 @@ class LabelledRows:
     implementation: str
 
 
-class KnownGradient(NamedTuple):
+class ForwardBackward(NamedTuple):
     """logprobs [B, T], and the gradients of sum(coefficients * logprobs).
 
     inputs: (logits or hidden states, weight, bias).  gradients: with respect to each, None if not needed.
@@ -94,13 +94,13 @@ class LogitsSource(LabelledRows):
         )
         return logprobs, entropy
 
-    def known_gradient(self, tokens: Tokens, coefficients: Tensor) -> KnownGradient | None:
+    def forward_backward(self, tokens: Tokens, coefficients: Tensor) -> ForwardBackward | None:
         if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.vocab_group:
             return None  # with a split vocabulary the gradient needs the statistics of all ranks first
         if torch.compiler.is_compiling():
             return None  # compiled, its product with what comes in would be one more pass over all logits
         z = self.logits.detach()
-        logprobs, gradient = token_logprob_known(
+        logprobs, gradient = token_logprob_forward_backward(
             logits=z,
             labels=tokens.labels,
             coefficients=coefficients,
@@ -109,7 +109,7 @@ class LogitsSource(LabelledRows):
             implementation=self.implementation,
         )
         gradients = ((z if self.inplace else gradient).view(self.user_logits.shape), None, None)
-        return KnownGradient(logprobs, (self.user_logits, None, None), gradients)
+        return ForwardBackward(logprobs, (self.user_logits, None, None), gradients)
 
 
 @dataclass(kw_only=True)
@@ -178,11 +178,11 @@ class HiddenSource(LabelledRows):
         )
         return logprobs.view(tokens.labels.shape), entropy
 
-    def known_gradient(self, tokens: Tokens, coefficients: Tensor) -> KnownGradient | None:
+    def forward_backward(self, tokens: Tokens, coefficients: Tensor) -> ForwardBackward | None:
         needs = self.needs
         if not any(needs) or self.parallel.vocab is not None:
             return None
-        logprobs, *gradients = linear_logprob_known(
+        logprobs, *gradients = linear_logprob_forward_backward(
             hidden=self.hidden.detach(),
             weight=self.weight.detach(),
             bias=None if self.bias is None else self.bias.detach(),
@@ -199,7 +199,7 @@ class HiddenSource(LabelledRows):
         hidden_grad, weight_grad, bias_grad = (x if need else None for x, need in zip(gradients, needs, strict=True))
         inputs = (self.hidden, self.weight, self.bias)
         logprobs = logprobs.view(tokens.labels.shape)
-        return KnownGradient(logprobs, inputs, (hidden_grad, weight_grad, bias_grad), self.weight_grad)
+        return ForwardBackward(logprobs, inputs, (hidden_grad, weight_grad, bias_grad), self.weight_grad)
 
 
 Source = LogitsSource | HiddenSource

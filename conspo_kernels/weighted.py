@@ -13,7 +13,7 @@ from .ops.ranks import name_of, sum_over_ranks
 from .ops.sequence_score import masked_coefficients, sequence_score_backward, token_coefficients
 from .ops.weighted_sum import weighted_sum
 from .parallel import Parallel
-from .sources import KnownGradient, Source
+from .sources import ForwardBackward, Source
 from .values import Tokens
 
 # Nats per token. The same parameters give the same scores up to rounding. In bf16 a model's logits move by a hundredth
@@ -29,16 +29,16 @@ def weighted_scores(
     coefficients, counts, labels = _coefficients(tokens, weights, parallel, implementation)
     if source.skips_tokens or (phase_one is None and not return_metrics):  # nobody asks for the other scores
         tokens = tokens._replace(labels=labels)
-    known = source.known_gradient(tokens, coefficients) or KnownGradient(source.logprobs(tokens)[0])
-    logprobs = known.logprobs
+    result = source.forward_backward(tokens, coefficients) or ForwardBackward(source.logprobs(tokens)[0])
+    logprobs = result.logprobs
     if parallel.context is None:  # the sum over rollouts of weights times means
-        value = _tied(logprobs, coefficients, None, known, implementation)
+        value = _tied(logprobs, coefficients, None, result, implementation)
         if phase_one is None and not return_metrics:
             return value
         scores, _counts = rollout_scores(logprobs.detach(), tokens, parallel, implementation)
     else:
         scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
-        value = _tied(scores, weights, counts, known, implementation)
+        value = _tied(scores, weights, counts, result, implementation)
     scores = scores.detach()
     drifted = {}
     if phase_one is not None:
@@ -52,10 +52,12 @@ def weighted_scores(
     return ConSPOOutput(value, metrics, scores, logprobs.detach().view(tokens.shape))
 
 
-def _tied(values: Tensor, weights: Tensor, counts: Tensor | None, known: KnownGradient, implementation: str) -> Tensor:
+def _tied(
+    values: Tensor, weights: Tensor, counts: Tensor | None, result: ForwardBackward, implementation: str
+) -> Tensor:
     """The sum of weights times values, with the gradients that are known."""
-    x, weight, bias = known.inputs
-    grad_x, grad_weight, grad_bias = known.gradients
+    x, weight, bias = result.inputs
+    grad_x, grad_weight, grad_bias = result.gradients
     return weighted_sum(
         values=values,
         weights=weights,
@@ -66,7 +68,7 @@ def _tied(values: Tensor, weights: Tensor, counts: Tensor | None, known: KnownGr
         grad_x=grad_x,
         grad_weight=grad_weight,
         grad_bias=grad_bias,
-        weight_grad=known.weight_grad,
+        weight_grad=result.weight_grad,
         implementation=implementation,
     )
 
@@ -105,8 +107,8 @@ def weighted_logprobs(source: Source, tokens: Tokens, coefficients: Tensor) -> T
     )
     tokens = tokens._replace(labels=labels)
     scaled = coefficients * parallel.context_factor if parallel.context_factor != 1 else coefficients
-    known = source.known_gradient(tokens, scaled) or KnownGradient(source.logprobs(tokens)[0])
-    value = _tied(known.logprobs, scaled, None, known, implementation)
+    result = source.forward_backward(tokens, scaled) or ForwardBackward(source.logprobs(tokens)[0])
+    value = _tied(result.logprobs, scaled, None, result, implementation)
     if parallel.context is not None:
         local = value.detach()
         total = sum_over_ranks(x=local / parallel.context_factor, group=name_of(parallel.context))

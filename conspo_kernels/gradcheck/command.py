@@ -43,9 +43,9 @@ OPS = {
     "token_logprob": "token_logprobs",
     "sequence_score": "sequence_scores",
     "infonce": "conspo_loss_from_scores",
-    "token_logprob_known": "weighted_score_loss",
+    "token_logprob_forward_backward": "weighted_score_loss",
     "linear_logprob": "linear_token_logprobs",
-    "linear_logprob_known": "linear_weighted_score_loss",
+    "linear_logprob_forward_backward": "linear_weighted_score_loss",
 }
 
 

@@ -6,7 +6,7 @@
     store        all logits fit the workspace and are kept for backward       1 + 2
     frozen       neither weight nor bias needs a gradient: that of hidden,    2 + 0
                  for coefficients of one, in the forward
-    known        the coefficients are known beforehand (`known_gradient`)     3 + 0
+    known        the coefficients are known beforehand (`forward_backward`)   3 + 0
 
 GEMMs by torch; the statistics of a tile of logits, and its gradient in place, by the kernels that are handed in.
 Names: n tokens that take part, of N; r tokens of a tile; v vocabulary, h hidden size; z a tile of logits [r, columns],
@@ -157,7 +157,7 @@ def backward_recompute(run: Run, incoming: Incoming, needs: Needs, weight_grad: 
     )
 
 
-def forward_known(
+def forward_backward(
     run: Run, coefficients: Tensor, needs: Needs, wide_weight_grad: bool = False
 ) -> tuple[Tensor, Gradients]:
     """logprobs [N], and the gradients of sum(coefficients * logprobs), in one walk: three GEMMs at most.

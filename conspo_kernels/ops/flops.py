@@ -48,6 +48,6 @@ def backward(it: Any) -> int:
     return ((it.stored is None) + it.needs[0] + it.needs[1]) * _product(n, it)
 
 
-def known(it: Any) -> int:
-    """Of `linear_logprob_known`: logits, and the gradients of hidden and weight."""
+def forward_backward(it: Any) -> int:
+    """Of `linear_logprob_forward_backward`: logits, and the gradients of hidden and weight."""
     return (1 + it.needs[0] + it.needs[1]) * _product(_taking_part(it), it)

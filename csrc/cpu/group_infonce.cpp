@@ -20,7 +20,7 @@ namespace {
 // Group k's rollouts: consecutive ones, or order[offsets[k]] to order[offsets[k + 1] - 1].
 struct Groups {
   const int64_t *order, *offsets;
-  int64_t size, slots;
+  int64_t size, group_count;
 
   int64_t begin(int64_t k) const { return offsets ? offsets[k] : k * size; }
   int64_t end(int64_t k) const { return offsets ? offsets[k + 1] : (k + 1) * size; }
@@ -89,14 +89,14 @@ std::tuple<Tensor, Tensor> group_infonce_forward(
   check_contiguous(rewards, "rewards", rewards.scalar_type(), num_rollouts);
   check_contiguous(counts, "counts", at::kInt, num_rollouts);
   if (order) check_contiguous(*order, "order", at::kLong, num_rollouts);
-  const int64_t slots = offsets ? offsets->numel() - 1 : num_rollouts / group_size;
-  if (offsets) check_contiguous(*offsets, "offsets", at::kLong, slots + 1);
+  const int64_t group_count = offsets ? offsets->numel() - 1 : num_rollouts / group_size;
+  if (offsets) check_contiguous(*offsets, "offsets", at::kLong, group_count + 1);
 
-  Tensor losses = at::zeros({slots}, scores.options()), weights = at::empty({num_rollouts}, scores.options());
+  Tensor losses = at::zeros({group_count}, scores.options()), weights = at::empty({num_rollouts}, scores.options());
   Tensor loss = at::empty({}, scores.options());
   const Groups groups{
       order ? order->const_data_ptr<int64_t>() : nullptr, offsets ? offsets->const_data_ptr<int64_t>() : nullptr,
-      group_size, slots};
+      group_size, group_count};
   // As PyTorch compares, in the dtype of the rewards.
   const Tensor above = at::gt(rewards, reward_threshold), unscorable = at::isnan(rewards);
 
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> group_infonce_forward(
     scalar_t* group_loss = losses.data_ptr<scalar_t>();
     int64_t num_valid = 0;
     double total = 0;
-    for (int64_t k = 0; k < slots; ++k) {
+    for (int64_t k = 0; k < group_count; ++k) {
       bool valid = false;
       const double value = group(groups, k, score, tau, margin, sign.data(), exact.data(), valid);
       group_loss[k] = scalar_t(value);

@@ -24,10 +24,10 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def test_table(target: str) -> None:
     """A row for each target, of what a search may find too; a tile is a whole number of loads."""
     row = TABLE[launches.family(DEVICE)]
-    assert set(row) == {*KERNELS, "heavy forward", "known"}
+    assert set(row) == {*KERNELS, "heavy forward", "forward_backward"}
     assert {row[kernel] for kernel in KERNELS} <= set(CANDIDATES)
     wave = 64 if target.startswith("gfx") else 32
-    assert row["known"].num_warps * wave == 1024
+    assert row["forward_backward"].num_warps * wave == 1024
 
 
 def test_tiles_are_whole_loads() -> None:

@@ -76,7 +76,7 @@ def test_info_json(capsys: pytest.CaptureFixture[str]) -> None:
     rows = {(row["op"], row["device"]): row for row in info["implementations"]}
     devices = ["cpu", "cuda"] if HAS_CUDA else ["cpu"]
     ops = ("token_logprob", "sequence_score", "infonce", "linear_logprob")
-    ops = (*ops, "token_logprob_known", "linear_logprob_known")
+    ops = (*ops, "token_logprob_forward_backward", "linear_logprob_forward_backward")
     assert rows.keys() == {(op, device) for op in ops for device in devices}
     for (_op, device), row in rows.items():
         on_cpu = "torch" if native.OBSTACLE else "native"

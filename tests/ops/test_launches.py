@@ -222,13 +222,13 @@ def test_compiled_launchers() -> None:
     result = json.loads(python("tests/support/compiled_launchers.py", "sm_90"))
     known = {case: {kernel for it, kernel, *_ in result["rows"] if it == case} for case, *_ in result["rows"]}
     for case in ("known, bf16", "known, bf16, odd", "known, fp32"):
-        assert known[case] == {"_known_kernel"}
+        assert known[case] == {"_forward_backward_kernel"}
     for case in ("known, bf16, elsewhere", "known, bf16, softcap", "known, fp32, softcap", "known, three launches"):
-        assert "_known_kernel" not in known[case]  # it would take as long as three launches
+        assert "_forward_backward_kernel" not in known[case]  # it would take as long as three launches
     for case, kernel, num_warps, registers, spills in result["rows"]:
         assert registers * num_warps * 32 <= 65_536, (case, kernel, registers)
         assert spills == 0, (case, kernel)
-        if kernel == "_known_kernel":
+        if kernel == "_forward_backward_kernel":
             assert num_warps == 32
             assert registers > 32, case  # one row per multiprocessor, as `row_fits_cache` counts
     assert result["binaries"] == {

@@ -47,11 +47,14 @@ def test_opcheck_token_logprob(implementation: str, device: torch.device) -> Non
             opcheck(op, (*saved_for_backward, *upstream, transform, implementation))
 
 
-def test_opcheck_known_gradient(implementation: str, device: torch.device) -> None:
+def test_opcheck_forward_backward(implementation: str, device: torch.device) -> None:
     logits, labels, transform = torch.randn(2, 3, 17, device=device), ALIGNED.to(device), LogitTransform().to_numbers()
     coefficients = torch.rand(2, 3, device=device)
     for grad_logits in (None, torch.empty_like(logits)):
-        opcheck(OPS.token_logprob_known.default, (logits, labels, coefficients, grad_logits, transform, implementation))
+        opcheck(
+            OPS.token_logprob_forward_backward.default,
+            (logits, labels, coefficients, grad_logits, transform, implementation),
+        )
     factor = torch.tensor(2.0, device=device)
     opcheck(OPS.scale_.default, (torch.rand(4, device=device), factor, implementation))
     buffer, gradient = torch.rand(2, 4, device=device).unbind()
@@ -67,12 +70,12 @@ def test_opcheck_known_gradient(implementation: str, device: torch.device) -> No
     )
 
 
-def test_opcheck_linear_logprob_known(implementation: str, device: torch.device) -> None:
+def test_opcheck_linear_logprob_forward_backward(implementation: str, device: torch.device) -> None:
     hidden, weight, bias = (torch.randn(*n, device=device) for n in ((6, 4), (17, 4), (17,)))
     labels, transform = ALIGNED.to(device).flatten(), LogitTransform(0.7, 1.5, 4.0).to_numbers()
     tensors = (hidden, weight, bias, labels, None, torch.rand(6, device=device))
     opcheck(
-        OPS.linear_logprob_known.default,
+        OPS.linear_logprob_forward_backward.default,
         (*tensors, [True, True, True], False, torch.float32, transform, 600, implementation),
     )
 

@@ -33,7 +33,7 @@ def test_every_kernel_in_every_case(target: str) -> None:
         dtype, errors = case.removeprefix("known, ")[:4], dict(row["errors"])
         if ", V " in case:
             three = ["_statistics_kernel", "_combine_kernel", "_backward_kernel"]
-            assert row["kernels"] == (["_known_kernel"] if case.startswith("known") else three), case
+            assert row["kernels"] == (["_forward_backward_kernel"] if case.startswith("known") else three), case
             assert errors.pop("gradient") <= GRADIENT[dtype], (case, row)
             assert all(error <= (1e-12 if dtype == "fp64" else 1e-5) for error in errors.values()), (case, row)
             assert len(errors) == (2 if "entropy" in case else 1)

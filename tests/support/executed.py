@@ -65,7 +65,7 @@ def token_errors(result: tuple[Any, ...]) -> dict[str, float]:
 
 
 def known_errors(result: tuple[Any, ...]) -> dict[str, float]:
-    """Of `call_known`, likewise."""
+    """Of `call_forward_backward`, likewise."""
     (logits, labels, _transform, _start), logprobs, grad = result
     leaf = logits.double().requires_grad_()
     expected = leaf.log_softmax(-1).gather(-1, labels[..., None])[..., 0]

@@ -19,22 +19,21 @@ class Launch(NamedTuple):
 
 
 # "forward", "backward"; "heavy forward", of 16-bit logits whose tanh is a series; "heavy", a backward of such a tanh,
-# or of narrow stores; "known", below.
+# or of narrow stores; "forward_backward", below.
 # A multiprocessor has to keep bandwidth * latency / multiprocessors bytes in flight: at 0.6 to 0.8 us 11 to 15 KB on an
 # A100, 15 to 20 on an H100, 20 to 26 on an H200; half of it for a kernel that writes as much as it reads.
 # What is in flight is counted in machine code (`python -m benchmarks.compiled`, "flight"): loads that are issued before
 # the first one is used, times the warps that the registers leave room for. Compilers differ: below is the least of
 # Triton 3.6.0 and 3.7.1, sm_90 and sm_100. Nothing here is measured yet: where a GPU says otherwise, change its row.
-# "known": forward and backward of a row in one program, whose second look at the row is to find it in the caches. 1,024
-# threads of more than 32 registers, which four vectors each need, leave room for one row per multiprocessor. Do not
-# tune this away.
+# "forward_backward": one program per row, whose second look at the row is to find it in the caches. 1,024 threads of
+# more than 32 registers, which four vectors each need, leave room for one row per multiprocessor. Keep that.
 TABLE: dict[str, dict[str, Launch]] = {
     "sm": {
         "forward": Launch(512, 4),  # 56 KB, with a softcap 28
         "heavy forward": Launch(256, 4),  # 24 KB: arithmetic limits it, to what 11 KB feed
         "backward": Launch(512, 4),  # 48 KB, with entropy 32, with a softcap 24
         "heavy": Launch(256, 4),  # 18 KB where arithmetic limits it, else 36
-        "known": Launch(4096, 32),  # 48 KB
+        "forward_backward": Launch(4096, 32),  # 48 KB
     },
     # gfx942: 5.3 TB/s over 304: 11 KB. A wave is 64 lanes: two loads per thread instead of four, and all 32 waves fit.
     "gfx": {
@@ -42,7 +41,7 @@ TABLE: dict[str, dict[str, Launch]] = {
         "heavy forward": Launch(256, 4),
         "backward": Launch(512, 4),
         "heavy": Launch(256, 4),
-        "known": Launch(4096, 16),
+        "forward_backward": Launch(4096, 16),
     },
 }
 DEFAULT = "sm_90"  # the architecture of the interpreter
@@ -79,7 +78,7 @@ def _cached_row_bytes(device: torch.device) -> float:
 
 
 def row_fits_cache(logits: Tensor) -> bool:
-    """Whether the L2 holds the rows in flight of kernel "known", one per multiprocessor.
+    """Whether the L2 holds the rows in flight of kernel "forward_backward", one per multiprocessor.
 
     It depends on V, the dtype and the device alone, as the order of every sum does.
     """

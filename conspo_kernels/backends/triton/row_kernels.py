@@ -292,7 +292,7 @@ def _backward_kernel(
 # is the row's statistics, then its gradient, backwards: what was read last is still in the L1, most of the rest in the
 # L2 where that holds the rows in flight. Ignored tokens are not read. Logits and gradient are aligned alike.
 @kernel(do_not_specialize=UNSPECIALIZED, do_not_specialize_on_alignment=UNALIGNED)
-def _known_kernel(
+def _forward_backward_kernel(
     logits_ptr, labels_ptr, coefficients_ptr, logprobs_ptr, grad_logits_ptr,
     logits_misalignment: tl.int64, stride_logits_b: tl.int64, stride_logits_t: tl.int64, grad_misalignment: tl.int64,
     stride_grad_b: tl.int64, stride_grad_t: tl.int64, num_positions: tl.int64,

@@ -75,7 +75,7 @@ def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
     size = logits.element_size()
     launch = launch_of(kernel, logits)
     cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes}
-    if kernel != "known":  # a whole row per program
+    if kernel != "forward_backward":  # a whole row per program
         cut["CHUNK"] = CHUNK_BYTES // size
     if kernel not in ("backward", "heavy"):
         cut["PARTS"] = vectors_per_thread(launch, logits.device)

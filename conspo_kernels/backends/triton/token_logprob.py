@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...values import Incoming, LogitRows, LogitTransform, Statistics
 from .launch import ceil_div, row_fits_cache
-from .row_kernels import _backward_kernel, _combine_kernel, _known_kernel, _statistics_kernel
+from .row_kernels import _backward_kernel, _combine_kernel, _forward_backward_kernel, _statistics_kernel
 from .rows import VECTOR_BYTES, aligned_base, num_chunks_of, tiles
 
 COMBINE_ROWS = 16
@@ -73,9 +73,9 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
         statistics = Statistics.empty(tuple(labels.shape), acc, device, False)._replace(logprobs=logprobs)
         backward(grad_logits, rows, forward(rows, False, statistics).incoming(coefficients))
     elif labels.numel():
-        _known_kernel[(labels.numel(),)](
+        _forward_backward_kernel[(labels.numel(),)](
             base, labels, coefficients, logprobs, grad_base, *row, *grad_row, labels.shape[1],
-            **_constants(logits, transform), **tiles(logits, "known"),
+            **_constants(logits, transform), **tiles(logits, "forward_backward"),
         )  # fmt: skip
     return logprobs
 

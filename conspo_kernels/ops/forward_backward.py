@@ -20,15 +20,15 @@ from .linear_logprob import fake_gradients, or_empty, run_of
 from .registration import op
 
 
-def _fake_known(it: Any) -> tuple[Tensor, Tensor]:
+def _fake_forward_backward(it: Any) -> tuple[Tensor, Tensor]:
     gradient = it.coefficients.new_empty(0)
     if it.grad_logits is None:
         gradient = torch.empty_like(it.logits, memory_format=torch.contiguous_format)
     return torch.empty_like(it.coefficients), gradient
 
 
-@op(_fake_known, mutates=("grad_logits",))
-def token_logprob_known(
+@op(_fake_forward_backward, mutates=("grad_logits",))
+def token_logprob_forward_backward(
     logits: Tensor,
     labels: Tensor,
     coefficients: Tensor,
@@ -49,15 +49,15 @@ def token_logprob_known(
     return logprobs, gradient if grad_logits is None else logprobs.new_empty(0)
 
 
-def _fake_linear_known(it: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_linear_forward_backward(it: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     hidden_grad, weight_grad, bias_grad = fake_gradients(it.hidden, it.weight, it.bias, it.coefficients, it.needs)
     if it.wide_weight_grad and it.needs[1]:
         weight_grad = it.coefficients.new_empty(it.weight.shape)
     return torch.empty_like(it.coefficients), hidden_grad, weight_grad, bias_grad
 
 
-@op(_fake_linear_known, flops=flops.known)
-def linear_logprob_known(
+@op(_fake_linear_forward_backward, flops=flops.forward_backward)
+def linear_logprob_forward_backward(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -76,6 +76,6 @@ def linear_logprob_known(
     wide_weight_grad: that of weight is not rounded from the dtype that it is summed in, fp32 or fp64.
     """
     run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
-    logprobs, grads = modes.forward_known(run, coefficients.contiguous(), Needs(*needs), wide_weight_grad)
+    logprobs, grads = modes.forward_backward(run, coefficients.contiguous(), Needs(*needs), wide_weight_grad)
     hidden_grad, weight_grad, bias_grad = (or_empty(grad, logprobs) for grad in grads)
     return logprobs, hidden_grad, weight_grad, bias_grad
