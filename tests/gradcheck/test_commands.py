@@ -251,9 +251,7 @@ def test_a_gradient_off_by_little_is_found(
 def test_nan_and_errors_are_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["gradcheck", "--op", "conspo_scores", "sequence_scores", "--dtype", "fp32", "--json"]
     with monkeypatch.context() as context:
-        plant(
-            context, "torch", "token_logprob", "forward", lambda forward: lambda *a: (forward(*a)[0] / 0, *[None] * 3)
-        )
+        plant(context, "torch", "token_logprob.forward", lambda forward: lambda *a: (forward(*a)[0] / 0, *[None] * 3))
         assert main([*command, "--implementation", "torch"]) == 1
         rows = [row for row in report(capsys)["rows"] if row["op"] == "conspo_scores"]
         assert all(not row["ok"] and row["note"] for row in rows)
