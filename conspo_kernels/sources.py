@@ -137,11 +137,11 @@ class HiddenSource(LabelledRows):
         return [grad_mode and x is not None and x.requires_grad for x in (self.hidden, self.weight, self.bias)]
 
     def mode(self, with_entropy: bool) -> str:
-        """The mode of `linear/modes.py` with the fewest GEMMs. "frozen" needs the whole vocabulary on one rank."""
+        """The mode of `linear/modes.py` with the fewest GEMMs."""
         needs = self.needs
         if not any(needs):
             return "none"
-        if not any(needs[1:]) and not with_entropy and self.parallel.vocab is None:
+        if not any(needs[1:]) and not with_entropy:
             return "frozen"
         if self.weight_grad is not None or self.batch_invariant:
             return "recompute"

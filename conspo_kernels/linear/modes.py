@@ -5,8 +5,9 @@
     recompute    default: backward computes the logits again                  1 + 3
     store        all logits fit the workspace and are kept for backward       1 + 2
     frozen       neither weight nor bias needs a gradient: that of hidden,    2 + 0
-                 for coefficients of one, in the forward
-    known        the coefficients are known beforehand (`forward_backward`)   3 + 0
+                 for coefficients of one, in the forward; of a part of the
+                 vocabulary within that part, until all parts are known
+    known        the coefficients are known beforehand (`forward_backward`)     3 + 0
 
 GEMMs by torch; the statistics of a tile of logits, and its gradient in place, by the kernels that are handed in.
 Names: n tokens that take part, of N; r tokens of a tile; v vocabulary, h hidden size; z a tile of logits [r, columns],
@@ -85,6 +86,50 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Ten
         run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
         gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
     return tokens.scatter(logprobs), tokens.scatter(grad_hidden)
+
+
+def forward_frozen_part(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
+    """`forward_frozen` of a part of a vocabulary, as if it were all: statistics [N], and that gradient. Two GEMMs.
+
+    A label in another part has no term of its own.
+    """
+    tokens, head = run.tokens, run.head
+    grad_hidden = tokens.hidden.new_empty(tokens.number, tokens.hidden.shape[1])
+    statistics = _empty(run, with_entropy=False)
+    ones = torch.ones_like(statistics.logprobs)
+    tile = _row_tile(run, Needs(True, False, False), batch_invariant)
+    for rows, _hidden, z, grad in _row_tiles(run, tile, batch_invariant, head.narrows(needs_bias=False)):
+        logit_rows, part = _logit_rows(run, z, rows), _part(statistics, rows)
+        run.kernels.forward(logit_rows, False, part)
+        run.kernels.backward(grad[None], logit_rows, part.incoming(ones[None, rows]))
+        gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
+    return tokens.scatter_all(statistics), tokens.scatter(grad_hidden)
+
+
+def complete_frozen(
+    gradient: Tensor, part: Statistics, whole: Statistics, labels: Tensor, weight: Tensor, transform: LogitTransform
+) -> None:
+    """From a part's own gradient [N, H] its share of the whole gradient, whose parts then add up, in place.
+
+    Within the part the gradient is slope * w[label] - sum_v p_v slope_v w_v. With f = the part's share of the row's
+    probability, p is f times as large, and the label's term is not: f * gradient + (1 - f) * slope * w[label], which
+    cancels nowhere. labels: [N] in this part, else ELSEWHERE.
+    """
+    scale = transform.scale
+    # A part whose logits are all -inf has no share, and no gradient of its own.
+    below = torch.where(part.row_max == whole.row_max, 0.0, part.row_max - whole.row_max)
+    log_share = below * scale + part.log_sum - whole.log_sum
+    share = log_share.exp()
+    slope = torch.full_like(share, scale)
+    if transform.softcap is not None:
+        u = part.row_max + (part.logprobs + part.log_sum) / scale
+        slope *= (1 - u * u) * transform.inner
+    label_factor = torch.where(labels >= 0, -torch.expm1(log_share) * slope, 0.0)
+    for rows in slices(gradient.shape[0], gemms.PRODUCT_BYTES // (gradient.shape[1] * share.element_size())):
+        scaled = gradient[rows] * share[rows, None]
+        scaled.masked_fill_((share[rows] == 0)[:, None], 0)
+        at_label = weight.index_select(0, labels[rows].clamp(min=0))
+        gradient[rows] = scaled.addcmul_(label_factor[rows, None], at_label.to(scaled.dtype))
 
 
 def backward_store(run: Run, incoming: Incoming, stored: Tensor, overwrite: bool, needs: Needs) -> Gradients:

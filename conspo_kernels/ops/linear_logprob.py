@@ -98,7 +98,8 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
     if ctx.mode == "frozen":
         assert grad_logprobs is not None  # this mode has no entropy
         (stored,) = ctx.saved_tensors
-        return {"hidden": scaled_rows(rows=stored, factors=grad_logprobs)}
+        grad_hidden = scaled_rows(rows=stored, factors=grad_logprobs)
+        return {"hidden": sum_over_ranks(x=grad_hidden, group=ctx.vocab_group) if ctx.vocab_group else grad_hidden}
     hidden, weight, bias, labels, indices, row_max, log_sum, entropy = ctx.saved_tensors
     if ctx.weight_grad is not None and not traced(row_max):
         needs[1] = needs[1] and asked_for(ctx.weight_node)
@@ -158,8 +159,8 @@ def linear_logprob(
         logits_dtype: of the tiles of logits.
         mode: "none", "recompute", "store" or "frozen".
         workspace: bytes for tiles of logits.
-        vocab_start, vocab_group: as in `token_logprob`, of the rows of weight and bias; not in mode "frozen". The
-            gradient of hidden, which every rank has whole, is summed over them.
+        vocab_start, vocab_group: as in `token_logprob`, of the rows of weight and bias. The gradient of hidden, which
+            every rank has whole, is summed over them.
         batch_invariant: a token's results do not depend on the others; not in mode "store".
 
     Returns:
@@ -169,13 +170,17 @@ def linear_logprob(
     """
     del weight_grad
     stored = hidden.new_empty(0)
+    part: Statistics | None = None
 
     def forward(labels: Tensor) -> Statistics:
-        nonlocal stored
+        nonlocal stored, part
         run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
         if mode == "store":
             statistics, stored = modes.forward_store(run, with_entropy)
             return statistics
+        if mode == "frozen" and vocab_group:
+            part, stored = modes.forward_frozen_part(run, batch_invariant)
+            return part
         if mode == "frozen":
             logprobs, stored = modes.forward_frozen(run, batch_invariant)
             return Statistics(logprobs, None, logprobs.new_empty(0), logprobs.new_empty(0))
@@ -183,8 +188,14 @@ def linear_logprob(
 
     if not vocab_group:
         return *tensors_of(forward(labels)), stored
-    size, scale = weight.shape[0], LogitTransform(*transform).scale
-    return *tensors_of(statistics_over_ranks(forward, labels, vocab_start, size, scale, vocab_group)), stored
+    size, logit_transform = weight.shape[0], LogitTransform(*transform)
+    whole = statistics_over_ranks(forward, labels, vocab_start, size, logit_transform.scale, vocab_group)
+    if part is not None:
+        local = local_labels(labels, vocab_start, size)
+        modes.complete_frozen(stored, part, whole, local, weight, logit_transform)
+        row_max, log_sum = (x.new_empty(0) for x in whole[2:])
+        whole = Statistics(whole.logprobs, None, row_max, log_sum)
+    return *tensors_of(whole), stored
 
 
 def _fake_backward(it: Any) -> tuple[Tensor, Tensor, Tensor]:

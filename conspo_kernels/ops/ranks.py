@@ -36,10 +36,10 @@ def statistics_over_ranks(
 ) -> Statistics:
     """Statistics of rows whose logits are spread over the ranks of a group.
 
-    forward: those of this rank's part, from labels in it.
+    forward: those of this rank's part, from labels in it, or ELSEWHERE.
     """
     local = local_labels(labels, start, size)
-    part = forward(torch.where(local == ELSEWHERE, 0, local))
+    part = forward(local)
     ignored = labels == IGNORED
     ranks = resolved(group)
     whole, owners, alike = _whole_statistics(part, local >= 0, ignored, size, scale, ranks)
