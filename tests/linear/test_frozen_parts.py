@@ -113,15 +113,10 @@ def test_parts_of_a_frozen_head(dtype: torch.dtype, name: str, mib: float, imple
         assert number == 2 if mib > 1 else number > 2
 
 
-def relative_errors(actual: Tensor, exact: Tensor) -> Tensor:
-    """Of each row the largest, over the row's largest number."""
-    return (actual.double() - exact).abs().amax(-1) / exact.abs().amax(-1)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_certain_tokens_keep_their_digits(dtype: torch.dtype) -> None:
     """Where the label has nearly all of the probability, its term and that of the whole vocabulary nearly cancel: no
-    worse than on one rank.
+    worse than on one rank, but for roundings of sums that are one and a little.
     """
     exact, exact_grad = eager(dtype, torch.float64, "plain")
     certain = (exact > -1e-2) & (exact < 0)
@@ -132,10 +127,11 @@ def test_certain_tokens_keep_their_digits(dtype: torch.dtype) -> None:
     assert isinstance(logprobs, Tensor)
     (logprobs * coefficients).sum().backward()
     assert hidden.grad is not None
-    whole = relative_errors(hidden.grad[certain], exact_grad[certain]).max()
+    whole = max_error(hidden.grad[certain], exact_grad[certain])
+    rounding = 4 * torch.finfo(torch.float32).eps * weight.abs().max().item()
     for results in on_two_ranks():
         grad = results[dtype, "plain", 512.0, "native"][1]
-        assert relative_errors(grad[certain], exact_grad[certain]).max() <= 2 * whole + torch.finfo(dtype).eps
+        assert max_error(grad[certain], exact_grad[certain]) <= 2 * whole + rounding
 
 
 def test_a_part_without_a_share() -> None:
