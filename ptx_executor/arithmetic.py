@@ -98,6 +98,7 @@ def fma32(a: Array, b: Array, c: Array) -> Array:
 
 _SPLIT = 2.0**27 + 1
 _SAFE = 2.0**900
+_BEYOND = 1 + 2.0**-40  # times an error of half a unit: more than that
 
 
 def _split(a: Array) -> tuple[Array, Array]:
@@ -107,7 +108,35 @@ def _split(a: Array) -> tuple[Array, Array]:
 
 
 def fma64(a: Array, b: Array, c: Array) -> Array:
-    """a * b + c of fp64, rounded once: Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums" (2008).
+    """a * b + c of fp64, rounded once.
+
+    The error of the product and that of the sum, added and rounded, and then added to the sum: a result that is right
+    unless it lies so near the middle of two neighbours that the errors' rounding may have turned it.
+    """
+    p = a * b
+    (ah, al), (bh, bl) = _split(a), _split(b)
+    low = ah * bh
+    low = low - p
+    low = low + ah * bl
+    low = low + al * bh
+    low = low + al * bl
+    s = p + c
+    t = s - p
+    low = low + ((p - (s - t)) + (c - t))
+    result = s + low
+    rest = low - (result - s)
+    # Not where the split overflows either: that gives infinities and NaN, which are equal to no sum with themselves.
+    sure = (result + rest * _BEYOND == result) & (np.abs(p) > 1 / _SAFE)
+    if not sure.all():
+        result = np.where(sure, result, s)  # which is right for NaN and products of zero, as of threads that are off
+        those = np.flatnonzero(~sure & (s == s) & (a != 0) & (b != 0))
+        if those.size:
+            result[those] = _fma64_by_odd(*(x if x.size == 1 else x[those] for x in (a, b, c)))
+    return result
+
+
+def _fma64_by_odd(a: Array, b: Array, c: Array) -> Array:
+    """Boldo and Melquiond, "Emulation of a FMA and correctly rounded sums" (2008).
 
     Where its products would over- or underflow, with rational numbers.
     """

@@ -42,12 +42,18 @@ def elementwise(function: Function, dtypes: list[DType], item: Instruction, slot
 
         return binary
 
-    def several(threads: Threads) -> None:
-        threads.registers[d] = function(
-            *(get(threads, slot, dtype) for slot, dtype in zip(sources, dtypes, strict=True))
+    (a, b, c), (ta, tb, tc) = sources, dtypes
+
+    def ternary(threads: Threads) -> None:
+        r = threads.registers
+        x: Any = r[a]
+        y: Any = r[b]
+        z: Any = r[c]
+        r[d] = function(
+            x if x.dtype is ta else x.view(ta), y if y.dtype is tb else y.view(tb), z if z.dtype is tc else z.view(tc)
         )
 
-    return several
+    return ternary
 
 
 def quotient(a: Array, b: Array) -> Array:

@@ -22,7 +22,7 @@ from .threads import WARP
 class Touches(NamedTuple):
     """One entry per granule (the narrowest access of the region) that a thread touched, in the order of time."""
 
-    granule: Array
+    granule: Array  # counted from the first that was touched
     thread: Array  # in the grid
     cta: Array
     barriers: Array
@@ -90,13 +90,14 @@ def _touches(accesses: list[Access]) -> Touches:
             column.append(value.repeat(pieces))
         if pieces > 1:
             columns[0][-1] = columns[0][-1] + np.tile(np.arange(pieces), len(lanes))
-    return Touches(*map(np.concatenate, columns))
+    touches = Touches(*map(np.concatenate, columns))
+    return touches._replace(granule=touches.granule - touches.granule.min())
 
 
 def _groups(key: list[Array]) -> Array:
-    """A number per entry, the same for equal keys."""
-    groups = np.zeros(len(key[0]), np.int64)
-    for column in key:
+    """A number per entry, the same for equal keys: sorts for every column but the first, the granules."""
+    groups = key[0]
+    for column in key[1:]:
         _, inverse = np.unique(column, return_inverse=True)
         _, groups = np.unique(groups * (int(inverse.max(initial=0)) + 1) + inverse, return_inverse=True)
     return groups
@@ -107,10 +108,12 @@ def _shared_with_a_store(key: list[Array], who: Array, touches: Touches) -> Arra
     if not len(who):
         return np.zeros(0, bool)
     groups = _groups(key)
-    order = np.argsort(groups, kind="stable")
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    several = np.minimum.reduceat(who[order], starts) != np.maximum.reduceat(who[order], starts)
-    stored = np.logical_or.reduceat(touches.stores[order], starts)
+    number = int(groups.max()) + 1
+    one = np.empty(number, who.dtype)
+    one[groups] = who
+    several, stored = np.zeros(number, bool), np.zeros(number, bool)
+    several[groups[who != one[groups]]] = True
+    stored[groups[touches.stores]] = True
     return (several & stored)[groups]
 
 

@@ -257,6 +257,23 @@ def test_fma_is_rounded_once(dtype: type[np.floating]) -> None:
     assert (result != a * b + c).any()  # which is rounded twice
 
 
+def test_fma_of_zeros_infinities_and_extremes() -> None:
+    """Lanes that are off hold NaN; beside them the others' results are their own."""
+    inf, nan, large = np.inf, np.nan, 2.0**1000
+    cases = (
+        (0.0, 3.0, -0.0, 0.0), (-0.0, 3.0, -0.0, -0.0), (0.0, 3.0, 1.5, 1.5), (nan, 0.0, 1.0, nan),
+        (0.0, inf, 1.0, nan), (inf, 2.0, -inf, nan), (inf, -2.0, 1.0, -inf), (2.0, 3.0, inf, inf),
+        (large * (1 + 2.0**-52), 1 / large, -1.0, 2.0**-52), (large, large, 1.0, inf),
+        (2.0**-600, 2.0**-600, 1.0, 1.0), (2.0**-540, 2.0**-534, 2.0**-1074, 2.0**-1073),
+        (1 + 2.0**-52, 1 + 2.0**-52, -(1 + 2.0**-51), 2.0**-104), (1 + 2.0**-52, 1.0, 2.0**53, 2.0**53 + 2),
+    )  # fmt: skip
+    *operands, expected = (np.array(column) for column in zip(*cases, strict=True))
+    with np.errstate(all="ignore"):
+        result = fma64(*operands)
+    np.testing.assert_array_equal(result, expected)
+    assert (np.signbit(result) == np.signbit(expected))[~np.isnan(expected)].all()
+
+
 def test_narrow_conversions_are_rounded_once() -> None:
     x = np.array([1 + 2.0**-8, 1 + 3 * 2.0**-8, 1 + 2.0**-8 + 2.0**-40, -(1 + 2.0**-8 + 2.0**-40), np.nan, 1e300])
     expected = torch.tensor([1.0, 1 + 2.0**-6, 1 + 2.0**-7, -1 - 2.0**-7, torch.nan, torch.inf], dtype=torch.bfloat16)
