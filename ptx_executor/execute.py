@@ -147,14 +147,18 @@ def _run_masked(step: Step, threads: Threads) -> None:
     if step.predicate >= 0:
         condition = registers[step.predicate]
         assert condition is not None
-        if step.negated:
-            condition = ~condition
-        condition = np.broadcast_to(condition, (threads.count,))
-        mask = condition if before is None else condition & before
-        if not mask.any():
-            return
-        if before is None and mask.all():
-            mask = None
+        if condition.size == 1:
+            if bool(condition[0]) == step.negated:
+                return
+        else:
+            if step.negated:
+                condition = ~condition
+            mask = condition if before is None else condition & before
+            number = np.count_nonzero(mask)
+            if number == 0:
+                return
+            if number == threads.count:
+                mask = None
     old = [registers[d] for d in step.destinations]
     threads.mask = mask
     step.run(threads)

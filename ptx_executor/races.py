@@ -18,6 +18,8 @@ from .arithmetic import Array
 from .memory import Access, Fault, Memory, Region
 from .threads import WARP
 
+MOST_GROUPS = 1 << 22  # of which something is written down; more are sorted first
+
 
 class Touches(NamedTuple):
     """One entry per granule (the narrowest access of the region) that a thread touched, in the order of time."""
@@ -60,8 +62,10 @@ def _check(region: Region, space: str, kernel: str) -> None:
         ([touches.granule, touches.barriers], between),
         ([touches.granule, touches.barriers, warp, touches.warp_barriers], within),
     ):
+        if not those.any():
+            continue
         candidates = touches.only(those)
-        groups = _groups([column[those] for column in key])
+        _, groups = np.unique(_groups([column[those] for column in key]), return_inverse=True)
         for group in np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1]):
             if len(group) and _matters(candidates.only(group), replicas=space == "global"):
                 _complain("threads, with no barrier between them,", candidates.only(group), region, space, kernel)
@@ -95,11 +99,13 @@ def _touches(accesses: list[Access]) -> Touches:
 
 
 def _groups(key: list[Array]) -> Array:
-    """A number per entry, the same for equal keys: sorts for every column but the first, the granules."""
+    """A number per entry, the same for equal keys, below MOST_GROUPS or as many as there are. No column is negative."""
     groups = key[0]
     for column in key[1:]:
-        _, inverse = np.unique(column, return_inverse=True)
-        _, groups = np.unique(groups * (int(inverse.max(initial=0)) + 1) + inverse, return_inverse=True)
+        column = column - column.min()
+        groups = groups * (int(column.max()) + 1) + column
+        if int(groups.max()) >= MOST_GROUPS:
+            _, groups = np.unique(groups, return_inverse=True)
     return groups
 
 
