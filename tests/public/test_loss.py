@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -40,26 +42,43 @@ def oracle(inputs: Inputs) -> tuple[ReferenceOutput, Tensor]:
     return output, gradient(output.loss, logits)
 
 
+class Computed(NamedTuple):
+    inputs: Inputs
+    output: ConSPOOutput
+    gradient: Tensor
+
+
+@functools.cache
+def computed(case: Case, dtype: torch.dtype, packed: bool, implementation: str, device: torch.device) -> Computed:
+    """A case, run once for all tests that look at it: they must not write to what they get."""
+    inputs = build(case, dtype, packed=packed, device=device)
+    output = run(inputs, implementation)
+    return Computed(inputs, output, gradient(output.loss, inputs.logits))
+
+
+@functools.cache
+def exactly(case: Case, packed: bool) -> tuple[ReferenceOutput, Tensor]:
+    return oracle(build(case, torch.float64, packed=packed))
+
+
 @pytest.mark.parametrize("case", CASES + MANY_ROLLOUTS, ids=str)
 @LAYOUTS
 def test_fp64_equals_the_oracle(case: Case, packed: bool, implementation: str, device: torch.device) -> None:
-    inputs = build(case, torch.float64, packed=packed, device=device)
-    exact, exact_grad = oracle(inputs)
-    output = run(inputs, implementation)
+    exact, exact_grad = exactly(case, packed)
+    _, output, grad = computed(case, torch.float64, packed, implementation, device)
     assert max_error(output.loss, exact.loss) <= 1e-12 * max(1.0, case.scale)
     assert max_error(output.scores, exact.scores) <= 1e-12 * max(1.0, case.scale)
     assert output.logprobs is not None
     assert max_error(output.logprobs, exact.logprobs) <= 1e-12 * max(1.0, case.scale)
-    assert max_error(gradient(output.loss, inputs.logits), exact_grad) <= 1e-13
+    assert max_error(grad, exact_grad) <= 1e-13
 
 
 @EVERY_CASE
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_as_accurate_as_eager(case: Case, dtype: torch.dtype, implementation: str, device: torch.device) -> None:
-    inputs = build(case, dtype, packed=False, device=device)
+    inputs, output, grad = computed(case, dtype, False, implementation, device)
     assert inputs.logits.isfinite().logical_or(inputs.logits == -torch.inf).all()  # within the range of fp16
     exact, exact_grad = oracle(inputs)
-    output = run(inputs, implementation)
 
     # Eager: the log-softmax in the dtype of the logits, what follows in fp32.
     eager_inputs = build(case, dtype, packed=False)
@@ -86,7 +105,6 @@ def test_as_accurate_as_eager(case: Case, dtype: torch.dtype, implementation: st
         # The scores' own size bounds the rounding of a loss that is a difference of them.
         floor = max(value_floor(truth, torch.float32), value_floor(exact.scores, torch.float32))
         assert_accurate(actual, eager, truth, floor, what)
-    grad = gradient(output.loss, inputs.logits)
     assert grad.dtype == dtype
     floor = grad_floor(exact_grad, dtype, exact.scores, inputs.kwargs["tau"])
     assert_accurate(grad, eager_grad, exact_grad, floor, "gradient")
@@ -95,9 +113,8 @@ def test_as_accurate_as_eager(case: Case, dtype: torch.dtype, implementation: st
 @pytest.mark.parametrize("case", CASES + MANY_ROLLOUTS, ids=str)
 @LAYOUTS
 def test_metrics(case: Case, packed: bool, implementation: str, device: torch.device) -> None:
-    inputs = build(case, torch.float64, packed=packed, device=device)
-    exact, _ = oracle(inputs)
-    metrics = run(inputs, implementation).metrics
+    exact, _ = exactly(case, packed)
+    metrics = computed(case, torch.float64, packed, implementation, device).output.metrics
     assert metrics.keys() == exact.metrics.keys()
     for name, value in exact.metrics.items():
         actual = metrics[name]
@@ -111,12 +128,10 @@ def test_metrics(case: Case, packed: bool, implementation: str, device: torch.de
 
 @EVERY_CASE
 def test_padded_equals_packed(case: Case, implementation: str, device: torch.device) -> None:
-    padded = build(case, torch.float64, packed=False, device=device)
-    packed = build(case, torch.float64, packed=True, device=device)
-    a, b = run(padded, implementation), run(packed, implementation)
+    _, a, grad_a = computed(case, torch.float64, False, implementation, device)
+    _, b, grad_b = computed(case, torch.float64, True, implementation, device)
     assert max_error(a.loss, b.loss) <= 1e-13 * max(1.0, case.scale)
     assert max_error(a.scores, b.scores) <= 1e-13 * max(1.0, case.scale)
-    grad_a, grad_b = gradient(a.loss, padded.logits), gradient(b.loss, packed.logits)
     start = 0
     for row, n in enumerate(case.lengths):
         assert max_error(grad_a[row, :n], grad_b[start : start + n]) <= 1e-14
@@ -130,8 +145,7 @@ def test_padded_equals_packed(case: Case, implementation: str, device: torch.dev
 def test_inplace_backward_gives_the_same_bits(
     case: Case, packed: bool, implementation: str, device: torch.device
 ) -> None:
-    inputs = build(case, torch.float32, packed=packed, device=device)
-    expected = gradient(run(inputs, implementation).loss, inputs.logits)
+    inputs, _, expected = computed(case, torch.float32, packed, implementation, device)
     logits = inputs.logits * 1
     storage = logits.data_ptr()
     grad = gradient(run(inputs, implementation, logits, inplace_backward=True).loss, logits)
@@ -142,9 +156,7 @@ def test_inplace_backward_gives_the_same_bits(
 @EVERY_CASE
 def test_strided_equals_contiguous(case: Case, implementation: str, device: torch.device) -> None:
     """Rows that are views: of a longer sequence, of a wider vocabulary, transposed, and off a 16-byte boundary."""
-    inputs = build(case, torch.float32, packed=False, device=device)
-    expected = run(inputs, implementation)
-    expected_grad = gradient(expected.loss, inputs.logits)
+    inputs, expected, expected_grad = computed(case, torch.float32, False, implementation, device)
     b, t, v = inputs.logits.shape
     views = {
         "longer": torch.full((b, t + 2, v), torch.nan, device=device)[:, :-2],
@@ -175,8 +187,7 @@ def test_same_inputs_same_bits(case: Case, implementation: str, device: torch.de
 @EVERY_CASE
 @LAYOUTS
 def test_scores_then_loss_is_the_loss(case: Case, packed: bool, implementation: str, device: torch.device) -> None:
-    inputs = build(case, torch.float64, packed=packed, device=device)
-    whole = run(inputs, implementation)
+    inputs, whole, _ = computed(case, torch.float64, packed, implementation, device)
     contrast = {k: v for k, v in inputs.kwargs.items() if k in CONTRAST}
     others = {k: v for k, v in inputs.kwargs.items() if k not in CONTRAST}
     scores = conspo_scores(inputs.logits, inputs.labels, implementation=implementation, **others)

@@ -22,7 +22,7 @@ class Case:
     vocab_size: int
     rewards: tuple[float, ...] | tuple[bool, ...]
     groups: int | tuple[int, ...]
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
     prompts: tuple[int, ...] = ()
     scale: float = 2.0
     masked_columns: int = 0  # leading vocabulary entries at -inf
