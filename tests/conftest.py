@@ -123,6 +123,7 @@ EXECUTED = {
     "test_margin.py",
     "test_ops.py",
     "test_policy_gradient.py",
+    "test_token_logprob.py",
 }
 
 

@@ -14,18 +14,15 @@ import pytest
 from conftest import EXECUTED
 from processes import REPOSITORY
 
+# One process for a target: cases share its kernels, parsed and compiled, and what it imports.
 GROUPS = (
-    ("sm_90", ("test_linear.py",)),
-    (
-        "sm_90",
-        ("test_loss.py", "test_margin.py"),
-    ),  # whose kernels Triton's cache has from the others, or they from here
+    ("sm_90", ("test_linear.py", "test_loss.py", "test_margin.py")),
     ("sm_100", ("test_inplace.py", "test_ops.py", "test_policy_gradient.py", "test_token_logprob.py")),
 )
 
 
 def test_nothing_is_spared_that_is_not_executed() -> None:
-    assert {file for _, files in GROUPS for file in files} == EXECUTED | {"test_token_logprob.py"}
+    assert {file for _, files in GROUPS for file in files} == EXECUTED
 
 
 @pytest.mark.parametrize(("target", "files"), GROUPS, ids=[files[0] for _, files in GROUPS])
