@@ -27,7 +27,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compiled_code.machine_code import least_in_flight
+from benchmarks.compiled_code.machine_code import disassembled, least_in_flight
 from benchmarks.compiled_code.occupancy import Occupancy, occupancy
 from conspo_kernels.linear.tiles import second_halves
 from conspo_kernels.objective import GroupLoss, Groups, Objective, Rollouts
@@ -204,7 +204,7 @@ CASES: dict[str, Callable[[], object]] = {
 }
 
 
-@functools.lru_cache  # cases share kernels, and each of the two programs takes a third of a second to start
+@functools.lru_cache  # cases share kernels, and each of the two programs takes its time to start
 def _nvidia(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
     """Registers, bytes of stack, load and store widths, from the machine code."""
     binaries = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -214,9 +214,7 @@ def _nvidia(cubin: bytes) -> tuple[int, int, dict[int, int], dict[int, int]]:
         usage = subprocess.run(
             [binaries / "cuobjdump", "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
-        # The code alone, without following jumps through registers, of which there are none: a quarter less time.
-        disassemble = [binaries / "nvdisasm", "--print-code", "--no-dataflow", file.name]
-        sass = subprocess.run(disassemble, capture_output=True, text=True, check=True).stdout
+    sass = disassembled(cubin)
 
     def widths(instruction: str) -> dict[int, int]:
         counts: dict[int, int] = {}
