@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import skips
 import torch
+from processor_time import ProcessorTime
 
 from benchmarks.simulation.interpreter import hasten
 
@@ -81,6 +82,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--stop-after", type=float, metavar="SECONDS", help="skip what would begin later: a summary, not a killed run"
     )
+    parser.addoption("--processor-time", action="store_true", help="processor seconds of tests and folders, at the end")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -102,6 +104,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(skips)
+    if config.getoption("--processor-time"):
+        config.pluginmanager.register(ProcessorTime())
 
 
 def pytest_sessionstart() -> None:
@@ -121,6 +125,7 @@ EXECUTED = {
     "test_linear.py",
     "test_loss.py",
     "test_margin.py",
+    "test_objective.py",
     "test_ops.py",
     "test_policy_gradient.py",
     "test_token_logprob.py",

@@ -16,7 +16,7 @@ from processes import REPOSITORY
 
 # One process for a target: cases share its kernels, parsed and compiled, and what it imports.
 GROUPS = (
-    ("sm_90", ("test_linear.py", "test_loss.py", "test_margin.py")),
+    ("sm_90", ("test_linear.py", "test_loss.py", "test_margin.py", "test_objective.py")),
     ("sm_100", ("test_inplace.py", "test_ops.py", "test_policy_gradient.py", "test_token_logprob.py")),
 )
 
