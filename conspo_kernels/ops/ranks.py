@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from ..values import ELSEWHERE, IGNORED, Statistics, local_labels
+from ..values import IGNORED, Statistics, local_labels
 from .devices import to_device
 from .registration import op
 
