@@ -89,28 +89,24 @@ def draw_credit(ax: Any, results: Results) -> None:
 
 
 def draw_cause(ax: Any, results: Results) -> None:
-    """Mini-batches and repetition side by side, each method at the best of its rates."""
-    names = ["grpo", *CAUSE]
-    by_updates = {updates: report.cause_runs(results, updates) for updates in ("mini-batches", "repetition")}
-    if not any(runs["conspo"] for runs in by_updates["repetition"].values()):
+    """What each method of part 2 has over ConSPO without a bound, by rate: mini-batches, then repetition."""
+    by_rate = [(updates, lr, runs) for updates in ("mini-batches", "repetition")
+               for lr, runs in report.cause_runs(results, updates).items() if len(runs["conspo"]) > 1]  # fmt: skip
+    if not by_rate:
         empty(ax)
         return
-    seeds = {run.seed for runs in by_updates["mini-batches"].values() for run in runs["conspo"]}
-    grpo = [run for run in report.finals(results, TASK)["grpo"] if run.seed in seeds]
-    by_updates["mini-batches"][math.nan] = {"grpo": grpo}  # at its own best rate
-    for shift, (updates, by_rate) in zip((-0.2, 0.2), by_updates.items(), strict=True):
-        for place, name in enumerate(names):
-            found = [list(compare.values(results, runs.get(name, [])).values()) for runs in by_rate.values()]
-            best = max((values for values in found if values), key=statistics.mean, default=None)
-            if best is not None:
-                half = 100 * compare.half_width(best) if len(best) > 1 else 0.0
-                ax.bar(place + shift, 100 * statistics.mean(best), 0.38, yerr=half, capsize=3,
-                       color="C0" if shift < 0 else "C1",
-                       label=f"{updates}, {seeds_of(len(best))}" if place == 1 else None)  # fmt: skip
-    ax.set_xticks(range(len(names)), [name.replace(" of ", "\nof ").replace(", ", ",\n") for name in names], fontsize=8)
-    ax.set_ylabel("accuracy at the best of the rates, %")
-    ax.set_ylim(top=1.15 * ax.get_ylim()[1])  # room for the legend
-    ax.legend(fontsize=8, loc="upper center", ncol=2)
+    for index, name in enumerate(("grpo", *list(CAUSE)[1:])):
+        for place, (_updates, _lr, runs) in enumerate(by_rate):
+            if name in runs:
+                gains = [100 * gain for gain in compare.paired(results, runs[name], runs["conspo"])]
+                label = name if place == len(by_rate) - 1 else None
+                where, half = place + 0.12 * (index - 1.5), compare.half_width(gains)
+                ax.errorbar(where, statistics.mean(gains), yerr=half, fmt="o", capsize=2, markersize=4,
+                            color=COLOURS[name], label=label)  # fmt: skip
+    ax.axhline(0, color="0.4", linewidth=1)
+    ax.set_xticks(range(len(by_rate)), [f"{updates}\n{lr:g}" for updates, lr, _runs in by_rate], fontsize=8)
+    ax.set_ylabel("points against ConSPO without a bound")
+    ax.legend(fontsize=8, loc="upper left")
     ax.grid(axis="y", alpha=0.3)
 
 

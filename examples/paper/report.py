@@ -72,7 +72,7 @@ def directions(results: Results) -> Iterator[str]:
     for name in EFFECTS:
         cells = [points([effect(change, name) for change in column], 2) for column in columns]
         yield f"| {name} | {' | '.join(cells)} |"
-    yield f"| seeds of {len(protocol.DIRECTION_SEEDS)} | {' | '.join(str(len(column)) for column in columns)} |"
+    yield f"| seeds so far, of {len(protocol.DIRECTION_SEEDS)} | {' | '.join(str(len(column)) for column in columns)} |"
 
 
 Direction = tuple[str, str, str]  # group weight, credit, margin
@@ -173,7 +173,7 @@ def cause_runs(results: Results, updates: str) -> dict[float, dict[str, list[Run
 
 
 def cause_table(results: Results) -> Iterator[str]:
-    """Part 2: accuracy by score, bound, use of the batch and rate; GRPO in mini-batches is in part 1."""
+    """Part 2: accuracy and, in points, what it has over ConSPO without a bound; GRPO in mini-batches is in part 1."""
     for updates in ("mini-batches", "repetition"):
         by_rate = cause_runs(results, updates)
         if not any(runs["conspo"] for runs in by_rate.values()):
@@ -182,6 +182,9 @@ def cause_table(results: Results) -> Iterator[str]:
         yield "|---|" + "---|" * len(by_rate)
         for method in next(iter(by_rate.values())):
             cells = [mean_of(results, runs[method], len(protocol.CAUSE_SEEDS)) for runs in by_rate.values()]
+            if method != "conspo":
+                gains = [points(compare.paired(results, runs[method], runs["conspo"])) for runs in by_rate.values()]
+                cells = [f"{cell} ({gain})" if gain else cell for cell, gain in zip(cells, gains, strict=True)]
             yield f"| {method} | {' | '.join(cells)} |"
         yield ""
 
