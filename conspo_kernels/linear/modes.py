@@ -123,7 +123,8 @@ def complete_frozen(
     slope = torch.full_like(share, scale)
     if transform.softcap is not None:
         u = part.row_max + (part.logprobs + part.log_sum) / scale
-        slope *= (1 - u * u) * transform.inner
+        # A label whose logit is -inf stays so, whatever the softcap: it has no slope.
+        slope *= torch.where(whole.logprobs == -torch.inf, 0.0, (1 - u * u) * transform.inner)
     label_factor = torch.where(labels >= 0, -torch.expm1(log_share) * slope, 0.0)
     for rows in slices(gradient.shape[0], gemms.PRODUCT_BYTES // (gradient.shape[1] * share.element_size())):
         scaled = gradient[rows] * share[rows, None]

@@ -77,7 +77,9 @@ def _whole_statistics(
     dist.all_reduce(row_max, dist.ReduceOp.MAX, group=group)
     below = torch.where(part_max == row_max, 0.0, part_max - row_max) * scale  # -inf - -inf is no distance
     total = own_total = torch.exp(below + part_log_sum)
-    label = torch.where(mine, logprobs + part_log_sum + below, 0.0)
+    # Where all of a part is -inf its label is too, and its log-probability within the part is none.
+    label = torch.where(part_max == -torch.inf, part_max, logprobs + part_log_sum + below)
+    label = torch.where(mine, label, 0.0)
     sums = [total, label, mine.to(total.dtype)]
     if entropy is not None:
         mean = part_log_sum - entropy + below  # of logits - row_max, over this part's distribution

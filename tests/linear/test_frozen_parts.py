@@ -32,6 +32,8 @@ CASES = [
     for mib, implementation in ((512.0, "native"), (2.0**-8, "native"), (512.0, "torch"))
 ]
 
+MASKED = [(name, masked) for name in ("plain", "softcap") for masked in ((CUT - 50, CUT), (CUT, VOCAB))]
+
 
 def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """hidden, weight, bias, labels, coefficients. Of every second token the label is nearly certain."""
@@ -42,6 +44,20 @@ def batch(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     hidden[::2] = (weight[labels[::2]].float()).to(dtype)
     labels[5::7] = -100
     return hidden, weight, bias, labels, torch.randn(TOKENS, generator=generator)
+
+
+def masked_labels(name: str, masked: tuple[int, int], part: slice, shard: ck.Parallel | None) -> tuple[Tensor, Tensor]:
+    """Log-probabilities and gradient of a part, in fp64, where a bias of -inf masks some entries, labels among them."""
+    hidden, weight, bias, labels, coefficients = batch(torch.float64)
+    bias[slice(*masked)] = -torch.inf
+    hidden.requires_grad_()
+    logprobs = ck.linear_token_logprobs(
+        hidden, weight[part], labels, bias=bias[part], parallel=shard, **TRANSFORMS[name]
+    )
+    assert isinstance(logprobs, Tensor)
+    logprobs.backward(coefficients.double())
+    assert hidden.grad is not None
+    return logprobs.detach(), hidden.grad
 
 
 def parts(rank: int, size: int) -> dict[Any, Any]:
@@ -57,6 +73,8 @@ def parts(rank: int, size: int) -> dict[Any, Any]:
         products.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
         return product(a, b, out, bias)
 
+    for name, masked in MASKED:
+        results[name, masked] = masked_labels(name, masked, part, shard)
     gemm.gemm = counted
     for dtype, name, mib, implementation in CASES:
         hidden, weight, bias, labels, coefficients = batch(dtype)
@@ -132,6 +150,18 @@ def test_certain_tokens_keep_their_digits(dtype: torch.dtype) -> None:
     for results in on_two_ranks():
         grad = results[dtype, "plain", 512.0, "native"][1]
         assert max_error(grad[certain], exact_grad[certain]) <= 2 * whole + rounding
+
+
+@pytest.mark.parametrize(("name", "masked"), MASKED, ids=str)
+def test_masked_labels_as_on_one_rank(name: str, masked: tuple[int, int]) -> None:
+    """Entries of a part, or all of it, are -inf: a label there is impossible, and spoils no gradient."""
+    exact, exact_grad = masked_labels(name, masked, slice(0, VOCAB), None)
+    assert (exact == -torch.inf).sum() > 2
+    assert exact_grad.isfinite().all()
+    for results in on_two_ranks():
+        logprobs, grad = results[name, masked]
+        torch.testing.assert_close(logprobs, exact, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(grad, exact_grad, rtol=1e-12, atol=1e-12)
 
 
 def test_a_part_without_a_share() -> None:
