@@ -239,35 +239,63 @@ def decode_store(op: Opcode, item: Instruction, slots: Slots) -> Run:
     return store
 
 
-@instruction("ldmatrix")
-def decode_matrix_load(op: Opcode, item: Instruction, slots: Slots) -> Run:
-    """Matrices of 8 rows of 16 bytes: threads 8j .. 8j + 7 hold the rows of matrix j; thread t gets 4 bytes of each."""
+def _matrices(op: Opcode, item: Instruction, names: tuple[Any, ...]) -> None:
+    """Raises unless these are matrices of 8 rows of 16 bytes, as many as there are names."""
     sync, aligned, shape, *count, space = op.modifiers
     if (sync, aligned, shape, space, op.kind) != ("sync", "aligned", "m8n8", "shared", "b16"):
         raise NotImplementedError(item.op)
+    if len(names) != (int(count[0][1]) if count else 1):
+        raise ValueError("the number of matrices")
+
+
+def _matrix_addresses(threads: Threads, slot: int, offset: int, number: int, text: str) -> list[Array]:
+    """Of each matrix, the 4 bytes of every active thread: threads 8j .. 8j + 7 hold the rows of matrix j."""
+    threads.whole_warps(text, np.full(1, 0xFFFFFFFF, np.uint32))
+    whole = np.zeros(threads.count, I64)
+    active = threads.active()
+    whole[active] = threads.shared_address(_addresses(threads, slot, offset, True), 16)
+    lane = threads.lanes % WARP
+    addresses = []
+    for j in range(number):
+        rows = whole[threads.lanes - lane + 8 * j + lane // 4]
+        if (rows[active] % 16).any():
+            raise Fault(f"{text}: a row's address is not a multiple of 16")
+        addresses.append((rows + 4 * (lane % 4))[active])
+    return addresses
+
+
+@instruction("ldmatrix")
+def decode_matrix_load(op: Opcode, item: Instruction, slots: Slots) -> Run:
     names: Any
     names, source = item.operands
-    number = int(count[0][1]) if count else 1
-    if len(names) != number:
-        raise ValueError("the number of matrices")
+    _matrices(op, item, names)
     destinations = [slots.destination(name) for name in names]
     slot, offset = slots.address(source)
-    item_text = f"{item.text} ({item.line})"
+    text = f"{item.text} ({item.line})"
 
     def load(threads: Threads) -> None:
-        threads.whole_warps(item.text, np.full(1, 0xFFFFFFFF, np.uint32))
-        whole = np.zeros(threads.count, I64)
-        active = threads.active()
-        whole[active] = threads.shared_address(_addresses(threads, slot, offset, True), 16)
-        lane = threads.lanes % WARP
-        for j, d in enumerate(destinations):
-            rows = whole[threads.lanes - lane + 8 * j + lane // 4]
-            address = (rows + 4 * (lane % 4))[active]
-            if (rows[active] % 16).any():
-                raise Fault(f"{item_text}: a row's address is not a multiple of 16")
-            loaded = threads.shared.load(address, 4, threads, item_text)[:, 0]
+        addresses = _matrix_addresses(threads, slot, offset, len(destinations), text)
+        for d, address in zip(destinations, addresses, strict=True):
             result = np.zeros(threads.count, U32)
-            result[active] = loaded
+            result[threads.active()] = threads.shared.load(address, 4, threads, text)[:, 0]
             threads.registers[d] = result
 
     return load
+
+
+@instruction("stmatrix")
+def decode_matrix_store(op: Opcode, item: Instruction, slots: Slots) -> Run:
+    target, names = item.operands
+    assert isinstance(names, tuple)
+    _matrices(op, item, names)
+    sources = [slots.source(name, U32) for name in names]
+    slot, offset = slots.address(target)
+    text = f"{item.text} ({item.line})"
+
+    def store(threads: Threads) -> None:
+        addresses = _matrix_addresses(threads, slot, offset, len(sources), text)
+        for a, address in zip(sources, addresses, strict=True):
+            values = np.broadcast_to(get(threads, a, U32), (threads.count,))[threads.active()]
+            threads.shared.store(address, values[:, None].view("u4"), threads, text)
+
+    return store

@@ -209,6 +209,23 @@ def test_complaints(body: str, complaint: str) -> None:
         run(f"st.global.b32 [%rd4], 0; mov.b32 %r5, 0;\n{body}\n setp.eq.u32 %p3, %r5, 0; mov.b32 %r4, 0;")
 
 
+def test_matrices_in_shared_memory() -> None:
+    """Thread t's 4 bytes lie in row t // 4, whose address another thread has: here rows from the last to the first."""
+    row = "and.b32 %r4, %r1, 7; sub.s32 %r4, 7, %r4; shl.b32 %r4, %r4, 5;"
+    row += "mov.b32 %r5, global_smem; add.s32 %r5, %r5, %r4;"
+    own = "shr.u32 %r6, %r1, 2; shl.b32 %r6, %r6, 5; and.b32 %r7, %r1, 3; shl.b32 %r7, %r7, 2; or.b32 %r6, %r6, %r7;"
+    there = f"{own} mov.b32 %r8, global_smem; add.s32 %r8, %r8, %r6;"
+    stored = "ld.global.b32 %r3, [%rd3]; stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r5], {%r3}; bar.sync 0;"
+    loaded = "ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r9}, [%r5]; st.global.b32 [%rd4], %r9;"
+    threads = torch.arange(32, dtype=torch.int32)
+    reversed_rows = threads.view(8, 4).flip(0).flatten()
+    found = run(f"{row} {there} {stored} ld.shared.b32 %r9, [%r8]; st.global.b32 [%rd4], %r9;", threads=32)
+    assert torch.equal(found, reversed_rows)
+    assert torch.equal(run(f"{row} {stored} {loaded}", threads=32), threads)
+    with pytest.raises(Fault, match="a row's address is not a multiple of 16"):
+        run(f"{row} add.s32 %r5, %r5, 4; {stored} st.global.b32 [%rd4], 0;", threads=32)
+
+
 def test_uninitialised_shared_memory_is_nan() -> None:
     assert run("ld.shared.b32 %r3, [global_smem]; st.global.b32 [%rd4], %r3;").view(torch.float32).isnan().all()
 

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...values import Incoming, LogitRows, LogitTransform, Statistics
-from .launch import ceil_div, row_fits_cache, series_registers
+from .launch import ceil_div, row_fits_cache, tanh_registers
 from .row_kernels import _backward_kernel, _combine_kernel, _forward_backward_kernel, _statistics_kernel
 from .rows import VECTOR_BYTES, aligned_base, num_chunks_of, tiles
 
@@ -30,7 +30,7 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
     row = (misalignment, logits.stride(0), logits.stride(1))
     constants = _constants(logits, transform) | {"HAS_ENTROPY": with_entropy}
     kernel = "heavy forward" if _narrow_series(rows) else "forward"
-    limit = series_registers(kernel, logits.device) if _narrow_series(rows) and not with_entropy else {}
+    limit = tanh_registers(kernel, logits.device) if _narrow_series(rows) and not with_entropy else {}
     _statistics_kernel[(num_tokens * num_chunks,)](
         base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, kernel), **limit
     )
@@ -55,12 +55,13 @@ def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         constants["num_chunks"] = 1  # the gradient may lie over logits that only this row's program may read
     base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
     # A series for tanh and the addresses of narrow stores double the registers per logit: a smaller tile.
-    light = transform.tanh(logits.dtype) != "series" and same_alignment
-    limited = _narrow_series(rows) and same_alignment and grad_entropy is None
-    limit = series_registers("heavy", logits.device) if limited else {}
+    tanh = transform.tanh(logits.dtype)
+    kernel = "backward" if tanh != "series" and same_alignment else "heavy"
+    limited = tanh is not None and logits.element_size() == 2 and same_alignment and grad_entropy is None
+    limit = tanh_registers(kernel, logits.device) if limited else {}
     _backward_kernel[(num_tokens * constants["num_chunks"],)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
-        labels.shape[1], start, **constants, **tiles(logits, "backward" if light else "heavy"),
+        labels.shape[1], start, **constants, **tiles(logits, kernel),
         HAS_ENTROPY=grad_entropy is not None, SAME_ALIGNMENT=same_alignment, **limit,
     )  # fmt: skip
 
