@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ class Settings:
 
 
 _now: Settings | None = None  # within `executing`
+CACHE = "executed"  # in Triton's: what 3.6 compiles for a hook has the name there of what it compiles without one
 
 
 @contextlib.contextmanager
@@ -47,7 +49,10 @@ def executing(settings: Settings) -> Iterator[None]:
     driver.set_active(_Driver(settings.target))
     knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
     try:
-        yield
+        with knobs.cache.scope():
+            folder = Path(knobs.cache.dir)
+            knobs.cache.dir = str(folder if folder.name == CACHE else folder / CACHE)
+            yield
     finally:
         _now = outer
         driver._active = active_driver

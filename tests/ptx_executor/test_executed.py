@@ -12,6 +12,7 @@ from typing import Any
 import executed
 import pytest
 import torch
+import triton
 from processes import REPOSITORY, python
 
 from benchmarks.compiled import CASES
@@ -53,6 +54,10 @@ def test_every_row_of_the_versions_executes_compiled_cases() -> None:
     assert set(re.findall(r'nox\.param\("[\d.]+", "([\d.]+)"', text)) >= {"3.6.0", "3.7.1", "3.8.0", "3.9.0"}
 
 
+def test_machine_code_in_the_cache_is_not_executed() -> None:
+    assert run("compiled_before", "sm_90") == ""
+
+
 def test_planted_faults() -> None:
     result = run("faults")
     assert result["none"] == ""
@@ -62,8 +67,9 @@ def test_planted_faults() -> None:
     assert result["constant"] > 100 * GRADIENT["fp32"] > 100 * result["no constant"] / 10
     assert len(result["barriers, over"]) == 3  # of the last logits of a row, of the tile with a part, of whole tiles
     assert all("memory race" in fault for fault in result["barriers, over"])
+    release = tuple(map(int, triton.__version__.split(".")[:2]))
     for kernel in ("statistics", "scores"):
-        assert len(result[f"barriers, {kernel}"]) == 5
+        assert len(result[f"barriers, {kernel}"]) == (3 if release >= (3, 9) else 5)  # 3.9 merges sums with fewer
         for fault in result[f"barriers, {kernel}"]:  # without any one of them
             assert "shared memory race" in fault
             assert "no barrier between them" in fault

@@ -17,9 +17,18 @@ import torch
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from benchmarks.compiled import CASES, call_group_infonce, call_over, call_sequence_score, call_token_logprob
+from benchmarks.compiled import (
+    CASES,
+    TARGETS,
+    call_group_infonce,
+    call_over,
+    call_sequence_score,
+    call_token_logprob,
+    offline,
+)
 from conspo_kernels.backends.triton import (
     group_infonce,
+    obstacle,
     row_kernels,
     rows,
     scale,
@@ -277,6 +286,7 @@ def far_labels(device: str = "cpu") -> dict[str, Any]:
     """Labels beyond 32 bits, which the public functions refuse on a CPU: log-probabilities that are not NaN, and the
     largest error of the gradient, which has no label's term; of a row less than a tile, more, and more than a chunk."""
     result = {}
+    assert obstacle(torch.device(device)) is None  # asked first, as ops do: it mends Triton 3.6's interpreter
     for vocab_size in (1000, 5003, 40_000):
         logits = torch.randn(1, len(FAR_LABELS), vocab_size, dtype=torch.bfloat16, device=device)
         given = LogitRows(logits, torch.tensor([FAR_LABELS], device=device), LogitTransform())
@@ -287,6 +297,13 @@ def far_labels(device: str = "cpu") -> dict[str, Any]:
             int((~statistics.logprobs.isnan()).sum()), worst(grad, -logits.double().softmax(-1)), grad.max().item(),
         ]  # fmt: skip
     return result
+
+
+def compiled_before(target: str) -> str:
+    """The fault of kernels that are executed after the same were compiled to machine code."""
+    with offline(TARGETS[target]):
+        call_sequence_score(False, 300)
+    return fault_of(lambda: call_sequence_score(False, 300), target)
 
 
 def far_labels_executed(target: str) -> dict[str, Any]:
