@@ -69,7 +69,7 @@ def test_planted_faults() -> None:
     assert all("memory race" in fault for fault in result["barriers, over"])
     release = tuple(map(int, triton.__version__.split(".")[:2]))
     for kernel in ("statistics", "scores"):
-        assert len(result[f"barriers, {kernel}"]) == (3 if release >= (3, 9) else 5)  # 3.9 merges sums with fewer
+        assert len(result[f"barriers, {kernel}"]) == (3 if release >= (3, 8) else 5)  # 3.8 merges sums with fewer
         for fault in result[f"barriers, {kernel}"]:  # without any one of them
             assert "shared memory race" in fault
             assert "no barrier between them" in fault
