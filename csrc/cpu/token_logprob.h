@@ -1,7 +1,7 @@
 // What the row kernels of token log-probabilities take and give; plain numbers and pointers, as they are compiled once per
 // instruction set, away from every common header.
 //
-// z logits, u = z or tanh(z * inner), y = u * scale: the transform of kernels/transform.py.
+// z logits, u = z or tanh(z * inner), y = u * scale: `LogitTransform` of conspo_kernels/values.py.
 
 #pragma once
 
