@@ -285,8 +285,8 @@ def decode_matrix_load(op: Opcode, item: Instruction, slots: Slots) -> Run:
 
 @instruction("stmatrix")
 def decode_matrix_store(op: Opcode, item: Instruction, slots: Slots) -> Run:
+    names: Any
     target, names = item.operands
-    assert isinstance(names, tuple)
     _matrices(op, item, names)
     sources = [slots.source(name, U32) for name in names]
     slot, offset = slots.address(target)
