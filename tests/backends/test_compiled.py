@@ -29,7 +29,8 @@ def wide_loads(target: str, kernel: str, case: str) -> int:
     if target != "gfx942":
         return wide
     release = tuple(map(int, triton.__version__.split(".")[:2]))
-    unrolled = release >= (3, 8) and case.startswith("fp32") and "softcap" not in case
+    of_fp32 = case.startswith("fp32") or "over fp32" in case
+    unrolled = release >= (3, 8) and of_fp32 and "softcap" not in case
     return wide if unrolled else wide // 2
 
 

@@ -29,8 +29,8 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
     base, misalignment = aligned_base(logits)
     row = (misalignment, logits.stride(0), logits.stride(1))
     constants = _constants(logits, transform) | {"HAS_ENTROPY": with_entropy}
-    kernel = "heavy forward" if _narrow_series(rows) else "forward"
-    limit = tanh_registers(kernel, logits.device) if _narrow_series(rows) and not with_entropy else {}
+    kernel = "heavy forward" if _narrow_tanh(rows) and transform.tanh(logits.dtype) == "series" else "forward"
+    limit = tanh_registers(kernel, logits.device) if _narrow_tanh(rows) and not with_entropy else {}
     _statistics_kernel[(num_tokens * num_chunks,)](
         base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, kernel), **limit
     )
@@ -55,9 +55,8 @@ def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         constants["num_chunks"] = 1  # the gradient may lie over logits that only this row's program may read
     base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
     # A series for tanh and the addresses of narrow stores double the registers per logit: a smaller tile.
-    tanh = transform.tanh(logits.dtype)
-    kernel = "backward" if tanh != "series" and same_alignment else "heavy"
-    limited = tanh is not None and logits.element_size() == 2 and same_alignment and grad_entropy is None
+    kernel = "backward" if transform.tanh(logits.dtype) != "series" and same_alignment else "heavy"
+    limited = _narrow_tanh(rows) and same_alignment and grad_entropy is None
     limit = tanh_registers(kernel, logits.device) if limited else {}
     _backward_kernel[(num_tokens * constants["num_chunks"],)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
@@ -84,9 +83,9 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
     return logprobs
 
 
-def _narrow_series(rows: LogitRows) -> bool:
-    """Whether tanh of 16-bit logits is a series."""
-    return rows.logits.element_size() == 2 and rows.transform.tanh(rows.logits.dtype) == "series"
+def _narrow_tanh(rows: LogitRows) -> bool:
+    """Whether the kernel computes a tanh of 16-bit logits."""
+    return rows.logits.element_size() == 2 and rows.transform.softcap is not None
 
 
 def _strided(logits: Tensor, grad_logits: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], bool]:
