@@ -28,7 +28,7 @@ class TokenLogprob(Protocol):
         """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be `rows.logits` itself.
 
         Its dtype may be 16 bits wide where the logits have 32. Then a row of it may lie in the second half of the row's
-        own memory: who walks a row from its end overwrites what has been read, and nobody else may be on that row. A
+        own memory: a row is walked from its end, so that only what was read is overwritten, by one program alone. A
         token whose coefficients are zero is not read, and its gradient is zero. The logits may be a slice of the
         columns.
         """

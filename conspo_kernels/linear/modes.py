@@ -5,9 +5,10 @@
     recompute    default: backward computes the logits again                  1 + 3
     store        all logits fit the workspace and are kept for backward       1 + 2
     frozen       neither weight nor bias needs a gradient: that of hidden,    2 + 0
-                 for coefficients of one, in the forward; of a part of the
-                 vocabulary within that part, until all parts are known
-    known        the coefficients are known beforehand (`forward_backward`)     3 + 0
+                 for coefficients of one, in the forward. Of a split
+                 vocabulary: within this rank's part; scaled once the sums
+                 over all ranks are known
+    known        the coefficients are known beforehand (`forward_backward`)   3 + 0
 
 GEMMs by torch; the statistics of a tile of logits, and its gradient in place, by the kernels that are handed in.
 Names: n tokens that take part, of N; r tokens of a tile; v vocabulary, h hidden size; z a tile of logits [r, columns],

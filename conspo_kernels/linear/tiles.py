@@ -69,7 +69,8 @@ class Head(NamedTuple):
 def second_halves(z: Tensor, dtype: torch.dtype) -> Tensor:
     """Room for the gradient of fp32 logits z [r, columns] in 16 bits: the second half of the bytes of each row.
 
-    Who walks a row from its end overwrites what he has read: an element is written twice as near to the end as it was.
+    A kernel that walks a row from its end overwrites only what it has read: the gradient of an element lies half as far
+    from the end as the element.
     """
     stride = z.stride(0)
     return z.view(dtype).as_strided(z.shape, (2 * stride, 1), 2 * z.storage_offset() + stride)
