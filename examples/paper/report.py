@@ -22,10 +22,10 @@ PAPER = {  # averages over its benchmarks, R1-Distill-Qwen-1.5B: figure 3, read 
 def full_plan() -> dict[str, int]:
     """How many runs each part has that no part before it has, if no grid needs an extension."""
     inside: dict[str, dict[str, float]] = {}
-    middle = protocol.rate(sum(protocol.START_GRID) // 2)
+    middle = {task: protocol.rate(sum(grid) // 2) for task, grid in protocol.START_GRID.items()}
     for _ in range(2):  # tuning, then what it decides
         for unit in [unit for units in protocol.planned(inside).values() for unit in units]:
-            inside[unit.name] = {"result": -abs(unit.lr - middle) if isinstance(unit, Run) else 0.0}
+            inside[unit.name] = {"result": -abs(unit.lr - middle.get(unit.task, 0)) if isinstance(unit, Run) else 0.0}
     seen: set[str] = set()
     counts = {}
     for part, units in protocol.planned(inside).items():
