@@ -18,10 +18,10 @@ def values(results: Results, runs: Sequence[Run]) -> dict[int, float]:
 
 
 def complete(results: Results, runs: Mapping[str, Sequence[Run]]) -> dict[str, list[Run]]:
-    """By name, the runs of the seeds that every name has: nothing is compared over different seeds."""
-    seeds = [set(values(results, some)) for some in runs.values()]
-    common = set.intersection(*seeds) if seeds else set()
-    return {name: [run for run in some if run.seed in common] for name, some in runs.items()}
+    """By name, the runs of the seeds of which none is missing; no runs at all while a name has none planned."""
+    missing = {run.seed for some in runs.values() for run in some if run.name not in results}
+    planned = all(runs.values())
+    return {name: [run for run in some if planned and run.seed not in missing] for name, some in runs.items()}
 
 
 def paired(results: Results, runs: Sequence[Run], others: Sequence[Run]) -> list[float]:

@@ -155,15 +155,15 @@ def mean_curve(results: Results, runs: Sequence[Run], name: str) -> list[float]:
     return [statistics.mean(values) if values else math.nan for values in numbers]
 
 
-def main_part(results: Results) -> Any:
+def main_part(results: Results, task: str = TASK) -> Any:
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.5), constrained_layout=True)
-    every, finals = protocol.SIZES[TASK].every, report.finals(results, TASK)
+    every, finals = protocol.SIZES[task].every, report.finals(results, task)
     for method in MAIN:
         curve = mean_curve(results, finals[method], "accuracy")
         if curve:
             axes[0].plot([every * i for i in range(len(curve))], [100 * y for y in curve], label=method,
                          color=COLOURS[method], linewidth=2.2 if method == "conspo" else 1.2)  # fmt: skip
-        runs, _best = protocol.tuning(TASK, method, results)
+        runs, _best = protocol.tuning(task, method, results)
         rates = sorted({run.lr for run in runs if run.name in results})
         heights = [100 * statistics.mean(compare.values(results, [r for r in runs if r.lr == lr]).values())
                    for lr in rates]  # fmt: skip
@@ -176,10 +176,10 @@ def main_part(results: Results) -> Any:
     axes[1].set_xticks(tried, [f"{lr:g}" for lr in tried], minor=False)
     axes[1].set_xticks([], minor=True)
     axes[1].legend(fontsize=7)
-    with_intervals(axes[2], against_conspo(results, TASK), "accuracy minus ConSPO's, points (seeds)")
+    with_intervals(axes[2], against_conspo(results, task), "accuracy minus ConSPO's, points (seeds)")
     for ax in axes[:2]:
         ax.grid(alpha=0.3)
-    figure.suptitle("Part 1: spell_backward, each rollout used once in four mini-batches")
+    figure.suptitle(f"Part 1: {task}, each rollout used once in four mini-batches")
     return figure
 
 
@@ -245,6 +245,7 @@ DRAW = {
     "cause": cause_part,
     "sensitivity": sensitivity_part,
     "pretrained": pretrained_part,
+    "sums": functools.partial(main_part, task="long_sums"),
 }
 
 

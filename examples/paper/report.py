@@ -128,7 +128,7 @@ def tuning(results: Results, task: str) -> Iterator[str]:
 
 
 def finals(results: Results, task: str, shift: int = 0) -> dict[str, list[Run]]:
-    """By method, the runs at its best rate times 2^shift, of the seeds that every method has."""
+    """By method, the runs at its best rate times 2^shift, of the seeds of which no run is missing."""
     methods = list(MAIN) if shift == 0 or task == "spell_backward" else ["conspo", "grpo"]
     runs = {method: list(protocol.finals(task, [method], (shift,), results)) for method in methods}
     return compare.complete(results, runs)
@@ -147,8 +147,7 @@ def main_table(results: Results, task: str) -> Iterator[str]:
     p_values = {method: compare.sign_flip(d) for method, d in differences.items() if method != "conspo"}
     primary = "grpo" if task == "spell_backward" else None
     corrected = compare.holm({method: p for method, p in p_values.items() if method != primary})
-    order = sorted(best, key=lambda method: -statistics.mean(compare.values(results, best[method]).values()))
-    for method in order:
+    for method in sorted(best, key=lambda method: -statistics.mean(differences[method])):
         p = f"**{p_values[method]:.3f}**" if method == primary else f"{corrected.get(method, 1):.3f}"
         cells = [method, f"{best[method][0].lr:g}", mean_of(results, best[method])]
         cells += ["", ""] if method == "conspo" else [points(differences[method]), p]
@@ -238,6 +237,7 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "cause": cause_table,
     "sensitivity": sensitivity_table,
     "pretrained": pretrained_table,
+    "sums_tuning": lambda results: tuning(results, "long_sums"),
     "sums": lambda results: main_table(results, "long_sums"),
 }
 
@@ -250,6 +250,7 @@ FIGURES = {
     "cause": ("Divergence, gradient norm and scores over a run, by score and bound", ("cause",)),
     "sensitivity": ("Accuracy by tau, margin and warm-up, and the paper's averages", ("sensitivity",)),
     "pretrained": ("Accuracy before and after, by method and seed", ("pretrained",)),
+    "sums": ("The same for the sums", ("sums, tuning",)),
 }
 
 
