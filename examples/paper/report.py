@@ -155,6 +155,29 @@ def main_table(results: Results, task: str) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def rates_table(results: Results, task: str) -> Iterator[str]:
+    """Part 1 as a curve: differences to ConSPO at the same rate, at the three rates that ConSPO has."""
+    runs: dict[str, dict[float, list[Run]]] = {method: {} for method in MAIN}
+    for run in protocol.finals(task, list(MAIN), (-1, 0, 1), results):
+        if run.name in results:
+            runs[run.method].setdefault(run.lr, []).append(run)
+    rates = sorted(runs["conspo"])
+    if len(rates) < 2:
+        return
+    yield f"| minus ConSPO at the same rate, points | {' | '.join(f'{lr:g}' for lr in rates)} |"
+    yield "|---|" + "---|" * len(rates)
+    for method in MAIN:
+        if method != "conspo":
+            pairs = [compare.paired(results, runs[method].get(lr, []), runs["conspo"][lr]) for lr in rates]
+            yield f"| {method} | {' | '.join(points(differences) for differences in pairs)} |"
+
+
+def part_1(results: Results, task: str) -> Iterator[str]:
+    yield from main_table(results, task)
+    yield ""
+    yield from rates_table(results, task)
+
+
 def mean_of(results: Results, runs: Sequence[Run], of: int = len(SEEDS)) -> str:
     """Accuracy, with the number of seeds where some are missing."""
     found = list(compare.values(results, runs).values())
@@ -233,12 +256,12 @@ TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
     "status": status,
     "directions": directions,
     "tuning": lambda results: tuning(results, "spell_backward"),
-    "main": lambda results: main_table(results, "spell_backward"),
+    "main": lambda results: part_1(results, "spell_backward"),
     "cause": cause_table,
     "sensitivity": sensitivity_table,
     "pretrained": pretrained_table,
     "sums_tuning": lambda results: tuning(results, "long_sums"),
-    "sums": lambda results: main_table(results, "long_sums"),
+    "sums": lambda results: part_1(results, "long_sums"),
 }
 
 
