@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +238,7 @@ def pretrained_part(results: Results) -> Any:
     return figure
 
 
-DRAW = {
+DRAW: dict[str, Callable[[Results], Any]] = {
     "overview": overview,
     "directions": directions,
     "main": main_part,
