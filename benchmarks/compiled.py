@@ -30,7 +30,7 @@ from triton.runtime.jit import JITFunction
 from benchmarks.compiled_code.machine_code import disassembled, least_in_flight
 from benchmarks.compiled_code.occupancy import Occupancy, occupancy
 from conspo_kernels.linear.tiles import second_halves
-from conspo_kernels.objective import GroupLoss, Groups, Objective, Rollouts
+from conspo_kernels.objective import Groups, Objective, Rollouts
 from conspo_kernels.values import LogitRows, LogitTransform, Statistics
 from ptx_executor.driver import CompilingDriver
 
@@ -152,7 +152,7 @@ def call_sequence_score(packed: bool, num_tokens: int = 8) -> tuple[Tensor, Tens
 
 def call_group_infonce(
     ragged: bool, num_groups: int = 2, size: int = 4, margin: float = 0.0, rewards: Tensor | None = None
-) -> tuple[Tensor, Rollouts, Objective, GroupLoss]:
+) -> tuple[Tensor, Rollouts, Objective, tuple[Tensor, Tensor]]:
     """Scores, rollouts, objective and result. Every second rollout is right, unless rewards are given."""
     from conspo_kernels.backends.triton import group_infonce as kernels
 

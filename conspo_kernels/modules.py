@@ -28,14 +28,17 @@ class _Settings(nn.Module):
         """variables: the local ones of a constructor, among them its arguments."""
         super().__init__()
         defaults = type(self).loss.__kwdefaults__ or {}
-        self.settings = {
-            name: python_number(variables[name])  # torch.compile takes a scalar of NumPy for an array
-            for name, default in defaults.items()
-            if name in variables and (isinstance(variables[name], Tensor) or variables[name] != default)
-        }
+        # torch.compile takes a scalar of NumPy for an array.
+        values = {name: python_number(variables[name]) for name in defaults if name in variables}
+        self.settings = {name: value for name, value in values.items() if not _equal(value, defaults[name])}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _equal(value: Any, default: Any) -> bool:
+    """Tensors and arrays are no default: their comparison would be another one of these."""
+    return value is default or (isinstance(value, (bool, int, float, str)) and bool(value == default))
 
 
 class ConSPOLoss(_Settings):

@@ -90,19 +90,16 @@ class Objective(NamedTuple):
     num_groups: Tensor | None
 
 
-class GroupLoss(NamedTuple):
-    """loss: 0-d, or [K] for "none", 0 where a group is not valid.  weights: [S] dloss/dscores."""
-
-    loss: Tensor
-    weights: Tensor
-
-
-def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> tuple[Tensor, Tensor]:
     """Value and gradient of every group's loss, reduced over the groups.
 
     Args:
         scores: [S] floating point; those of rollouts that are neither positive nor negative are not used.
         counts: [S] response tokens; a rollout without is unscorable.
+
+    Returns:
+        loss: 0-d, or [K] for "none", 0 where a group is not valid.
+        weights: [S] dloss/dscores.
     """
     tau, margin, reward_threshold, reduction, num_groups = objective
     groups = rollouts.groups.sorted(scores.shape[0], scores.device)
@@ -133,8 +130,8 @@ def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objec
     weights = torch.where(valid[ids], weights, 0.0)
 
     if reduction == "none":
-        return GroupLoss(losses, weights)
+        return losses, weights
     denominator = scores.new_ones(())
     if reduction == "mean":
         denominator = valid.sum().clamp(min=1) if num_groups is None else num_groups
-    return GroupLoss(losses.sum() / denominator, weights / denominator)
+    return losses.sum() / denominator, weights / denominator

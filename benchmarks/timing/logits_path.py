@@ -159,19 +159,21 @@ def candidates(op: Op, inputs: Inputs, implementation: str) -> dict[str, Candida
 
 def _known(inputs: Inputs, implementation: str) -> dict[str, Candidate]:
     logits, labels = inputs.logits, inputs.labels
-    kernels = backend_for(implementation, logits.device).token_logprob
+    backend = backend_for(implementation, logits.device)
     aligned = torch.where(labels == IGNORE, IGNORED, labels)
     coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
     transform = LogitTransform(softcap=inputs.softcap)
 
     def known(logits: Tensor) -> tuple[Tensor, Tensor]:
-        return kernels.forward_backward(logits, LogitRows(logits, aligned, transform), coefficients), logits
+        return backend.token_logprob_forward_backward(
+            logits, LogitRows(logits, aligned, transform), coefficients
+        ), logits
 
     def three_launches(logits: Tensor) -> tuple[Tensor, Tensor]:
         """What `known` does where no cache holds a row: statistics, their sum, and the gradient."""
         rows = LogitRows(logits, aligned, transform)
-        statistics = kernels.forward(rows, False)
-        kernels.backward(logits, rows, statistics.incoming(coefficients))
+        statistics = backend.token_logprob_forward(rows, False)
+        backend.token_logprob_backward(logits, rows, statistics.incoming(coefficients))
         return statistics.logprobs, logits
 
     return {OURS: Candidate(known, torch.float32), THREE_LAUNCHES: Candidate(three_launches, torch.float32)}

@@ -1,4 +1,4 @@
-"""The ops in PyTorch, for any device: implementation="torch".
+"""The functions of `contract.Backend` in PyTorch, for any device: implementation="torch".
 
 Rows of logits are taken a few at a time, so that the working set stays a few copies of `CHUNK_ELEMENTS` numbers
 whatever N is.
@@ -12,86 +12,76 @@ import torch
 from torch import Tensor
 
 from ..objective import infonce as infonce
-from ..values import ELSEWHERE, IGNORED, Incoming, LogitRows, LogitTransform, Statistics, response_counts
+from ..values import ELSEWHERE, IGNORED, Incoming, LogitRows, LogitTransform, Statistics, accumulated, response_counts
 
 CHUNK_ELEMENTS = 1 << 21
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why PyTorch cannot run on a device: it can."""
-    del device
     return None
 
 
-class token_logprob:
-    """`contract.TokenLogprob`."""
+def token_logprob_forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
+    logits, labels, transform, _start = rows
+    acc, vocab_size = accumulated(logits.dtype), logits.shape[-1]
+    logprobs, row_max, log_sum = (torch.zeros(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
+    entropy = torch.zeros_like(logprobs) if with_entropy else None
+    active = labels != IGNORED
+    for chunk in _row_chunks(active, vocab_size):
+        u, _ = _transformed(logits[chunk].to(acc), transform)
+        m = u.amax(-1)
+        d = (u - torch.where(m == -torch.inf, 0.0, m)[:, None]) * transform.scale
+        e = d.exp()
+        s = e.sum(-1)
+        ls = s.log()
+        label = labels[chunk]
+        inside = (label >= 0) & (label < vocab_size)
+        label_d = d.gather(1, label.clamp(0, vocab_size - 1)[:, None])[:, 0]
+        values = [(logprobs, torch.where(inside, label_d, torch.nan) - ls), (row_max, m), (log_sum, ls)]
+        if entropy is not None:
+            values.append((entropy, ls - _moment(e, d).sum(-1) / s))
+        for result, value in values:
+            result[chunk] = torch.where(active[chunk], value, 0.0)
+    found = Statistics(logprobs, entropy, row_max, log_sum)
+    return found if out is None else found.copied_to(out)
 
-    @staticmethod
-    def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
-        """Statistics, each [B, T]."""
-        logits, labels, transform, _start = rows
-        acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        vocab_size = logits.shape[-1]
-        logprobs, row_max, log_sum = (torch.zeros(labels.shape, dtype=acc, device=logits.device) for _ in range(3))
-        entropy = torch.zeros_like(logprobs) if with_entropy else None
-        active = labels != IGNORED
-        for chunk in _row_chunks(active, vocab_size):
-            u, _ = _transformed(logits[chunk].to(acc), transform)
-            m = u.amax(-1)
-            d = (u - torch.where(m == -torch.inf, 0.0, m)[:, None]) * transform.scale
-            e = d.exp()
-            s = e.sum(-1)
-            ls = s.log()
-            label = labels[chunk]
-            inside = (label >= 0) & (label < vocab_size)
-            label_d = d.gather(1, label.clamp(0, vocab_size - 1)[:, None])[:, 0]
-            values = [(logprobs, torch.where(inside, label_d, torch.nan) - ls), (row_max, m), (log_sum, ls)]
-            if entropy is not None:
-                values.append((entropy, ls - _moment(e, d).sum(-1) / s))
-            for result, value in values:
-                result[chunk] = torch.where(active[chunk], value, 0.0)
-        found = Statistics(logprobs, entropy, row_max, log_sum)
-        return found if out is None else found.copied_to(out)
 
-    @staticmethod
-    def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
-        """Write the gradient of forward's outputs into `grad_logits` [B, T, V], which may be the logits themselves."""
-        logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
-        row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
-        acc, vocab_size = row_max.dtype, logits.shape[-1]
-        active = labels != IGNORED
-        coefficient_bt = torch.where(active, grad_logprobs, 0.0)
-        nonzero = coefficient_bt != 0
+def token_logprob_backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
+    logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
+    row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
+    acc, vocab_size = row_max.dtype, logits.shape[-1]
+    active = labels != IGNORED
+    coefficient_bt = torch.where(active, grad_logprobs, 0.0)
+    nonzero = coefficient_bt != 0
+    if grad_entropy is not None:
+        entropy_coefficient_bt = torch.where(active, grad_entropy, 0.0)
+        nonzero |= entropy_coefficient_bt != 0
+    if _can_choose(nonzero):
+        for chunk in _row_chunks(~nonzero, vocab_size):
+            grad_logits[chunk] = 0.0
+    for chunk in _row_chunks(nonzero, vocab_size):
+        u, slope = _transformed(logits[chunk].to(acc), transform)
+        coefficient = coefficient_bt[chunk][:, None]
+        log_p = (u - row_max[chunk][:, None]) * transform.scale - log_sum[chunk][:, None]
+        p = log_p.exp()
+        g = -coefficient * p
+        label = labels[chunk][:, None]
+        inside = (label >= 0) & (label < vocab_size)
+        g.scatter_add_(1, label.clamp(0, vocab_size - 1), torch.where(inside, coefficient, 0.0))
         if grad_entropy is not None:
-            entropy_coefficient_bt = torch.where(active, grad_entropy, 0.0)
-            nonzero |= entropy_coefficient_bt != 0
-        if _can_choose(nonzero):
-            for chunk in _row_chunks(~nonzero, vocab_size):
-                grad_logits[chunk] = 0.0
-        for chunk in _row_chunks(nonzero, vocab_size):
-            u, slope = _transformed(logits[chunk].to(acc), transform)
-            coefficient = coefficient_bt[chunk][:, None]
-            log_p = (u - row_max[chunk][:, None]) * transform.scale - log_sum[chunk][:, None]
-            p = log_p.exp()
-            g = -coefficient * p
-            label = labels[chunk][:, None]
-            inside = (label >= 0) & (label < vocab_size)
-            g.scatter_add_(1, label.clamp(0, vocab_size - 1), torch.where(inside, coefficient, 0.0))
-            if grad_entropy is not None:
-                assert entropy is not None
-                g -= entropy_coefficient_bt[chunk][:, None] * (_moment(p, log_p) + p * entropy[chunk][:, None])
-            g *= transform.scale
-            g *= slope
-            grad_logits[chunk] = torch.where(nonzero[chunk][:, None], g, 0.0).to(grad_logits.dtype)
+            assert entropy is not None
+            g -= entropy_coefficient_bt[chunk][:, None] * (_moment(p, log_p) + p * entropy[chunk][:, None])
+        g *= transform.scale
+        g *= slope
+        grad_logits[chunk] = torch.where(nonzero[chunk][:, None], g, 0.0).to(grad_logits.dtype)
 
-    @staticmethod
-    def forward_backward(
-        grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        """logprobs [B, T], and into `grad_logits` (perhaps the logits) the gradient of sum(coefficients * logprobs)."""
-        statistics = token_logprob.forward(rows, with_entropy=False)
-        token_logprob.backward(grad_logits, rows, statistics.incoming(coefficients))
-        return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
+
+def token_logprob_forward_backward(
+    grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+) -> Tensor:
+    statistics = token_logprob_forward(rows, with_entropy=False)
+    token_logprob_backward(grad_logits, rows, statistics.incoming(coefficients))
+    return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
 
 
 def _row_chunks(mask: Tensor, vocab_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -122,56 +112,47 @@ def _moment(p: Tensor, log_p: Tensor) -> Tensor:
     return torch.where(p > 0, p * log_p, 0.0)
 
 
-class sequence_score:
-    """`contract.SequenceScore`."""
+def sequence_score_forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    active = labels != IGNORED
+    segments = _segments(active, offsets)
 
-    @staticmethod
-    def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-        """logprobs, labels [B, T], offsets [S+1] or None -> scores [S] (NaN where empty), counts [S] int32."""
-        active = labels != IGNORED
-        segments = _segments(active, offsets)
+    def total(values: Tensor) -> Tensor:
+        # One after another: in fp32 the mean of 32,768 equal log-probabilities would be off by 3e-4 of itself.
+        flat = values.flatten().double()
+        return torch.segment_reduce(flat, "sum", offsets=segments, initial=0, unsafe=True)
 
-        def total(values: Tensor) -> Tensor:
-            # One after another: in fp32 the mean of 32,768 equal log-probabilities would be off by 3e-4 of itself.
-            flat = values.flatten().double()
-            return torch.segment_reduce(flat, "sum", offsets=segments, initial=0, unsafe=True)
+    counts = total(active)
+    scores = (total(torch.where(active, logprobs, 0.0)) / counts).to(logprobs.dtype)
+    return torch.where(counts > 0, scores, torch.nan), counts.to(torch.int32)
 
-        counts = total(active)
-        scores = (total(torch.where(active, logprobs, 0.0)) / counts).to(logprobs.dtype)
-        return torch.where(counts > 0, scores, torch.nan), counts.to(torch.int32)
 
-    @staticmethod
-    def backward(
-        weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
-    ) -> Tensor:
-        """The gradient of the scores, weights [S] times factor, at their tokens: [B, T], zero where ignored."""
-        active = labels != IGNORED
-        grad_scores = weights if factor is None else scaled(weights, factor)
-        per_token = torch.where(counts > 0, grad_scores / counts, 0.0)
-        per_token = torch.cat([per_token, per_token.new_zeros(1)])
-        index = _token_segments(_segments(active, offsets), labels.numel()).view(labels.shape)
-        return torch.where(active, per_token[index], 0.0)
+def sequence_score_backward(
+    weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
+) -> Tensor:
+    active = labels != IGNORED
+    grad_scores = weights if factor is None else scaled(weights, factor)
+    per_token = torch.where(counts > 0, grad_scores / counts, 0.0)
+    per_token = torch.cat([per_token, per_token.new_zeros(1)])
+    index = _token_segments(_segments(active, offsets), labels.numel()).view(labels.shape)
+    return torch.where(active, per_token[index], 0.0)
 
-    @staticmethod
-    def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
-        counts = response_counts(labels, offsets)
-        at_tokens = sequence_score.backward(weights, counts, labels, offsets)
-        return at_tokens, counts, torch.where(at_tokens != 0, labels, IGNORED)
 
-    @staticmethod
-    def masked(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients [B, T], zero where ignored; the labels, `IGNORED` where the coefficient is zero."""
-        at_tokens = torch.where(labels == IGNORED, 0.0, coefficients)
-        return at_tokens, torch.where(at_tokens != 0, labels, IGNORED)
+def token_coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    counts = response_counts(labels, offsets)
+    at_tokens = sequence_score_backward(weights, counts, labels, offsets)
+    return at_tokens, counts, torch.where(at_tokens != 0, labels, IGNORED)
 
-    @staticmethod
-    def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
-        """The sum (0-d) of weights times values, without those whose weight (or count) is zero."""
-        unused = weights == 0
-        if counts is not None:
-            unused |= counts <= 0
-        return torch.where(unused, 0.0, weights * values).sum()
+
+def masked_coefficients(coefficients: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    at_tokens = torch.where(labels == IGNORED, 0.0, coefficients)
+    return at_tokens, torch.where(at_tokens != 0, labels, IGNORED)
+
+
+def weighted_sum(values: Tensor, weights: Tensor, counts: Tensor | None) -> Tensor:
+    unused = weights == 0
+    if counts is not None:
+        unused |= counts <= 0
+    return torch.where(unused, 0.0, weights * values).sum()
 
 
 def _segments(active: Tensor, offsets: Tensor | None) -> Tensor:
@@ -196,7 +177,6 @@ def scaled(weights: Tensor, factor: Tensor) -> Tensor:
 
 
 def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int) -> Tensor:
-    """[B, T] int64 labels of the rows that predict them."""
     user_labels = labels.long()  # a narrower type may not hold `absent`: -100 is 156 in uint8
     active = user_labels != absent
     if response_mask is not None:
@@ -223,6 +203,5 @@ def _next_labels(labels: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    """gradient *= factor (0-d), at no cost where the factor is 1 and can be looked at without waiting."""
-    if factor.device.type != "cpu" or factor.item() != 1:
+    if factor.device.type != "cpu" or factor.item() != 1:  # on a GPU a look at it would wait
         gradient.mul_(factor)

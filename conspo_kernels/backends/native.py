@@ -1,6 +1,7 @@
-"""The ops in C++ (`csrc/cpu`), for CPU tensors; the only module that imports the extension.
+"""The functions of `contract.Backend` in C++ (`csrc/cpu`), for CPU tensors; only this module imports the extension.
 
-`align`, `scale_` and the sums with known weights are PyTorch's.
+Threads share the rows of logits, and a row is summed in parts of fixed length; the tokens of a rollout are summed one
+after another in fp64. `align`, `scale_` and the sums with known weights are PyTorch's.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..objective import GroupLoss, Objective, Rollouts
+from ..objective import Objective, Rollouts
 from ..values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics, response_counts
 from . import eager
 from .eager import align as align
+from .eager import masked_coefficients as masked_coefficients
 from .eager import scale_ as scale_
+from .eager import weighted_sum as weighted_sum
 
 BUILT = importlib.util.find_spec(".._C", __package__) is not None
 _C: Any = None
@@ -79,64 +82,52 @@ def _numbers(transform: LogitTransform) -> tuple[float, float, bool]:
     return transform.inner, transform.scale, transform.softcap is not None
 
 
-class token_logprob:
-    """`contract.TokenLogprob`: threads share the rows; a row is summed in parts of fixed length."""
-
-    @staticmethod
-    def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
-        found = Statistics(*_C.token_logprob_forward(*rows[:2], *_numbers(rows.transform), with_entropy))
-        return found if out is None else found.copied_to(out)
-
-    @staticmethod
-    def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
-        row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
-        logits, labels, numbers = rows.logits, rows.labels_in_slice(), _numbers(rows.transform)
-        _C.token_logprob_backward(
-            grad_logits, logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, *numbers
-        )
-
-    @staticmethod
-    def forward_backward(
-        grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        logprobs: Tensor = _C.token_logprob_forward_backward(
-            grad_logits, *rows[:2], coefficients, *_numbers(rows.transform)
-        )
-        return logprobs if out is None else out.copy_(logprobs)
+def token_logprob_forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
+    found = Statistics(*_C.token_logprob_forward(*rows[:2], *_numbers(rows.transform), with_entropy))
+    return found if out is None else found.copied_to(out)
 
 
-class sequence_score:
-    """`contract.SequenceScore`: tokens are summed one after another in fp64."""
-
-    @staticmethod
-    def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
-        scores, counts = _C.sequence_score_forward(logprobs, labels, offsets)
-        return scores, counts
-
-    @staticmethod
-    def backward(
-        weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
-    ) -> Tensor:
-        grad_scores = weights if factor is None else eager.scaled(weights, factor)
-        grad: Tensor = _C.sequence_score_backward(grad_scores, counts, labels, offsets)
-        return grad
-
-    @staticmethod
-    def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        counts = response_counts(labels, offsets)
-        spread: Tensor = _C.sequence_score_backward(weights, counts, labels, offsets)
-        return spread, counts, torch.where(spread != 0, labels, IGNORED)
-
-    masked = staticmethod(eager.sequence_score.masked)
-    weighted_sum = staticmethod(eager.sequence_score.weighted_sum)
+def token_logprob_backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
+    row_max, log_sum, grad_logprobs, entropy, grad_entropy = incoming
+    logits, labels, numbers = rows.logits, rows.labels_in_slice(), _numbers(rows.transform)
+    _C.token_logprob_backward(
+        grad_logits, logits, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, *numbers
+    )
 
 
-def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
-    """All groups in one pass."""
+def token_logprob_forward_backward(
+    grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+) -> Tensor:
+    logprobs: Tensor = _C.token_logprob_forward_backward(
+        grad_logits, *rows[:2], coefficients, *_numbers(rows.transform)
+    )
+    return logprobs if out is None else out.copy_(logprobs)
+
+
+def sequence_score_forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor]:
+    scores, counts = _C.sequence_score_forward(logprobs, labels, offsets)
+    return scores, counts
+
+
+def sequence_score_backward(
+    weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
+) -> Tensor:
+    grad_scores = weights if factor is None else eager.scaled(weights, factor)
+    grad: Tensor = _C.sequence_score_backward(grad_scores, counts, labels, offsets)
+    return grad
+
+
+def token_coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    counts = response_counts(labels, offsets)
+    spread: Tensor = _C.sequence_score_backward(weights, counts, labels, offsets)
+    return spread, counts, torch.where(spread != 0, labels, IGNORED)
+
+
+def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> tuple[Tensor, Tensor]:
     rewards, (size, _ids, order, offsets) = rollouts
     tau, margin, threshold, reduction, num_groups = objective
     number = None if num_groups is None else num_groups.item()
-    found = _C.group_infonce_forward(
+    loss, weights = _C.group_infonce_forward(
         scores, rewards, counts, order, offsets, size, margin.item(), number, tau, threshold, REDUCTIONS[reduction]
     )
-    return GroupLoss(*found)
+    return loss, weights

@@ -10,7 +10,7 @@
                  over all ranks are known
     known        the coefficients are known beforehand (`forward_backward`)   3 + 0
 
-GEMMs by torch; the statistics of a tile of logits, and its gradient in place, by the kernels that are handed in.
+GEMMs by torch; the statistics of a tile of logits, and its gradient in place, by the backend that is handed in.
 Names: n tokens that take part, of N; r tokens of a tile; v vocabulary, h hidden size; z a tile of logits [r, columns],
 dz its gradient in the dtype of the GEMMs, in the same memory.
 """
@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends.contract import TokenLogprob
+from ..backends.contract import Backend
 from ..values import Incoming, LogitRows, LogitTransform, Statistics
 from . import gemm as gemms
 from .gemm import Sum, slices
@@ -35,7 +35,7 @@ from .tiling import Tile, backward_tile, fixed_tile, row_tile
 class Run(NamedTuple):
     """The arguments that all modes share.  workspace: bytes for tiles of logits."""
 
-    kernels: TokenLogprob
+    backend: Backend
     tokens: RowSelection
     head: Head
     transform: LogitTransform
@@ -61,7 +61,7 @@ def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) ->
     statistics = _empty(run, with_entropy)
     tile = _row_tile(run, Needs(False, False, False), batch_invariant)
     for rows, _hidden, z, _grad in _row_tiles(run, tile, batch_invariant):
-        run.kernels.forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
+        run.backend.token_logprob_forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
     return run.tokens.scatter_all(statistics)
 
 
@@ -71,7 +71,7 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     stored = head.new_logits(tokens.hidden.shape[0], head.weight.shape[0])
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
-    run.kernels.forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
+    run.backend.token_logprob_forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
     return tokens.scatter_all(statistics), stored
 
 
@@ -84,7 +84,7 @@ def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Ten
     tile = _row_tile(run, Needs(True, False, False), batch_invariant)
     for rows, _hidden, z, grad in _row_tiles(run, tile, batch_invariant, head.narrows(needs_bias=False)):
         logit_rows = _logit_rows(run, z, rows)
-        run.kernels.forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
+        run.backend.token_logprob_forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
         gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
     return tokens.scatter(logprobs), tokens.scatter(grad_hidden)
 
@@ -101,8 +101,8 @@ def forward_frozen_part(run: Run, batch_invariant: bool = False) -> tuple[Statis
     tile = _row_tile(run, Needs(True, False, False), batch_invariant)
     for rows, _hidden, z, grad in _row_tiles(run, tile, batch_invariant, head.narrows(needs_bias=False)):
         logit_rows, part = _logit_rows(run, z, rows), _part(statistics, rows)
-        run.kernels.forward(logit_rows, False, part)
-        run.kernels.backward(grad[None], logit_rows, part.incoming(ones[None, rows]))
+        run.backend.token_logprob_forward(logit_rows, False, part)
+        run.backend.token_logprob_backward(grad[None], logit_rows, part.incoming(ones[None, rows]))
         gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
     return tokens.scatter_all(statistics), tokens.scatter(grad_hidden)
 
@@ -144,7 +144,7 @@ def backward_store(run: Run, incoming: Incoming, stored: Tensor, overwrite: bool
     elif dtype != z.dtype:
         grad = second_halves(z, dtype)
     incoming = _incoming_part(_gather(tokens, incoming), everything)
-    run.kernels.backward(grad[None], _logit_rows(run, z, everything), incoming)
+    run.backend.token_logprob_backward(grad[None], _logit_rows(run, z, everything), incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
     dz = head.operand(grad)
     hidden = tokens.hidden_rows()
@@ -187,7 +187,7 @@ def backward_recompute(run: Run, incoming: Incoming, needs: Needs, weight_grad: 
             z = logits.compute(hidden, columns)
             logit_rows = LogitRows(z[None], tokens.labels[None, rows], run.transform, columns.start)
             grad = logits.gradient(z)
-            run.kernels.backward(grad[None], logit_rows, _incoming_part(incoming, rows))
+            run.backend.token_logprob_backward(grad[None], logit_rows, _incoming_part(incoming, rows))
             if grad_bias is not None:
                 grad_bias[columns] += _bias_sum(grad)
             dz = head.operand(grad)
@@ -223,7 +223,7 @@ def forward_backward(
     grad_bias = coefficients.new_zeros(vocab_size) if needs.bias else None
     for rows, hidden, z, grad in _row_tiles(run, tile, narrow=head.narrows(needs.bias)):
         c, logit_rows = coefficients[None, rows], _logit_rows(run, z, rows)
-        run.kernels.forward_backward(grad[None], logit_rows, c, logprobs[None, rows])
+        run.backend.token_logprob_forward_backward(grad[None], logit_rows, c, logprobs[None, rows])
         if grad_bias is not None:
             grad_bias += _bias_sum(grad)
         dz = head.operand(grad)

@@ -44,8 +44,8 @@ def token_logprob_forward_backward(
     if gradient is None:
         gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
-    kernels = backend_for(implementation, logits.device).token_logprob
-    logprobs = kernels.forward_backward(gradient, rows, coefficients.contiguous())
+    backend = backend_for(implementation, logits.device)
+    logprobs = backend.token_logprob_forward_backward(gradient, rows, coefficients.contiguous())
     return logprobs, gradient if grad_logits is None else logprobs.new_empty(0)
 
 

@@ -95,7 +95,7 @@ def infonce(
     """
     device, dtype = logprobs.device, logprobs.dtype
     backend = backend_for(implementation, device)
-    scores, counts = backend.sequence_score.forward(logprobs.contiguous(), labels.contiguous(), offsets)
+    scores, counts = backend.sequence_score_forward(logprobs.contiguous(), labels.contiguous(), offsets)
     # Numbers on the CPU stay there: a kernel takes them as they are.
     if margin.device.type == "cpu":
         check_margin(margin.item())

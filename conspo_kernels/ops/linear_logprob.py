@@ -34,7 +34,7 @@ def run_of(
 ) -> Run:
     """The arguments of an op as the modes take them."""
     return Run(
-        kernels=backend_for(implementation, hidden.device).token_logprob,
+        backend=backend_for(implementation, hidden.device),
         tokens=RowSelection.from_labels(hidden, labels, indices),
         head=Head(weight, bias, logits_dtype),
         transform=LogitTransform(*transform),

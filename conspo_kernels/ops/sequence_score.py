@@ -49,8 +49,8 @@ def sequence_score(
         scores: [S], dtype of `logprobs`, NaN where there is no response token.
         counts: [S] int32, response tokens.
     """
-    kernels = backend_for(implementation, logprobs.device).sequence_score
-    return kernels.forward(logprobs.contiguous(), labels.contiguous(), offsets)
+    backend = backend_for(implementation, logprobs.device)
+    return backend.sequence_score_forward(logprobs.contiguous(), labels.contiguous(), offsets)
 
 
 @op(lambda it: it.weights.new_empty(it.labels.shape))
@@ -63,8 +63,8 @@ def sequence_score_backward(
     factor: Tensor | None = None,
 ) -> Tensor:
     """The gradient with respect to the log-probabilities, [B, T].  factor: 0-d, of all weights but those of zero."""
-    kernels = backend_for(implementation, weights.device).sequence_score
-    return kernels.backward(weights.contiguous(), counts, labels.contiguous(), offsets, factor)
+    backend = backend_for(implementation, weights.device)
+    return backend.sequence_score_backward(weights.contiguous(), counts, labels.contiguous(), offsets, factor)
 
 
 def _fake_coefficients(it: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,12 +83,12 @@ def token_coefficients(
         counts: [S] int32, response tokens.
         labels: [B, T] int64, those whose coefficient is not zero, else `IGNORED`.
     """
-    kernels = backend_for(implementation, weights.device).sequence_score
-    return kernels.coefficients(weights.contiguous(), labels.contiguous(), offsets)
+    backend = backend_for(implementation, weights.device)
+    return backend.token_coefficients(weights.contiguous(), labels.contiguous(), offsets)
 
 
 @op(lambda it: (it.coefficients.new_empty(it.labels.shape), it.labels.new_empty(it.labels.shape)))
 def masked_coefficients(coefficients: Tensor, labels: Tensor, implementation: str) -> tuple[Tensor, Tensor]:
     """Coefficients [B, T], zero where ignored whatever they are there; and the labels of those that are not zero."""
-    kernels = backend_for(implementation, coefficients.device).sequence_score
-    return kernels.masked(coefficients.contiguous(), labels.contiguous())
+    backend = backend_for(implementation, coefficients.device)
+    return backend.masked_coefficients(coefficients.contiguous(), labels.contiguous())

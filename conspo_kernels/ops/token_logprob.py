@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import backend_for
-from ..values import Incoming, LogitRows, LogitTransform, Statistics, local_labels
+from ..values import Incoming, LogitRows, LogitTransform, Statistics, accumulated, local_labels
 from .ranks import statistics_over_ranks
 from .registration import no_second_derivative, op, traced
 
 
 def statistics_like(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The results of an op that returns statistics: shaped like labels, the entropy empty unless asked for."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = accumulated(logits.dtype)
     logprobs, entropy, row_max, log_sum = (logits.new_empty(labels.shape, dtype=dtype) for _ in range(4))
     return logprobs, entropy if with_entropy else logprobs.new_empty(0), row_max, log_sum
 
@@ -81,13 +81,13 @@ def token_logprob(
         logprobs, entropy, row_max, log_sum: [B, T] fp32, or fp64 for fp64 logits; 0 where ignored.
     """
     del inplace_backward
-    kernels = backend_for(implementation, logits.device).token_logprob
+    backend = backend_for(implementation, logits.device)
     rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     if not vocab_group:
-        return tensors_of(kernels.forward(rows, with_entropy))
+        return tensors_of(backend.token_logprob_forward(rows, with_entropy))
     return tensors_of(
         statistics_over_ranks(
-            lambda local: kernels.forward(rows._replace(labels=local.contiguous()), with_entropy),
+            lambda local: backend.token_logprob_forward(rows._replace(labels=local.contiguous()), with_entropy),
             labels,
             vocab_start,
             logits.shape[-1],
@@ -120,7 +120,7 @@ def token_logprob_backward(
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format)
     rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     incoming = incoming_of(row_max, log_sum, entropy, grad_logprobs, grad_entropy)
-    backend_for(implementation, logits.device).token_logprob.backward(gradient, rows, incoming)
+    backend_for(implementation, logits.device).token_logprob_backward(gradient, rows, incoming)
     return gradient
 
 
@@ -139,7 +139,7 @@ def token_logprob_backward_(
     """`token_logprob_backward`, with the gradient written over the logits."""
     rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
     incoming = incoming_of(row_max, log_sum, entropy, grad_logprobs, grad_entropy)
-    backend_for(implementation, logits.device).token_logprob.backward(logits, rows, incoming)
+    backend_for(implementation, logits.device).token_logprob_backward(logits, rows, incoming)
 
 
 def incoming_of(

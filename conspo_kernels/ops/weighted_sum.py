@@ -84,5 +84,5 @@ def weighted_sum(
         weight_grad: backward adds the gradient of weight to it, and returns none; `grad_weight` has its dtype.
     """
     del x, weight, bias, grad_x, grad_weight, grad_bias, weight_grad
-    kernels = backend_for(implementation, values.device).sequence_score
-    return kernels.weighted_sum(values.contiguous(), weights.contiguous(), counts)
+    backend = backend_for(implementation, values.device)
+    return backend.weighted_sum(values.contiguous(), weights.contiguous(), counts)

@@ -12,80 +12,86 @@ from cases import CASES, Case, build
 from torch import Tensor
 
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
-from conspo_kernels.backends import registry
-from conspo_kernels.backends.eager import align, infonce, scale_, sequence_score
-from conspo_kernels.objective import GroupLoss, Objective, Rollouts
+from conspo_kernels.backends import eager, registry
+from conspo_kernels.objective import Objective, Rollouts
 from conspo_kernels.reference import reference_loss
 from conspo_kernels.values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 
 CALLS: list[str] = []
 
 
-class ToyTokenLogprob:
-    """As plain as can be: whole rows in fp64."""
-
-    @staticmethod
-    def _log_p(logits: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
-        u = logits.double() if transform.softcap is None else torch.tanh(logits.double() * transform.inner)
-        u = torch.where(logits == -torch.inf, -torch.inf, u)
-        return u, torch.log_softmax(u * transform.scale, -1)
-
-    @classmethod
-    def forward(cls, rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
-        CALLS.append("forward")
-        logits, labels, transform, _start = rows
-        acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        u, log_p = cls._log_p(logits, transform)
-        inside = (labels >= 0) & (labels < logits.shape[-1])
-        logprobs = log_p.gather(-1, labels.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
-        row_max = u.amax(-1)
-        values = [
-            torch.where(inside, logprobs, torch.nan),
-            -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0).sum(-1),
-            row_max,
-            torch.logsumexp((u - row_max[..., None]) * transform.scale, -1),
-        ]
-        logprobs, entropy, row_max, log_sum = (torch.where(labels == IGNORED, 0, x).to(acc) for x in values)
-        statistics = Statistics(logprobs, entropy if with_entropy else None, row_max, log_sum)
-        return statistics if out is None else statistics.copied_to(out)
-
-    @classmethod
-    def backward(cls, grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
-        CALLS.append("backward")
-        assert incoming.grad_entropy is None, "the toy knows no entropy"
-        logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
-        u, _ = cls._log_p(logits, transform)
-        row_max, log_sum = incoming.row_max.double()[..., None], incoming.log_sum.double()[..., None]
-        c = torch.where(labels == IGNORED, 0, incoming.grad_logprobs).double()[..., None]
-        g = -c * torch.exp((u - row_max) * transform.scale - log_sum)
-        inside = ((labels >= 0) & (labels < logits.shape[-1]))[..., None]
-        g.scatter_add_(-1, labels.clamp(0, logits.shape[-1] - 1)[..., None], torch.where(inside, c, 0))
-        slope = 1 if transform.softcap is None else (1 - u * u) * transform.inner
-        g = torch.where(logits == -torch.inf, 0, g * transform.scale * slope)
-        grad_logits.copy_(torch.where(c == 0, 0, g))
-
-    @classmethod
-    def forward_backward(
-        cls, grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
-    ) -> Tensor:
-        statistics = cls.forward(rows, with_entropy=False)
-        cls.backward(grad_logits, rows, statistics.incoming(coefficients))
-        return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
+# As plain as can be: whole rows in fp64.
 
 
-def toy_infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+def _log_p(logits: Tensor, transform: LogitTransform) -> tuple[Tensor, Tensor]:
+    u = logits.double() if transform.softcap is None else torch.tanh(logits.double() * transform.inner)
+    u = torch.where(logits == -torch.inf, -torch.inf, u)
+    return u, torch.log_softmax(u * transform.scale, -1)
+
+
+def toy_forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) -> Statistics:
+    CALLS.append("forward")
+    logits, labels, transform, _start = rows
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    u, log_p = _log_p(logits, transform)
+    inside = (labels >= 0) & (labels < logits.shape[-1])
+    logprobs = log_p.gather(-1, labels.clamp(0, logits.shape[-1] - 1)[..., None])[..., 0]
+    row_max = u.amax(-1)
+    values = [
+        torch.where(inside, logprobs, torch.nan),
+        -torch.where(log_p > -torch.inf, log_p.exp() * log_p, 0).sum(-1),
+        row_max,
+        torch.logsumexp((u - row_max[..., None]) * transform.scale, -1),
+    ]
+    logprobs, entropy, row_max, log_sum = (torch.where(labels == IGNORED, 0, x).to(acc) for x in values)
+    statistics = Statistics(logprobs, entropy if with_entropy else None, row_max, log_sum)
+    return statistics if out is None else statistics.copied_to(out)
+
+
+def toy_backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
+    CALLS.append("backward")
+    assert incoming.grad_entropy is None, "the toy knows no entropy"
+    logits, labels, transform = rows.logits, rows.labels_in_slice(), rows.transform
+    u, _ = _log_p(logits, transform)
+    row_max, log_sum = incoming.row_max.double()[..., None], incoming.log_sum.double()[..., None]
+    c = torch.where(labels == IGNORED, 0, incoming.grad_logprobs).double()[..., None]
+    g = -c * torch.exp((u - row_max) * transform.scale - log_sum)
+    inside = ((labels >= 0) & (labels < logits.shape[-1]))[..., None]
+    g.scatter_add_(-1, labels.clamp(0, logits.shape[-1] - 1)[..., None], torch.where(inside, c, 0))
+    slope = 1 if transform.softcap is None else (1 - u * u) * transform.inner
+    g = torch.where(logits == -torch.inf, 0, g * transform.scale * slope)
+    grad_logits.copy_(torch.where(c == 0, 0, g))
+
+
+def toy_forward_backward(
+    grad_logits: Tensor, rows: LogitRows, coefficients: Tensor, out: Tensor | None = None
+) -> Tensor:
+    statistics = toy_forward(rows, with_entropy=False)
+    toy_backward(grad_logits, rows, statistics.incoming(coefficients))
+    return statistics.logprobs if out is None else out.copy_(statistics.logprobs)
+
+
+def toy_infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> tuple[Tensor, Tensor]:
     CALLS.append("infonce")
-    return infonce(scores, counts, rollouts, objective)
+    return eager.infonce(scores, counts, rollouts, objective)
 
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """A backend that is a folder elsewhere, and one line."""
     package = types.ModuleType("toy_backend")
-    package.obstacle = lambda device: None  # type: ignore[attr-defined]
-    package.token_logprob, package.infonce = ToyTokenLogprob, toy_infonce  # type: ignore[attr-defined]
-    package.sequence_score, package.scale_ = sequence_score, scale_  # type: ignore[attr-defined]
-    package.align = align  # type: ignore[attr-defined]
+    functions = {
+        "obstacle": lambda device: None,
+        "token_logprob_forward": toy_forward,
+        "token_logprob_backward": toy_backward,
+        "token_logprob_forward_backward": toy_forward_backward,
+        "infonce": toy_infonce,
+    }
+    of_pytorch = (
+        "align", "sequence_score_forward", "sequence_score_backward", "token_coefficients", "masked_coefficients",
+        "weighted_sum", "scale_",
+    )  # fmt: skip
+    vars(package).update({name: getattr(eager, name) for name in of_pytorch}, **functions)
     monkeypatch.setitem(sys.modules, "toy_backend", package)
     monkeypatch.setitem(registry.BACKENDS, "toy", "toy_backend")
     CALLS.clear()

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from benchmarks.timing.measure import allocations
 from conspo_kernels import conspo_loss, token_logprobs
-from conspo_kernels.backends import native, registry
-from conspo_kernels.backends.eager import token_logprob as eager_token_logprob
+from conspo_kernels.backends import eager, native, registry
 from conspo_kernels.values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 
 pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
@@ -80,10 +79,10 @@ def test_exp_of_what_is_no_number(instruction_set: str) -> None:
 
 def run(logits: Tensor, labels: Tensor, transform: LogitTransform, entropy: bool) -> list[Tensor]:
     rows = LogitRows(logits, labels, transform)
-    result = native.token_logprob.forward(rows, entropy)
+    result = native.token_logprob_forward(rows, entropy)
     grads = torch.rand(labels.shape, dtype=result[0].dtype, generator=torch.Generator().manual_seed(1))
     grad = torch.empty_like(logits)
-    native.token_logprob.backward(grad, rows, result.incoming(grads, grads * 0.3 if entropy else None))
+    native.token_logprob_backward(grad, rows, result.incoming(grads, grads * 0.3 if entropy else None))
     return [x for x in (*result, grad) if x is not None]
 
 
@@ -101,7 +100,7 @@ def test_instruction_sets_agree(dtype: torch.dtype, vocab_size: int, instruction
         for entropy in (False, True):
             *result, grad = run(logits, labels, transform, entropy)
             rows = LogitRows(logits, labels, transform)
-            expected = eager_token_logprob.forward(rows, entropy)
+            expected = eager.token_logprob_forward(rows, entropy)
             tolerance = 1e-13 if dtype == torch.float64 else 3e-6
             for ours, other in zip(result, [x for x in expected if x is not None], strict=True):
                 ours[0, 2], other[0, 2] = ours[0, 2] * torch.nan, other[0, 2] * torch.nan  # whose maximum is nobody's
@@ -109,7 +108,7 @@ def test_instruction_sets_agree(dtype: torch.dtype, vocab_size: int, instruction
             assert result[0][0, 2].isnan()
             grads = torch.rand(labels.shape, dtype=result[0].dtype, generator=torch.Generator().manual_seed(1))
             other = torch.empty_like(grad)
-            eager_token_logprob.backward(other, rows, expected.incoming(grads, grads * 0.3 if entropy else None))
+            eager.token_logprob_backward(other, rows, expected.incoming(grads, grads * 0.3 if entropy else None))
             rtol = {torch.bfloat16: 2**-7, torch.float16: 2**-10}.get(dtype, 1e-5 if dtype == torch.float32 else 1e-11)
             atol = 1e-7 if dtype == torch.float16 else rtol * 1e-3
             torch.testing.assert_close(grad, other, rtol=rtol, atol=atol, equal_nan=True)
@@ -126,7 +125,7 @@ def test_gradients_are_rounded_as_pytorch_rounds(dtype: torch.dtype, instruction
     labels = torch.zeros(1, len(c), dtype=torch.int64)
     grad = torch.empty_like(logits)
     zero = torch.zeros(1, len(c))
-    native.token_logprob.backward(grad, LogitRows(logits, labels, PLAIN), Incoming(zero, zero, c[None]))  # p = 1
+    native.token_logprob_backward(grad, LogitRows(logits, labels, PLAIN), Incoming(zero, zero, c[None]))  # p = 1
     assert torch.equal(grad[0, :, 1], (-c).to(dtype))
 
 
@@ -139,7 +138,7 @@ def test_accuracy_at_a_quarter_million(dtype: torch.dtype, instruction_set: str)
     logits[0, 2] = torch.randn(vocab_size).to(dtype)
     logits[0, 3] = torch.linspace(-50, 50, vocab_size).to(dtype)
     labels = torch.tensor([[0, 5, vocab_size - 1, 17]])
-    logprobs = native.token_logprob.forward(LogitRows(logits, labels, PLAIN), False)[0]
+    logprobs = native.token_logprob_forward(LogitRows(logits, labels, PLAIN), False)[0]
     exact = logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     assert (logprobs - exact).abs().max() <= 1e-5
 
@@ -157,7 +156,7 @@ def test_the_number_of_threads_is_not_seen(rows: int, dtype: torch.dtype, thread
         results.append(run(logits, labels, PLAIN, True))
         coefficients = torch.ones(1, rows, dtype=results[0][0].dtype)
         grad = torch.empty_like(logits)
-        logprobs = native.token_logprob.forward_backward(grad, LogitRows(logits, labels, PLAIN), coefficients)
+        logprobs = native.token_logprob_forward_backward(grad, LogitRows(logits, labels, PLAIN), coefficients)
         results[-1] += [logprobs, grad]
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
@@ -176,11 +175,11 @@ def test_known_coefficients(dtype: torch.dtype, rows: int, inplace: bool, thread
     labels[0, rows // 2 :: 3] = IGNORED
     coefficients = torch.rand(1, rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     coefficients[0, 0] = 0
-    statistics = native.token_logprob.forward(LogitRows(logits, labels, PLAIN), False)
+    statistics = native.token_logprob_forward(LogitRows(logits, labels, PLAIN), False)
     expected = torch.empty_like(logits)
-    native.token_logprob.backward(expected, LogitRows(logits, labels, PLAIN), statistics.incoming(coefficients))
+    native.token_logprob_backward(expected, LogitRows(logits, labels, PLAIN), statistics.incoming(coefficients))
     grad = logits if inplace else torch.empty_like(logits)
-    result = native.token_logprob.forward_backward(grad, LogitRows(logits, labels, PLAIN), coefficients)
+    result = native.token_logprob_forward_backward(grad, LogitRows(logits, labels, PLAIN), coefficients)
     assert torch.equal(result, statistics.logprobs)
     assert torch.equal(grad, expected)
 
@@ -195,7 +194,7 @@ def test_memory() -> None:
     statistics = run_forward(logits, labels)
 
     def backward() -> None:
-        native.token_logprob.backward(
+        native.token_logprob_backward(
             logits, LogitRows(logits, labels, PLAIN), statistics.incoming(statistics.logprobs)
         )
 
@@ -212,7 +211,7 @@ def test_memory() -> None:
 
 
 def run_forward(logits: Tensor, labels: Tensor) -> Statistics:
-    return native.token_logprob.forward(LogitRows(logits, labels, PLAIN), False)
+    return native.token_logprob_forward(LogitRows(logits, labels, PLAIN), False)
 
 
 def test_auto_is_native_on_a_cpu(caplog: pytest.LogCaptureFixture) -> None:

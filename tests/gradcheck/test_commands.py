@@ -43,12 +43,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, implementation: str, name: str, wrong: Any) -> None:
-    """Replace a function of a backend, or of one of its ops, by wrong(the function)."""
-    op, _, function = name.rpartition(".")
-    backend: Any = backend_for(implementation, torch.device("cpu"))
-    kernels = getattr(backend, op) if op else backend
-    replacement = wrong(getattr(kernels, function))
-    monkeypatch.setattr(kernels, function, staticmethod(replacement) if isinstance(kernels, type) else replacement)
+    """Replace a function of a backend by wrong(the function)."""
+    backend = backend_for(implementation, torch.device("cpu"))
+    monkeypatch.setattr(backend, name, wrong(getattr(backend, name)))
 
 
 def report(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -225,7 +222,7 @@ def scaled(factor: float) -> Any:
 def test_a_missing_temperature_is_found(
     dtype: str, implementation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant(monkeypatch, implementation, "token_logprob.backward", without_temperature)
+    plant(monkeypatch, implementation, "token_logprob_backward", without_temperature)
     command = ["gradcheck", "--op", "token_logprobs", "--dtype", dtype, "--json", "--implementation"]
     assert main([*command, implementation]) == 1
     result = report(capsys)
@@ -242,7 +239,7 @@ def test_a_missing_temperature_is_found(
 def test_a_gradient_off_by_little_is_found(
     dtype: str, factor: float, implementation: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plant(monkeypatch, implementation, "token_logprob.backward", scaled(factor))
+    plant(monkeypatch, implementation, "token_logprob_backward", scaled(factor))
     command = ["gradcheck", "--op", "token_logprobs", "--dtype", dtype, "--implementation"]
     assert main([*command, implementation]) == 1
     assert "FAIL" in capsys.readouterr().out
@@ -251,11 +248,11 @@ def test_a_gradient_off_by_little_is_found(
 def test_nan_and_errors_are_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["gradcheck", "--op", "conspo_scores", "sequence_scores", "--dtype", "fp32", "--json"]
     with monkeypatch.context() as context:
-        plant(context, "torch", "token_logprob.forward", lambda forward: lambda *a: (forward(*a)[0] / 0, *[None] * 3))
+        plant(context, "torch", "token_logprob_forward", lambda forward: lambda *a: (forward(*a)[0] / 0, *[None] * 3))
         assert main([*command, "--implementation", "torch"]) == 1
         rows = [row for row in report(capsys)["rows"] if row["op"] == "conspo_scores"]
         assert all(not row["ok"] and row["note"] for row in rows)
-    plant(monkeypatch, "torch", "sequence_score.backward", lambda backward: lambda *a: backward(*a) / 0)
+    plant(monkeypatch, "torch", "sequence_score_backward", lambda backward: lambda *a: backward(*a) / 0)
     assert main([*command, "--implementation", "torch"]) == 1
     rows = [row for row in report(capsys)["rows"] if row["op"] == "sequence_scores"]
     assert {row["note"] for row in rows} == {"gradient error: NaN or infinity in the wrong place"}

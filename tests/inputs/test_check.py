@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 
 from conspo_kernels import (
     ConSPOLoss,
+    LinearConSPOLoss,
     Parallel,
     conspo_loss,
     conspo_loss_from_scores,
@@ -390,6 +391,14 @@ def test_the_unchanged_arguments_are_fine() -> None:
         conspo_scores(padded()["logits"], padded()["labels"]),
     ]  # fmt: skip
     assert all(result.isfinite().all() for result in results)
+
+
+def test_an_array_as_a_modules_setting_is_refused_at_the_call() -> None:
+    loss_fn = ConSPOLoss(margin=np.array([0.1, 0.2]))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="margin must be a number, got ndarray"):
+        loss_fn(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64), torch.tensor([1.0, 0.0]), 2)
+    assert ConSPOLoss(margin=np.float32(0.5)).settings == {"margin": 0.5}
+    assert LinearConSPOLoss().settings == ConSPOLoss(tau=10, shift=False).settings == {}
 
 
 def test_no_forward_mode_no_torch_func_no_second_derivative() -> None:

@@ -53,27 +53,27 @@ def same(a: Tensor, b: Tensor) -> bool:
 def test_the_gradient_over_the_logits_has_the_bits_of_one_elsewhere(
     vocab_size: int, softcap: float | None, dtype: torch.dtype, implementation: str, device: torch.device
 ) -> None:
-    kernels = backend_for(implementation, device).token_logprob
+    backend = backend_for(implementation, device)
     rows = rows_of(vocab_size, -vocab_size % 64, softcap, device)
     coefficients = torch.tensor([[1.0, 2.0, -0.5, 0.0, 0.25]], device=device)
-    statistics = kernels.forward(rows, True)
+    statistics = backend.token_logprob_forward(rows, True)
     for incoming in (
         statistics.incoming(coefficients),
         statistics.incoming(coefficients, coefficients.flip(1)),
     ):
         elsewhere = torch.full(rows.logits.shape, torch.nan, dtype=dtype, device=device)
-        kernels.backward(elsewhere, rows, incoming)
+        backend.token_logprob_backward(elsewhere, rows, incoming)
         copy, room = over(rows, dtype)
-        kernels.backward(room, copy, incoming)
+        backend.token_logprob_backward(room, copy, incoming)
         assert same(room, elsewhere)
         if implementation != "triton":  # the interpreter truncates
             wide = torch.empty_like(rows.logits)
-            kernels.backward(wide, rows, incoming)
+            backend.token_logprob_backward(wide, rows, incoming)
             assert same(wide.to(dtype), elsewhere)
     copy, room = over(rows, dtype)
-    logprobs = kernels.forward_backward(room, copy, coefficients)
+    logprobs = backend.token_logprob_forward_backward(room, copy, coefficients)
     elsewhere = torch.full(rows.logits.shape, torch.nan, dtype=dtype, device=device)
-    assert same(logprobs, kernels.forward_backward(elsewhere, rows, coefficients))
+    assert same(logprobs, backend.token_logprob_forward_backward(elsewhere, rows, coefficients))
     assert same(room, elsewhere)
 
 
@@ -90,9 +90,9 @@ def test_every_instruction_set_and_number_of_threads(instruction_set: str, threa
         native._C.set_instruction_set(instruction_set)
         torch.set_num_threads(threads)
         wide = torch.empty_like(rows.logits)
-        native.token_logprob.forward_backward(wide, rows, coefficients)
+        native.token_logprob_forward_backward(wide, rows, coefficients)
         copy, room = over(rows, dtype)
-        native.token_logprob.forward_backward(room, copy, coefficients)
+        native.token_logprob_forward_backward(room, copy, coefficients)
     finally:
         torch.set_num_threads(before[0])
         native._C.set_instruction_set(before[1])

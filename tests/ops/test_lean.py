@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 import conspo_kernels as ck
-from conspo_kernels.backends import eager
-from conspo_kernels.backends.eager import sequence_score as eager_scores
-from conspo_kernels.backends.eager import token_logprob as eager_kernels
+from conspo_kernels.backends import eager, triton
 from conspo_kernels.linear.tiling import Problem, workspace_of
 from conspo_kernels.objective import Groups, Objective, Rollouts
 from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, Statistics
@@ -58,7 +56,7 @@ def test_known_coefficients(
     coefficients[1, 1] = 0
     rows = LogitRows(logits, labels, LogitTransform(0.7, 1.3, softcap))
     expected_grad = torch.empty_like(logits)
-    expected = eager_kernels.forward_backward(expected_grad, rows, coefficients)
+    expected = eager.token_logprob_forward_backward(expected_grad, rows, coefficients)
     grad = logits if "in place" in where else torch.empty(2, 3, vocab_size, device=DEVICE)
     result = token_logprob.forward_backward(grad, rows, coefficients)
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
@@ -67,24 +65,22 @@ def test_known_coefficients(
 
 def test_slices_of_the_vocabulary_and_narrow_gradients() -> None:
     """A tile of columns knows where it begins; of fp32 logits the gradient may be in bf16."""
-    from conspo_kernels.backends.triton import token_logprob
-
     logits = torch.randn(1, 5, 300, device=DEVICE)
     labels = torch.tensor([[0, 150, 299, IGNORED, 130]], device=DEVICE)
     rows = LogitRows(logits, labels, LogitTransform())
-    statistics = eager_kernels.forward(rows, True)
+    statistics = eager.token_logprob_forward(rows, True)
     incoming = statistics.incoming(torch.randn(1, 5, device=DEVICE), torch.randn(1, 5, device=DEVICE))
     whole = torch.empty_like(logits)
-    eager_kernels.backward(whole, rows, incoming)
-    for kernels, dtype in itertools.product((token_logprob, eager_kernels), (torch.float32, torch.bfloat16)):
+    eager.token_logprob_backward(whole, rows, incoming)
+    for backend, dtype in itertools.product((triton, eager), (torch.float32, torch.bfloat16)):
         for columns in (slice(0, 128), slice(128, 299), slice(299, 300)):
             tile = logits[..., columns].contiguous()
             grad = torch.empty_like(tile, dtype=dtype)
-            kernels.backward(grad, LogitRows(tile, labels, LogitTransform(), columns.start), incoming)
+            backend.token_logprob_backward(grad, LogitRows(tile, labels, LogitTransform(), columns.start), incoming)
             atol = 1e-6 if dtype == torch.float32 else 2e-2  # the interpreter truncates
             torch.testing.assert_close(grad.float(), whole[..., columns], rtol=2e-2, atol=atol)
     into = Statistics(*torch.empty(4, 1, 5, device=DEVICE))
-    assert token_logprob.forward(rows, True, into) is into
+    assert triton.token_logprob_forward(rows, True, into) is into
     torch.testing.assert_close(torch.stack(list(into)), torch.stack(list(statistics)), rtol=1e-5, atol=1e-5)  # type: ignore[arg-type]
 
 
@@ -120,32 +116,31 @@ def test_many_groups(reduction: str, ragged: bool, on_device: bool, monkeypatch:
         for few in (1024, 16):
             monkeypatch.setattr(group_infonce, "FEW", few)
             results.append(group_infonce.infonce(scores, counts, rollouts, objective))
-            torch.testing.assert_close(results[-1].loss, expected.loss, rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(results[-1].weights, expected.weights, rtol=1e-5, atol=1e-7)
-        assert torch.equal(results[0].weights, results[1].weights)
+            (loss, weights), (expected_loss, expected_weights) = results[-1], expected
+            torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(weights, expected_weights, rtol=1e-5, atol=1e-7)
+        assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("offsets", [None, [0, 3, 3, 9], [2, 5, 12]], ids=str)
 def test_coefficients(offsets: list[int] | None) -> None:
-    from conspo_kernels.backends.triton import sequence_score
-
     labels = torch.randint(IGNORED, 3, (1 if offsets else 3, 13), device=DEVICE)
     cut = None if offsets is None else torch.tensor(offsets, device=DEVICE)
     labels[:, : 0 if offsets is None else offsets[0]] = IGNORED  # as aligned labels are
     weights = torch.tensor([0.5, 0.0, -2.0], device=DEVICE)[: 3 if offsets is None else len(offsets) - 1]
-    result, expected = (x.coefficients(weights, labels, cut) for x in (sequence_score, eager_scores))
+    result, expected = (x.token_coefficients(weights, labels, cut) for x in (triton, eager))
     for ours, other in zip(result, expected, strict=True):
         torch.testing.assert_close(ours, other)
     factor = torch.tensor(torch.inf, device=DEVICE)
-    graded = [x.backward(weights, expected[1], labels, cut, factor) for x in (sequence_score, eager_scores)]
+    graded = [x.sequence_score_backward(weights, expected[1], labels, cut, factor) for x in (triton, eager)]
     assert torch.equal(*graded)
     assert not graded[0].isnan().any()  # a weight of zero takes no part
     values = torch.where(labels == IGNORED, torch.nan, 1.5)
-    masked = [x.masked(values, labels) for x in (sequence_score, eager_scores)]
+    masked = [x.masked_coefficients(values, labels) for x in (triton, eager)]
     for ours, other in zip(*masked, strict=True):
         assert torch.equal(ours, other)
     logprobs = torch.where(masked[0][0] == 0, -torch.inf, -1.0)
-    sums = [x.weighted_sum(logprobs, masked[0][0], None) for x in (sequence_score, eager_scores)]
+    sums = [x.weighted_sum(logprobs, masked[0][0], None) for x in (triton, eager)]
     torch.testing.assert_close(*sums)
 
 

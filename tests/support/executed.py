@@ -36,7 +36,6 @@ from conspo_kernels.backends.triton import (
     softmax,
     token_logprob,
 )
-from conspo_kernels.objective import GroupLoss
 from conspo_kernels.reference import group_losses, prompt_groups
 from conspo_kernels.values import LogitRows, LogitTransform
 from ptx_executor import Fault, compiled, driver
@@ -90,14 +89,13 @@ def score_errors(result: tuple[Any, ...]) -> dict[str, float]:
 
 
 def group_errors(result: tuple[Any, ...]) -> dict[str, float]:
-    scores, rollouts, objective, group_loss = result
-    assert isinstance(group_loss, GroupLoss)
+    scores, rollouts, objective, (value, weights_of_scores) = result
     leaf = scores.double().requires_grad_()
     groups = prompt_groups(4, rollouts.rewards, [1] * len(scores), objective.reward_threshold)
     losses = group_losses(list(leaf), groups, objective.tau, objective.margin.item())
     loss = torch.stack(list(losses.values())).mean()
     (weights,) = torch.autograd.grad(loss, leaf)
-    return {"loss": worst(group_loss.loss, loss.detach()), "weights": worst(group_loss.weights, weights)}
+    return {"loss": worst(value, loss.detach()), "weights": worst(weights_of_scores, weights)}
 
 
 def scale_errors(result: tuple[Any, ...]) -> dict[str, float]:

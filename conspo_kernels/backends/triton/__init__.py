@@ -1,4 +1,4 @@
-"""Triton kernels, for GPUs. Triton itself is imported with the first op, by the module that is the op's."""
+"""Triton kernels, for GPUs. Triton itself is imported by the module that has the first function asked for."""
 
 from __future__ import annotations
 
@@ -11,27 +11,41 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from . import sequence_score as sequence_score
-    from . import token_logprob as token_logprob
-    from .group_infonce import infonce as infonce
-    from .label_alignment import align as align
-    from .scale import scale_ as scale_
+    from . import group_infonce, label_alignment, scale, sequence_score, token_logprob
+
+    align = label_alignment.align
+    token_logprob_forward = token_logprob.forward
+    token_logprob_backward = token_logprob.backward
+    token_logprob_forward_backward = token_logprob.forward_backward
+    sequence_score_forward = sequence_score.forward
+    sequence_score_backward = sequence_score.backward
+    token_coefficients = sequence_score.coefficients
+    masked_coefficients = sequence_score.masked
+    weighted_sum = sequence_score.weighted_sum
+    infonce = group_infonce.infonce
+    scale_ = scale.scale_
 else:
 
     def __getattr__(name: str) -> Any:
         """What the contract asks for, from its module, which imports Triton."""
-        if name not in OPS:
+        if name not in FUNCTIONS:
             raise AttributeError(name)
-        module = importlib.import_module(f".{OPS[name]}", __name__)
-        return module if name == OPS[name] else getattr(module, name)
+        module, _, function = FUNCTIONS[name].partition(".")
+        return getattr(importlib.import_module(f".{module}", __name__), function)
 
 
-OPS = {
-    "token_logprob": "token_logprob",
-    "sequence_score": "sequence_score",
-    "infonce": "group_infonce",
-    "align": "label_alignment",
-    "scale_": "scale",
+FUNCTIONS = {
+    "align": "label_alignment.align",
+    "token_logprob_forward": "token_logprob.forward",
+    "token_logprob_backward": "token_logprob.backward",
+    "token_logprob_forward_backward": "token_logprob.forward_backward",
+    "sequence_score_forward": "sequence_score.forward",
+    "sequence_score_backward": "sequence_score.backward",
+    "token_coefficients": "sequence_score.coefficients",
+    "masked_coefficients": "sequence_score.masked",
+    "weighted_sum": "sequence_score.weighted_sum",
+    "infonce": "group_infonce.infonce",
+    "scale_": "scale.scale_",
 }
 executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx_executor`
 INSTALLED = importlib.util.find_spec("triton") is not None

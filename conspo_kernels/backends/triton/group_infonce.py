@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ...objective import GroupLoss, Objective, Rollouts
+from ...objective import Objective, Rollouts
 from .direct import kernel
 from .launch import FUSED, ceil_div, registers
 from .softmax import NEG_INF, finite_max
@@ -242,7 +242,7 @@ def _reduce_kernel(
     tl.store(weights_ptr + rollouts, weights / divisor, mask=rollouts < num_rollouts)
 
 
-def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> GroupLoss:
+def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objective) -> tuple[Tensor, Tensor]:
     """Loss and weights of scores [S]."""
     rewards, groups = rollouts
     num_rollouts = scores.numel()
@@ -268,7 +268,7 @@ def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objec
         _reduce_kernel[(ceil_div(num_rollouts, BLOCK.value),)](
             partial, denominator_ptr, loss, weights, num_rollouts, num_programs, denominator, **options
         )
-    return GroupLoss(loss, weights)
+    return loss, weights
 
 
 def _pointer_or_number(x: Tensor | None) -> tuple[Tensor | None, float]:
