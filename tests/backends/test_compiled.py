@@ -21,7 +21,8 @@ def wide_loads(target: str, kernel: str, case: str) -> int:
 
     Four for each tile, two where the tile is halved. With gfx942's 64 lanes a wave there are twice the threads, each
     with half the loads. There, from Triton 3.8 on, LLVM makes one of two trips of a loop as short as that of fp32, and
-    keeps one trip for an odd number of tiles.
+    keeps one trip for an odd number of tiles; not where a barrier is in the loop, as in that of a gradient over its
+    logits: which trips wait must not depend on that number. Each of its loads is as wide.
     """
     series = "softcap of 1,000" in case or ("softcap" in case and case.startswith("fp32"))
     halved = series or "elsewhere" in case if kernel == "_backward_kernel" else "softcap of 1,000" in case
@@ -29,7 +30,8 @@ def wide_loads(target: str, kernel: str, case: str) -> int:
     if target != "gfx942":
         return wide
     release = tuple(map(int, triton.__version__.split(".")[:2]))
-    of_fp32 = case.startswith("fp32") or "over fp32" in case
+    waits = kernel == "_backward_kernel" and "over fp32" in case
+    of_fp32 = (case.startswith("fp32") or "over fp32" in case) and not waits
     unrolled = release >= (3, 8) and of_fp32 and "softcap" not in case
     return wide if unrolled else wide // 2
 

@@ -77,6 +77,10 @@ def test_what_arithmetic_allows() -> None:
     for what, ratio in h100.items():
         if "softcap" not in what:
             assert ratio >= 1.3, (what, ratio)
+    # The label is looked for by vectors: by logits, these were 8.7 to 9.4 and 7.4 to 7.7.
+    spent = {count["what"]: count["pipes"]["issue"] for count in ours if count["target"] == "sm_90"}
+    assert spent["backward: bf16, V 151,936"] <= 8.1
+    assert spent["backward: fp32, V 151,936"] <= 7.35
     for dtype in ("bf16", "fp32"):  # fp32 logits leave twice the time
         assert h100[f"forward: {dtype}, V 262,144, softcap"] >= 0.9
         assert h100[f"backward: {dtype}, V 262,144, softcap"] >= 1.5

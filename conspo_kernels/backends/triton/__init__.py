@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 else:
 
     def __getattr__(name: str) -> Any:
-        """What the contract asks for, from its module, which imports Triton."""
+        """What the contract asks for, from its module, which imports Triton. It is asked for once, then it is here."""
         if name not in FUNCTIONS:
             raise AttributeError(name)
         module, _, function = FUNCTIONS[name].partition(".")
-        return getattr(importlib.import_module(f".{module}", __name__), function)
+        globals()[name] = found = getattr(importlib.import_module(f".{module}", __name__), function)
+        return found
 
 
 FUNCTIONS = {

@@ -98,18 +98,31 @@ def registers(most: int, device: torch.device) -> dict[str, int]:
     return {} if family(device) == "gfx" else {"maxnreg": most}
 
 
-# With a tanh of 16-bit logits ptxas would rather have more warps than all loads of a thread under way: 24 KB forward
-# and 18 backward where tanh is a series, 24 and 18 where it is short. With a limit it takes what that allows: no
-# instruction more forward, 1.4 to 2.9 % backward (short: 0.1 to 0.4 %), and no spill. With less it spills with Triton
-# 3.7.1 on sm_100: a series backward at 48, 56 and 64, a short tanh at 64 to 80, and forward with entropy at 56 and 64:
-# with entropy there is no limit. No other tile will do. For a series (256, 8) and (128, 4) have 24 KB with Triton 3.6.0
-# and 16 with 3.7.1, more per thread has 12 to 16; for a short tanh (256, 4) has 18 KB, with a limit 7 % more to do.
-TANH_REGISTERS = {"heavy forward": 56, "heavy": 80, "forward": 96, "backward": 88}
+# How many registers a thread may have: by kernel, bytes of a logit, whether there is a tanh, and an entropy. By itself
+# ptxas would rather have more warps than all loads of a thread under way. With a tanh of 16-bit logits that leaves 24
+# KB forward and 18 backward; a gradient of fp32 logits then takes up to 5 % more instructions; a row of fp32 logits
+# with known coefficients takes 32 registers, which makes room for two rows. With a limit it takes what that allows.
+# None of these spills with Triton 3.6.0, 3.7.1, 3.8.0 or 3.9.0 for sm_80, sm_90 or sm_100. Lower ones did, most often 8
+# bytes on sm_100: a series forward at 56 and 64 with 3.9.0, backward at 48 to 64; a short tanh backward at 64 to 80,
+# forward with entropy at 56 to 104. No other tile will do. For a series (256, 8) and (128, 4) have 24 KB with Triton
+# 3.6.0 and 16 with 3.7.1, more per thread has 12 to 16; for a short tanh (256, 4) has 18 KB, with a limit 7 % more to
+# do.
+REGISTERS = {
+    ("forward", 2, True, False): 96,
+    ("forward", 2, True, True): 112,
+    ("heavy forward", 2, True, False): 72,
+    ("backward", 2, True, False): 88,
+    ("heavy", 2, True, False): 80,
+    ("backward", 4, False, False): 64,
+    ("forward_backward", 2, False, False): 64,
+    ("forward_backward", 4, False, False): 64,
+}
 
 
-def tanh_registers(kernel: str, device: torch.device) -> dict[str, int]:
-    """The option of a kernel with a tanh of 16-bit logits."""
-    return registers(TANH_REGISTERS[kernel], device)
+def register_limit(kernel: str, logits: Tensor, tanh: bool, entropy: bool) -> dict[str, int]:
+    """The option of a kernel that walks rows, where ptxas would choose too few registers by itself."""
+    most = REGISTERS.get((kernel, logits.element_size(), tanh, entropy))
+    return {} if most is None else registers(most, logits.device)
 
 
 def vectors_per_thread(launch: Launch, device: torch.device) -> int:

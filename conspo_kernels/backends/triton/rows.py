@@ -65,9 +65,11 @@ def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
     """Offsets and mask of the logits before the first and after the last aligned vector of the row [first, last)."""
     i = tl.arange(0, 2 * VECTOR)
     head = i < VECTOR
+    # How many there are at each end, fewer than a vector: 32 bits, so that nothing wider has to last.
+    before = tl.minimum(first - row, vocab_size).to(tl.int32)
+    behind = (row + vocab_size - last).to(tl.int32)
     offsets = tl.where(head, row + i, last + (i - VECTOR))
-    stop = tl.where(head, tl.minimum(first, row + vocab_size), row + vocab_size)
-    return offsets, offsets < stop
+    return offsets, tl.where(head, i < before, i - VECTOR < behind)
 
 
 def tiles(logits: Tensor, kernel: str) -> dict[str, int]:

@@ -169,7 +169,7 @@ def forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[T
     """logprobs, labels [B, T], offsets [S+1] or None -> scores [S] (NaN where empty), counts [S] int32."""
     num_segments = labels.shape[0] if offsets is None else offsets.numel() - 1
     scores = logprobs.new_empty(num_segments)
-    counts = torch.empty(num_segments, dtype=torch.int32, device=logprobs.device)
+    counts = logprobs.new_empty(num_segments, dtype=torch.int32)
     if num_segments > 0:
         _forward_kernel[(num_segments,)](
             logprobs, labels, offsets, scores, counts, labels.shape[1], labels.numel(), **LAUNCH
@@ -181,7 +181,7 @@ def backward(
     weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
 ) -> Tensor:
     """The gradient of the scores, weights [S] times factor, at their tokens: [B, T], zero where ignored."""
-    grad_logprobs = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
+    grad_logprobs = weights.new_empty(labels.shape)
     if programs := _num_programs(labels, offsets):
         sizes = (labels.shape[1], labels.numel(), counts.numel())
         _backward_kernel[(programs,)](weights, factor, counts, labels, offsets, grad_logprobs, *sizes, **LAUNCH)
@@ -190,8 +190,8 @@ def backward(
 
 def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
-    at_tokens = torch.empty(labels.shape, dtype=weights.dtype, device=labels.device)
-    counts = torch.empty(weights.shape, dtype=torch.int32, device=labels.device)
+    at_tokens = weights.new_empty(labels.shape)
+    counts = weights.new_empty(weights.shape, dtype=torch.int32)
     kept_labels = torch.empty_like(labels)
     if programs := _num_programs(labels, offsets):
         sizes = (labels.shape[1], labels.numel(), weights.numel())

@@ -133,6 +133,7 @@ def merge(m, s, w, scale2, AXIS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
 def grad_tile(z, is_label, incoming, transform, TANH: tl.constexpr):
     """The gradient by a tile of logits z: c * dlogp[label]/dz + h * dentropy/dz.
 
+    is_label: where both are true, of its vectors and of their entries, or twice the same.
     incoming: (c, m, log_sum, h, entropy), c and h the gradients of the row's log-probability and of its entropy; the
     last two are None without an entropy.  transform: (inner, scale).
     """
@@ -147,7 +148,8 @@ def grad_tile(z, is_label, incoming, transform, TANH: tl.constexpr):
     c *= factor
     log2_p = (u - m) * (scale * LOG2_E) - log_sum * LOG2_E
     p = tl.exp2(log2_p)
-    g = tl.where(is_label, c, tl.zeros_like(z)) - c * p
+    is_vector, is_entry = is_label
+    g = tl.where(is_vector, tl.where(is_entry, c, tl.zeros_like(c)), tl.zeros_like(z)) - c * p
     if h is not None:
         g -= h * factor * (_moment(p, log2_p) * LN_2 + p * entropy)
     if TANH is not None:

@@ -7,7 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...values import Incoming, LogitRows, LogitTransform, Statistics
-from .launch import ceil_div, row_fits_cache, tanh_registers
+from .launch import ceil_div, register_limit, row_fits_cache
 from .row_kernels import _backward_kernel, _combine_kernel, _forward_backward_kernel, _statistics_kernel
 from .rows import VECTOR_BYTES, aligned_base, num_chunks_of, tiles
 
@@ -25,12 +25,13 @@ def forward(rows: LogitRows, with_entropy: bool, out: Statistics | None = None) 
         return out
     logprobs, entropy, row_max, log_sum = out
 
-    partial = torch.empty(num_tokens * num_chunks * (3 if with_entropy else 2), dtype=acc, device=logits.device)
+    partial = log_sum.new_empty(num_tokens * num_chunks * (3 if with_entropy else 2))
     base, misalignment = aligned_base(logits)
     row = (misalignment, logits.stride(0), logits.stride(1))
     constants = _constants(logits, transform) | {"HAS_ENTROPY": with_entropy}
-    kernel = "heavy forward" if _narrow_tanh(rows) and transform.tanh(logits.dtype) == "series" else "forward"
-    limit = tanh_registers(kernel, logits.device) if _narrow_tanh(rows) and not with_entropy else {}
+    tanh = constants["TANH"]
+    kernel = "heavy forward" if logits.element_size() == 2 and tanh == "series" else "forward"
+    limit = register_limit(kernel, logits, tanh is not None, with_entropy)
     _statistics_kernel[(num_tokens * num_chunks,)](
         base, labels, partial, *row, labels.shape[1], **constants, **tiles(logits, kernel), **limit
     )
@@ -55,13 +56,13 @@ def backward(grad_logits: Tensor, rows: LogitRows, incoming: Incoming) -> None:
         constants["num_chunks"] = 1  # the gradient may lie over logits that only this row's program may read
     base, grad_base, row, grad_row, same_alignment = _strided(logits, grad_logits)
     # A series for tanh and the addresses of narrow stores double the registers per logit: a smaller tile.
-    kernel = "backward" if transform.tanh(logits.dtype) != "series" and same_alignment else "heavy"
-    limited = _narrow_tanh(rows) and same_alignment and grad_entropy is None
-    limit = tanh_registers(kernel, logits.device) if limited else {}
+    tanh, with_entropy = constants["TANH"], grad_entropy is not None
+    kernel = "backward" if tanh != "series" and same_alignment else "heavy"
+    limit = register_limit(kernel, logits, tanh is not None, with_entropy) if same_alignment else {}
     _backward_kernel[(num_tokens * constants["num_chunks"],)](
         base, labels, row_max, log_sum, entropy, grad_logprobs, grad_entropy, grad_base, *row, *grad_row,
         labels.shape[1], start, **constants, **tiles(logits, kernel),
-        HAS_ENTROPY=grad_entropy is not None, SAME_ALIGNMENT=same_alignment, **limit,
+        HAS_ENTROPY=with_entropy, SAME_ALIGNMENT=same_alignment, **limit,
     )  # fmt: skip
 
 
@@ -79,13 +80,9 @@ def forward_backward(grad_logits: Tensor, rows: LogitRows, coefficients: Tensor,
         _forward_backward_kernel[(labels.numel(),)](
             base, labels, coefficients, logprobs, grad_base, *row, *grad_row, labels.shape[1],
             **_constants(logits, transform), **tiles(logits, "forward_backward"),
+            **register_limit("forward_backward", logits, False, False),
         )  # fmt: skip
     return logprobs
-
-
-def _narrow_tanh(rows: LogitRows) -> bool:
-    """Whether the kernel computes a tanh of 16-bit logits."""
-    return rows.logits.element_size() == 2 and rows.transform.softcap is not None
 
 
 def _strided(logits: Tensor, grad_logits: Tensor) -> tuple[Tensor, Tensor, tuple[int, ...], tuple[int, ...], bool]:
