@@ -212,7 +212,7 @@ def faults() -> dict[str, Any]:
         return token_logprob.forward(given, False)
 
     result: dict[str, Any] = {"none": fault_of(forward)}
-    with planted(rows.edges, "row + vocab_size)\n", "row + vocab_size + 1)\n"):
+    with planted(rows.edges, "row + vocab_size - last", "row + vocab_size + 1 - last"):
         result["mask"] = fault_of(forward)
     load = "tl.load({}, eviction_policy=KEEP)"
     hint = load.format("tl.max_contiguous(tl.multiple_of(logits_ptr + start + lanes, (16, 16)), (1, VECTOR))")

@@ -24,15 +24,15 @@ class Launch(NamedTuple):
 # A100, 15 to 20 on an H100, 20 to 26 on an H200; half of it for a kernel that writes as much as it reads.
 # What is in flight is counted in machine code (`python -m benchmarks.compiled`, "flight"): loads that are issued before
 # the first one is used, times the warps that the registers leave room for. Compilers differ: below is the least of
-# Triton 3.6.0 and 3.7.1, sm_90 and sm_100. Nothing here is measured yet: where a GPU says otherwise, change its row.
+# Triton 3.6.0 to 3.9.0, sm_90 and sm_100. Nothing here is measured yet: where a GPU says otherwise, change its row.
 # "forward_backward": one program per row, whose second look at the row is to find it in the caches. 1,024 threads of
 # more than 32 registers, which four vectors each need, leave room for one row per multiprocessor. Keep that.
 TABLE: dict[str, dict[str, Launch]] = {
     "sm": {
-        "forward": Launch(512, 4),  # 56 KB, with a softcap 40
-        "heavy forward": Launch(256, 4),  # 36 KB: arithmetic limits it, to what 11 KB feed
-        "backward": Launch(512, 4),  # 48 KB, with entropy 32, with a softcap 30
-        "heavy": Launch(256, 4),  # 24 KB where arithmetic limits it, else 36
+        "forward": Launch(512, 4),  # 72 KB, with a softcap 32
+        "heavy forward": Launch(256, 4),  # 28 KB: arithmetic limits it, to what 11 KB feed
+        "backward": Launch(512, 4),  # 54 KB, with entropy 40, with a softcap 24
+        "heavy": Launch(256, 4),  # 24 KB where arithmetic limits it, else 32
         "forward_backward": Launch(4096, 32),  # 48 KB
     },
     # gfx942: 5.3 TB/s over 304: 11 KB. A wave is 64 lanes: two loads per thread instead of four, and all 32 waves fit.
@@ -98,23 +98,23 @@ def registers(most: int, device: torch.device) -> dict[str, int]:
     return {} if family(device) == "gfx" else {"maxnreg": most}
 
 
-# How many registers a thread may have: by kernel, bytes of a logit, whether there is a tanh, and an entropy. By itself
-# ptxas would rather have more warps than all loads of a thread under way. With a tanh of 16-bit logits that leaves 24
-# KB forward and 18 backward; a gradient of fp32 logits then takes up to 5 % more instructions; a row of fp32 logits
-# with known coefficients takes 32 registers, which makes room for two rows. With a limit it takes what that allows.
-# None of these spills with Triton 3.6.0, 3.7.1, 3.8.0 or 3.9.0 for sm_80, sm_90 or sm_100. Lower ones did, most often 8
+# How many registers a thread may have: by kernel, bytes of a logit, whether there is a tanh, and an entropy. By
+# itself ptxas would rather have more warps than all loads of a thread under way. With a tanh of 16-bit logits that
+# leaves 18 to 24 KB; a gradient of fp32 logits then takes up to 5 % more instructions; a row of fp32 logits with
+# known coefficients takes 32 registers, which makes room for two rows. With a limit it takes what that allows. None
+# of these spills with Triton 3.6.0, 3.7.1, 3.8.0 or 3.9.0 for sm_80, sm_90 or sm_100. Lower ones did, most often 8
 # bytes on sm_100: a series forward at 56 and 64 with 3.9.0, backward at 48 to 64; a short tanh backward at 64 to 80,
-# forward with entropy at 56 to 104. No other tile will do. For a series (256, 8) and (128, 4) have 24 KB with Triton
-# 3.6.0 and 16 with 3.7.1, more per thread has 12 to 16; for a short tanh (256, 4) has 18 KB, with a limit 7 % more to
-# do.
+# with entropy too, forward with entropy at 56 to 104. No other tile will do. For a series (256, 8) and (128, 4) have
+# 24 KB with Triton 3.6.0 and 16 with 3.7.1, more per thread has 12 to 16; for a short tanh (256, 4) has 18 KB, with a
+# limit 7 % more to do.
 REGISTERS = {
     ("forward", 2, True, False): 96,
     ("forward", 2, True, True): 112,
     ("heavy forward", 2, True, False): 72,
     ("backward", 2, True, False): 88,
+    ("backward", 2, True, True): 96,
     ("heavy", 2, True, False): 80,
     ("backward", 4, False, False): 64,
-    ("forward_backward", 2, False, False): 64,
     ("forward_backward", 4, False, False): 64,
 }
 
