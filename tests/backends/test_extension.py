@@ -94,6 +94,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     vars(package).update({name: getattr(eager, name) for name in of_pytorch}, **functions)
     monkeypatch.setitem(sys.modules, "toy_backend", package)
     monkeypatch.setitem(registry.BACKENDS, "toy", "toy_backend")
+    registry.forget_choices()  # a page has a backend of this name too
     CALLS.clear()
     yield "toy"
     registry.forget_choices()

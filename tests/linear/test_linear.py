@@ -28,7 +28,7 @@ from conspo_kernels import (
     token_logprobs,
     weighted_score_loss,
 )
-from conspo_kernels.backends.eager import token_logprob as eager_token_logprob
+from conspo_kernels.backends import eager
 from conspo_kernels.linear import gemm, modes
 from conspo_kernels.linear.tiles import Head as LinearHead
 from conspo_kernels.linear.tiles import RowSelection
@@ -391,7 +391,7 @@ def test_no_label_is_taken_for_an_ignored_one() -> None:
     labels = torch.tensor([-2, -1, 5, -100])
     aligned = aligned_labels(labels, None, None, False, -100, NOT_CHECKED, "torch")[0]
     tokens, head = RowSelection(hidden, aligned, None), LinearHead(weight, None, hidden.dtype)
-    result = modes.forward_none(modes.Run(eager_token_logprob, tokens, head, LogitTransform(), 2**20), False)
+    result = modes.forward_none(modes.Run(eager, tokens, head, LogitTransform(), 2**20), False)
     assert result.logprobs.isnan().tolist() == [True, True, True, False]
 
 

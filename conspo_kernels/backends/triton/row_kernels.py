@@ -17,7 +17,7 @@ import triton.language as tl
 from ...values import IGNORED as IGNORED_LABEL
 from .direct import kernel
 from .rows import UNALIGNED, UNSPECIALIZED, edges, interior, row_offset
-from .softmax import LN_2, LOG2_E, NEG_INF, capped, fold, grad_tile, merge
+from .softmax import LN_2, LOG2_E, NEG_INF, capped, fold, grad_tile, label_mask, merge
 
 IGNORED = tl.constexpr(IGNORED_LABEL)
 
@@ -142,23 +142,6 @@ def _combine_kernel(
 
 
 @triton.jit
-def _is_label(label_lane, start, WIDE, VECTOR, LANES):
-    """Which vector of the tile at `start` has the label, and which of its entries that is, in all tiles the same one.
-
-    Apart, they are a comparison per vector, and one per entry that is made once: not one per logit. Where stores are
-    narrow a thread has entries of many vectors, and each is compared.
-    """
-    if WIDE:
-        entry = (label_lane & (VECTOR - 1)).to(tl.int32)
-        vector = (label_lane - start).to(tl.int32) - entry
-        return tl.arange(0, LANES)[:, None] * VECTOR == vector, tl.arange(0, VECTOR)[None, :] == entry
-    else:
-        lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
-        is_label = lanes == (label_lane - start).to(tl.int32)
-        return is_label, is_label
-
-
-@triton.jit
 def _backward_tile(logits_ptr, grad_ptr, mask, is_label, wait, incoming, transform, TANH, DROP):
     z = tl.load(logits_ptr, mask=mask, eviction_policy=DROP).to(incoming[0].dtype)
     if wait:  # until all threads of the program have read this far
@@ -208,12 +191,12 @@ def _write_gradient(logits_ptr, row, grad, span, label, incoming, transform, TAN
     else:
         start += (num_tiles * (LANES * VECTOR)).to(start.dtype)
         if start < stop:
-            is_label, mask = _is_label(label_lane, start, SAME_ALIGNMENT, VECTOR, LANES), start + lanes < stop
+            is_label, mask = label_mask(label_lane, start, SAME_ALIGNMENT, VECTOR, LANES), start + lanes < stop
             z_ptr, g_ptr = logits_ptr + first + start + lanes, grad_ptr + grad_first + start + lanes
             _backward_tile(z_ptr, g_ptr, mask, is_label, False, incoming, transform, TANH, DROP)
         for _ in range(num_tiles):
             start -= LANES * VECTOR
-            is_label = _is_label(label_lane, start, SAME_ALIGNMENT, VECTOR, LANES)
+            is_label = label_mask(label_lane, start, SAME_ALIGNMENT, VECTOR, LANES)
             z_ptr, g_ptr = logits_ptr + first + start + lanes, grad_ptr + grad_first + start + lanes
             _backward_tile(z_ptr, g_ptr, None, is_label, False, incoming, transform, TANH, DROP)
         if has_edges:
@@ -253,12 +236,12 @@ def _write_narrow_gradient(logits_ptr, row, grad, label, incoming, transform, TA
             is_label = (edge == label, edge == label)
             _backward_tile(z_ptr, g_ptr, edge < vocab_size, is_label, True, incoming, transform, TANH, DROP)
         if start < last:
-            is_label, mask = _is_label(label_lane, start, True, VECTOR, LANES), start + lanes < last
+            is_label, mask = label_mask(label_lane, start, True, VECTOR, LANES), start + lanes < last
             z_ptr, g_ptr = logits_ptr + start + lanes, grad_ptr + start + lanes
             _backward_tile(z_ptr, g_ptr, mask, is_label, True, incoming, transform, TANH, DROP)
         for tile in range(vocab_size // (LANES * VECTOR)):
             start -= LANES * VECTOR
-            is_label, wait = _is_label(label_lane, start, True, VECTOR, LANES), tile & (tile - 1) == 0
+            is_label, wait = label_mask(label_lane, start, True, VECTOR, LANES), tile & (tile - 1) == 0
             z_ptr, g_ptr = logits_ptr + start + lanes, grad_ptr + start + lanes
             _backward_tile(z_ptr, g_ptr, None, is_label, wait, incoming, transform, TANH, DROP)
 

@@ -130,10 +130,27 @@ def merge(m, s, w, scale2, AXIS: tl.constexpr, HAS_ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def label_mask(label_lane, start, WIDE, VECTOR, LANES):
+    """Which vector of the tile at `start` has the label, and which of its entries that is, in all tiles the same one.
+
+    Apart, they are a comparison per vector, and one per entry that is made once: not one per logit. Where stores are
+    narrow a thread has entries of many vectors, and each is compared.
+    """
+    if WIDE:
+        entry = (label_lane & (VECTOR - 1)).to(tl.int32)
+        vector = (label_lane - start).to(tl.int32) - entry
+        return tl.arange(0, LANES)[:, None] * VECTOR == vector, tl.arange(0, VECTOR)[None, :] == entry
+    else:
+        lanes = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
+        is_label = lanes == (label_lane - start).to(tl.int32)
+        return is_label, is_label
+
+
+@triton.jit
 def grad_tile(z, is_label, incoming, transform, TANH: tl.constexpr):
     """The gradient by a tile of logits z: c * dlogp[label]/dz + h * dentropy/dz.
 
-    is_label: where both are true, of its vectors and of their entries, or twice the same.
+    is_label: as of `label_mask`.
     incoming: (c, m, log_sum, h, entropy), c and h the gradients of the row's log-probability and of its entropy; the
     last two are None without an entropy.  transform: (inner, scale).
     """
