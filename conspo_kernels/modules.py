@@ -25,9 +25,11 @@ class _Settings(nn.Module):
     loss: Callable[..., Tensor | ConSPOOutput]
 
     def __init__(self, variables: dict[str, Any]) -> None:
-        """variables: the local ones of a constructor, among them its arguments."""
+        """variables: the local ones of a constructor, of which all but `self` and `__class__` are its arguments."""
         super().__init__()
         defaults = type(self).loss.__kwdefaults__ or {}
+        for name in variables.keys() - defaults.keys() - {"self", "__class__"}:
+            raise TypeError(f"{name} must be an argument of {type(self).loss.__name__}, got one of its module only")
         # torch.compile takes a scalar of NumPy for an array.
         values = {name: python_number(variables[name]) for name in defaults if name in variables}
         self.settings = {name: value for name, value in values.items() if not _equal(value, defaults[name])}

@@ -209,6 +209,15 @@ def test_module_form(case: Case, implementation: str, device: torch.device) -> N
         ConSPOLoss(taux=1.0)  # type: ignore[call-arg]
 
 
+def test_a_module_takes_no_setting_that_its_loss_has_not() -> None:
+    class Mine(ConSPOLoss):
+        def __init__(self, *, tau: float = 10.0, taux: float = 1.0) -> None:
+            super(ConSPOLoss, self).__init__(locals())
+
+    with pytest.raises(TypeError, match="taux must be an argument of conspo_loss"):
+        Mine()
+
+
 def test_nothing_at_all(implementation: str, device: torch.device) -> None:
     """No rollouts, or rollouts of no tokens: an exact zero with a graph."""
     for logits, labels in ((torch.empty(0, 4, 9), torch.empty(0, 4)), (torch.empty(2, 0, 9), torch.empty(2, 0))):
