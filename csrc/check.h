@@ -2,6 +2,7 @@
 
 #pragma once
 
+// Tensors are made by methods of tensors: a header of <ATen/ops/...> costs 3 s of the compiler for each source.
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
 

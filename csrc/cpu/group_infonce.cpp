@@ -2,10 +2,6 @@
 // a batch is a few hundred rollouts.
 
 #include <ATen/Dispatch.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/gt.h>
-#include <ATen/ops/isnan.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <cmath>
@@ -92,13 +88,13 @@ std::tuple<Tensor, Tensor> group_infonce_forward(
   const int64_t group_count = offsets ? offsets->numel() - 1 : num_rollouts / group_size;
   if (offsets) check_contiguous(*offsets, "offsets", at::kLong, group_count + 1);
 
-  Tensor losses = at::zeros({group_count}, scores.options()), weights = at::empty({num_rollouts}, scores.options());
-  Tensor loss = at::empty({}, scores.options());
+  Tensor losses = scores.new_zeros({group_count}), weights = scores.new_empty({num_rollouts});
+  Tensor loss = scores.new_empty({});
   const Groups groups{
       order ? order->const_data_ptr<int64_t>() : nullptr, offsets ? offsets->const_data_ptr<int64_t>() : nullptr,
       group_size, group_count};
   // As PyTorch compares, in the dtype of the rewards.
-  const Tensor above = at::gt(rewards, reward_threshold), unscorable = at::isnan(rewards);
+  const Tensor above = rewards.gt(reward_threshold), unscorable = rewards.isnan();
 
   AT_DISPATCH_FLOATING_TYPES(scores.scalar_type(), "group_infonce_forward", [&] {
     const scalar_t* score = scores.const_data_ptr<scalar_t>();

@@ -2,8 +2,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
 
 #include <algorithm>
 #include <limits>
@@ -46,8 +44,8 @@ std::tuple<Tensor, Tensor> sequence_score_forward(
   check_contiguous(logprobs, "logprobs", logprobs.scalar_type(), labels.numel());
   check_contiguous(labels, "labels", at::kLong, labels.numel());
   const Rollouts rollouts(labels, offsets);
-  Tensor scores = at::empty({rollouts.count()}, logprobs.options());
-  Tensor counts = at::empty({rollouts.count()}, logprobs.options().dtype(at::kInt));
+  Tensor scores = logprobs.new_empty({rollouts.count()});
+  Tensor counts = logprobs.new_empty({rollouts.count()}, logprobs.options().dtype(at::kInt));
   AT_DISPATCH_FLOATING_TYPES(logprobs.scalar_type(), "sequence_score_forward", [&] {
     const scalar_t* values = logprobs.const_data_ptr<scalar_t>();
     const int64_t* tokens = labels.const_data_ptr<int64_t>();
@@ -76,7 +74,7 @@ Tensor sequence_score_backward(
   const Rollouts rollouts(labels, offsets);
   check_contiguous(grad_scores, "grad_scores", grad_scores.scalar_type(), rollouts.count());
   check_contiguous(counts, "counts", at::kInt, rollouts.count());
-  Tensor grad = at::zeros(labels.sizes(), grad_scores.options());  // tokens outside of every rollout too
+  Tensor grad = grad_scores.new_zeros(labels.sizes());  // tokens outside of every rollout too
   AT_DISPATCH_FLOATING_TYPES(grad_scores.scalar_type(), "sequence_score_backward", [&] {
     const scalar_t* grad_score = grad_scores.const_data_ptr<scalar_t>();
     const int32_t* count = counts.const_data_ptr<int32_t>();

@@ -5,8 +5,6 @@
 
 #include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 
 #include <algorithm>
 #include <cmath>
@@ -203,7 +201,7 @@ std::tuple<Tensor, OptionalTensor, Tensor, Tensor> token_logprob_forward(
   check_rows(logits, "logits", {labels.size(0), labels.size(1), logits.size(2)});
   check_contiguous(labels, "labels", at::kLong, num_rows);
   const auto options = logits.options().dtype(accumulated(logits.scalar_type()));
-  const auto empty = [&] { return at::empty(labels.sizes(), options); };
+  const auto empty = [&] { return logits.new_empty(labels.sizes(), options); };
   Tensor logprobs = empty(), row_max = empty(), log_sum = empty();
   OptionalTensor entropy;
   if (with_entropy) entropy = empty();
@@ -275,8 +273,8 @@ Tensor token_logprob_forward_backward(
   check_rows(grad_logits, "grad_logits", logits.sizes());
   check_contiguous(labels, "labels", at::kLong, num_rows);
   check_contiguous(coefficients, "coefficients", dtype, num_rows);
-  Tensor logprobs = at::empty(labels.sizes(), logits.options().dtype(dtype));
-  Tensor row_max = at::empty_like(logprobs), log_sum = at::empty_like(logprobs);
+  const auto empty = [&] { return logits.new_empty(labels.sizes(), logits.options().dtype(dtype)); };
+  Tensor logprobs = empty(), row_max = empty(), log_sum = empty();
   if (num_rows == 0) return logprobs;
   AT_DISPATCH_FLOATING_TYPES(dtype, "token_logprob_forward_backward", [&] {
     const RowKernels& kernels = row_kernels(element_of(logits.scalar_type()));
@@ -304,7 +302,7 @@ Tensor exp(const Tensor& x, bool negative) {
   check_contiguous(x, "x", x.scalar_type(), x.numel());
   const RowKernels& kernels = row_kernels(element_of(x.scalar_type()));
   TORCH_INTERNAL_ASSERT(kernels.exp != nullptr, "exp takes fp32 or fp64, got ", x.scalar_type());
-  Tensor out = at::empty_like(x);
+  Tensor out = x.new_empty(x.sizes());
   kernels.exp(out.data_ptr(), x.data_ptr(), x.numel(), negative);
   return out;
 }
