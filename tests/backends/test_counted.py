@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import triton
 from processes import python
 
-from benchmarks.compiled_code.machine_code import Instruction, Pipes, in_flight, instructions, loops, pipes, width
+from benchmarks.compiled_code import machine_code
+from benchmarks.compiled_code.machine_code import (
+    Instruction,
+    Pipes,
+    disassembled,
+    in_flight,
+    instructions,
+    loops,
+    pipes,
+    width,
+)
 
 SASS = """
 .text._kernel:
@@ -62,6 +75,27 @@ def test_loads_in_flight_by_hand() -> None:
 def test_an_unknown_instruction_is_no_guess() -> None:
     with pytest.raises(ValueError, match="QMUL"):
         pipes([Instruction("", "QMUL", "QMUL R1, R2, R3")])
+
+
+def test_machine_code_is_disassembled_once_for_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[bytes] = []
+
+    def disassembler(command: list[str], **_: object) -> SimpleNamespace:
+        runs.append(Path(command[-1]).read_bytes())
+        return SimpleNamespace(stdout=f"code {len(runs)}")
+
+    monkeypatch.setattr(machine_code.subprocess, "run", disassembler)
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    texts = []
+    for cubin in (b"one", b"one", b"another", b"one"):
+        disassembled.cache_clear()  # as another process has it
+        texts.append(disassembled(cubin))
+    monkeypatch.setattr(triton, "__version__", "0.0.0")  # which brings a disassembler of its own
+    disassembled.cache_clear()
+    texts.append(disassembled(b"one"))
+    disassembled.cache_clear()
+    assert texts == ["code 1", "code 1", "code 2", "code 1", "code 3"]
+    assert runs == [b"one", b"another", b"one"]
 
 
 def test_what_arithmetic_allows() -> None:
