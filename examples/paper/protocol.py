@@ -96,6 +96,7 @@ MAIN = {
     "cispo": Method("cispo", {"ceiling": 5.0}),
     "sapo": Method("sapo", {"tau_positive": 1.0, "tau_negative": 1.05}),
 }
+PRIMARY = ["conspo", "grpo"]  # the comparison that the study is for; the others are secondary
 CAUSE = {
     "conspo": MAIN["conspo"],
     "conspo, trust region": Method("conspo", {**CONSTANTS, "trust_region": 0.2}),
@@ -175,7 +176,7 @@ def tuning_seeds(task: str) -> Sequence[int]:
 
 
 def seeds(task: str, method: str) -> Sequence[int]:
-    return SEEDS[:8] if task == "long_sums" and method not in ("conspo", "grpo") else SEEDS
+    return SEEDS[:8] if task == "long_sums" and method not in PRIMARY else SEEDS
 
 
 def tuning(task: str, method: str, results: Results) -> tuple[list[Run], int | None]:
@@ -243,7 +244,7 @@ def planned(results: Results) -> dict[str, list[Unit]]:
     task = "long_sums"
     plan["sums, tuning"] = [run for method in MAIN for run in tuning(task, method, results)[0]]
     plan["sums"] = list(finals(task, list(MAIN), (0,), results))
-    plan["sums, neighbours"] = list(finals(task, ["conspo", "grpo"], (-1, 1), results))
+    plan["sums, neighbours"] = list(finals(task, PRIMARY, (-1, 1), results))
     return plan
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from demo.records import replace_atomically
 
 from . import compare, protocol
-from .protocol import MAIN, SEEDS, SENSITIVITY, Results, Run, Start
+from .protocol import MAIN, PRIMARY, SEEDS, SENSITIVITY, Results, Run, Start
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "paper"
 PAPER = {  # averages over its benchmarks, R1-Distill-Qwen-1.5B: figure 3, read off, and sections 5.2 and 5.3
@@ -129,7 +129,7 @@ def tuning(results: Results, task: str) -> Iterator[str]:
 
 def finals(results: Results, task: str, shift: int = 0) -> dict[str, list[Run]]:
     """By method, the runs at its best rate times 2^shift, of the seeds of which no run is missing."""
-    methods = list(MAIN) if shift == 0 or task == "spell_backward" else ["conspo", "grpo"]
+    methods = list(MAIN) if shift == 0 or task == "spell_backward" else PRIMARY
     runs = {method: list(protocol.finals(task, [method], (shift,), results)) for method in methods}
     return compare.complete(results, runs)
 

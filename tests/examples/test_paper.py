@@ -85,7 +85,7 @@ def test_every_method_has_the_same_seeds_and_no_tuning_seed_is_among_them() -> N
         assert seeds <= set(SEEDS) - set(protocol.TUNING_SEEDS)
     for method in MAIN:  # fewer in the second task for all but the primary comparison
         here = [run.seed for run in plan["sums"] if isinstance(run, Run) and run.method == method]
-        assert here == list(SEEDS if method in ("conspo", "grpo") else SEEDS[:8])
+        assert here == list(SEEDS if method in protocol.PRIMARY else SEEDS[:8])
     names = [unit.name for units in plan.values() for unit in units]
     assert len(set(names)) == sum(report.full_plan().values())
     assert set(names) == set(results)
