@@ -14,7 +14,7 @@ from benchmarks.timing.measure import Call
 from benchmarks.timing.shapes import SCORES, Shape
 from conspo_kernels import conspo_loss, conspo_loss_from_scores, token_logprobs
 from conspo_kernels.backends.registry import backend_for
-from conspo_kernels.values import IGNORED, LogitRows, LogitTransform
+from conspo_kernels.values import IGNORED, LogitRows, LogitTransform, accumulated
 
 OURS = "conspo_kernels"
 THREE_LAUNCHES = "conspo_kernels, three launches"
@@ -161,7 +161,7 @@ def _known(inputs: Inputs, implementation: str) -> dict[str, Candidate]:
     logits, labels = inputs.logits, inputs.labels
     backend = backend_for(implementation, logits.device)
     aligned = torch.where(labels == IGNORE, IGNORED, labels)
-    coefficients = inputs.grad.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    coefficients = inputs.grad.to(accumulated(logits.dtype))
     transform = LogitTransform(softcap=inputs.softcap)
 
     def known(logits: Tensor) -> tuple[Tensor, Tensor]:

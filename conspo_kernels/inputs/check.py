@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from ..backends.registry import BACKENDS
-from ..values import factor
+from ..values import accumulated, factor
 from .autocast import autocast_dtype
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -125,7 +125,7 @@ def weight_grad(value: Any, weight: Tensor) -> None:
     """A buffer that backward adds the gradient of weight to."""
     _tensor("weight_grad", value)
     _shape("weight_grad", value, tuple(weight.shape), "that of weight")
-    wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    wide = accumulated(weight.dtype)
     _dtype("weight_grad", value, (wide,), f"{wide} for weight in {weight.dtype}")
     _same_device("weight_grad", value, "weight", weight.device)
     if any(stride == 0 and n > 1 for stride, n in zip(value.stride(), value.shape, strict=True)):
@@ -142,7 +142,7 @@ def weight_grad(value: Any, weight: Tensor) -> None:
 def logits_dtype(value: Any, hidden: Tensor) -> None:
     if value is not None and not isinstance(value, torch.dtype):
         raise TypeError(f"logits_dtype must be None or a torch.dtype, got {type(value).__name__}")
-    allowed = {None, hidden.dtype, torch.float64 if hidden.dtype == torch.float64 else torch.float32}
+    allowed = {None, hidden.dtype, accumulated(hidden.dtype)}
     if value not in allowed:
         words = " or ".join(sorted(str(x) for x in allowed))
         raise ValueError(f"logits_dtype must be {words} for hidden in {hidden.dtype}, got {value!r}")

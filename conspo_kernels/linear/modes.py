@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Backend
-from ..values import Incoming, LogitRows, LogitTransform, Statistics
+from ..values import Incoming, LogitRows, LogitTransform, Statistics, accumulated
 from . import gemm as gemms
 from .gemm import Sum, slices
 from .tiles import Head, LogitTiles, RowSelection, second_halves
@@ -276,14 +276,13 @@ def _logit_rows(run: Run, z: Tensor, rows: slice) -> LogitRows:
 
 
 def _bias_sum(z: Tensor) -> Tensor:
-    return z.sum(0, dtype=torch.float64 if z.dtype == torch.float64 else torch.float32)
+    return z.sum(0, dtype=accumulated(z.dtype))
 
 
 def _empty(run: Run, with_entropy: bool) -> Statistics:
     """Statistics [n] to be filled."""
     hidden = run.tokens.hidden
-    acc = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    return Statistics.empty((run.tokens.number,), acc, hidden.device, with_entropy)
+    return Statistics.empty((run.tokens.number,), accumulated(hidden.dtype), hidden.device, with_entropy)
 
 
 def _part(statistics: Statistics, rows: slice) -> Statistics:
