@@ -157,8 +157,9 @@ class Statistics(NamedTuple):
 
     @classmethod
     def empty(cls, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, with_entropy: bool) -> Statistics:
-        logprobs, row_max, log_sum = (torch.empty(shape, dtype=dtype, device=device) for _ in range(3))
-        return cls(logprobs, torch.empty_like(logprobs) if with_entropy else None, row_max, log_sum)
+        row_max = torch.empty(shape, dtype=dtype, device=device)
+        logprobs, log_sum = torch.empty_like(row_max), torch.empty_like(row_max)
+        return cls(logprobs, torch.empty_like(row_max) if with_entropy else None, row_max, log_sum)
 
     def incoming(self, grad_logprobs: Tensor, grad_entropy: Tensor | None = None) -> Incoming:
         """For the backward of these rows."""

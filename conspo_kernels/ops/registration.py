@@ -74,9 +74,11 @@ def op(
         schema = torch.library.infer_schema(forward, mutates_args=mutates)
         registered = torch.library.custom_op(f"{NAMESPACE}::{name}", on_device, mutates_args=mutates, schema=schema)
         registered.register_fake(lambda *args, **kwargs: fake(named(*args, **kwargs)))
-        function = None
+        apply = None
         if backward is not None:
             function = _function(named, on_device, save, backward)
+            # Without torch's own search for functorch's tensors in every argument: `_eager` and checks have looked.
+            apply = super(torch.autograd.Function, function).apply
             registered.register_autograd(
                 function.backward, setup_context=lambda ctx, inputs, output: _save(save, ctx, named(*inputs), output)
             )
@@ -91,8 +93,8 @@ def op(
                 if flops is not None and not torch.compiler.is_compiling():
                     _tell_flop_counters()
                 return registered(*args)
-            if function is not None and torch.is_grad_enabled() and _requires_grad(args):
-                return function.apply(*args)
+            if apply is not None and torch.is_grad_enabled() and _requires_grad(args):
+                return apply(*args)
             result = on_device(*args)
             for i in written:
                 if args[i] is not None:
@@ -146,6 +148,8 @@ def _function(
 ) -> Any:
     """The autograd Function of the parts that the op is registered with."""
 
+    positions = {field: i for i, field in enumerate(named._fields)}
+
     # Forward sets up the context itself: with `setup_context`, `apply` binds the arguments by `inspect`, 100 us a call.
     def forward_and_save(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
@@ -156,8 +160,11 @@ def _function(
     def by_position(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         # Kernels read memory, which a lazily negated view has not changed.
         gradients = tuple(x if x is None else x.resolve_neg() for x in gradients)
-        results = backward(ctx, *gradients)
-        return tuple(None if results.get(x) is None else without_derivative(results[x]) for x in named._fields)
+        results: list[Tensor | None] = [None] * len(positions)
+        for name, gradient in backward(ctx, *gradients).items():
+            if gradient is not None:
+                results[positions[name]] = without_derivative(gradient)
+        return tuple(results)
 
     members = {"forward": staticmethod(forward_and_save), "backward": staticmethod(by_position)}
     return type(named.__name__, (torch.autograd.Function,), members)

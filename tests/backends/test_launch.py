@@ -10,7 +10,7 @@ from benchmarks.autotune import CANDIDATES, KERNELS, forced, search
 from benchmarks.compiled import TARGETS
 from conspo_kernels import token_logprobs
 from conspo_kernels.backends.triton import launch as launches
-from conspo_kernels.backends.triton.launch import TABLE, Launch, launch_of
+from conspo_kernels.backends.triton.launch import TABLE, Launch, family
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -23,7 +23,7 @@ def target(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 def test_table(target: str) -> None:
     """A row for each target, of what a search may find too; a tile is a whole number of loads."""
-    row = TABLE[launches.family(DEVICE)]
+    row = TABLE[family(DEVICE)]
     assert set(row) == {*KERNELS, "heavy forward", "forward_backward"}
     assert {row[kernel] for kernel in KERNELS} <= set(CANDIDATES)
     wave = 64 if target.startswith("gfx") else 32
@@ -57,14 +57,14 @@ def test_search(kernel: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def seconds(run: object) -> float:
         run()  # type: ignore[operator]
-        launched.append(launch_of(kernel, torch.zeros(1)))
+        launched.append(TABLE[family(DEVICE)][kernel])
         return 1.0 if launched[-1] == Launch(512, 8) else 2.0
 
     monkeypatch.setattr(autotune, "seconds", seconds)
-    before = launch_of(kernel, torch.zeros(1))
+    before = TABLE[family(DEVICE)][kernel]
     times = search(kernel, 33, torch.float32, DEVICE)
     assert launched == list(times) == list(CANDIDATES)
-    assert launch_of(kernel, torch.zeros(1)) == before
+    assert TABLE[family(DEVICE)][kernel] == before
 
 
 def test_the_row_to_set(monkeypatch: pytest.MonkeyPatch) -> None:

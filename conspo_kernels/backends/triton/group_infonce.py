@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...objective import Objective, Rollouts
 from .direct import kernel
-from .launch import FUSED, ceil_div, registers
+from .launch import FUSED, ceil_div, family, registers
 from .softmax import NEG_INF, finite_max
 
 MEMBERS = tl.constexpr(16)
@@ -262,7 +262,7 @@ def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objec
     _kernel[(num_programs,)](
         scores, rewards, counts, groups.order, groups.offsets, margin_ptr, denominator_ptr, loss, weights, partial,
         num_rollouts, num_groups, groups.size, *numbers, REDUCTION=objective.reduction, **options,
-        **registers(REGISTERS, scores.device),
+        **registers(REGISTERS, family(scores.device)),
     )  # fmt: skip
     if partial is not None and objective.reduction != "none":
         _reduce_kernel[(ceil_div(num_rollouts, BLOCK.value),)](
@@ -275,4 +275,4 @@ def _pointer_or_number(x: Tensor | None) -> tuple[Tensor | None, float]:
     """(tensor, 0) for a 0-d tensor on the device, (None, number) for one that the host can read."""
     if x is None:
         return None, 0.0
-    return (None, float(x.item())) if x.device.type == "cpu" else (x, 0.0)
+    return (None, float(x.item())) if x.is_cpu else (x, 0.0)

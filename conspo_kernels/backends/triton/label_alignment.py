@@ -74,7 +74,7 @@ def _kernel(
 
 def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int) -> Tensor:
     """[B, T] int64 labels of the rows that predict them."""
-    aligned = labels.new_empty(labels.shape, dtype=torch.int64)
+    aligned = torch.empty_like(labels, dtype=torch.int64, memory_format=torch.contiguous_format)
     if response_mask is not None and response_mask.dtype not in MASK_DTYPES:
         response_mask = response_mask != 0
     strides = (*labels.stride(), *((0, 0) if response_mask is None else response_mask.stride()))

@@ -63,11 +63,6 @@ def family(device: torch.device) -> str:
     return "gfx" if architecture(device).startswith("gfx") else "sm"
 
 
-def launch_of(kernel: str, logits: Tensor) -> Launch:
-    """How to launch a kernel on these logits."""
-    return TABLE[family(logits.device)][kernel]
-
-
 @functools.lru_cache(maxsize=16)
 def _cached_row_bytes(device: torch.device) -> float:
     """The longest row of which one per multiprocessor fits the L2."""
@@ -93,9 +88,9 @@ def ceil_div(a: int, b: int) -> int:
 FUSED = {"enable_fp_fusion": True}  # a * b + c as one instruction: from Triton 3.10 on only where asked
 
 
-def registers(most: int, device: torch.device) -> dict[str, int]:
-    """The option that lets a thread have so many registers; there is none on an AMD GPU."""
-    return {} if family(device) == "gfx" else {"maxnreg": most}
+def registers(most: int | None, row: str) -> dict[str, int]:
+    """The option that lets a thread have so many registers; there is none on an AMD GPU.  row: of the table."""
+    return {} if most is None or row == "gfx" else {"maxnreg": most}
 
 
 # How many registers a thread may have: by kernel, bytes of a logit, whether there is a tanh, and an entropy. By
@@ -119,13 +114,12 @@ REGISTERS = {
 }
 
 
-def register_limit(kernel: str, logits: Tensor, tanh: bool, entropy: bool) -> dict[str, int]:
-    """The option of a kernel that walks rows, where ptxas would choose too few registers by itself."""
-    most = REGISTERS.get((kernel, logits.element_size(), tanh, entropy))
-    return {} if most is None else registers(most, logits.device)
+def register_limit(kernel: str, logits: Tensor, tanh: bool, entropy: bool) -> int | None:
+    """Of a kernel that walks rows, where ptxas would choose too few registers by itself."""
+    return REGISTERS.get((kernel, logits.element_size(), tanh, entropy))
 
 
-def vectors_per_thread(launch: Launch, device: torch.device) -> int:
-    """How many vectors of a tile one thread holds."""
-    threads = launch.num_warps * (64 if family(device) == "gfx" else 32)
+def vectors_per_thread(launch: Launch, row: str) -> int:
+    """How many vectors of a tile one thread holds.  row: of the table."""
+    threads = launch.num_warps * (64 if row == "gfx" else 32)
     return max(launch.lanes // threads, 1)

@@ -10,11 +10,14 @@ last bit of a sum.
 All offsets are in elements and 64 bits: 8 x 4k x 150k logits overflow 32.
 """
 
+import functools
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import FUSED, ceil_div, launch_of, vectors_per_thread
+from .launch import FUSED, TABLE, Launch, ceil_div, family, registers, vectors_per_thread
 
 VECTOR_BYTES = 16  # the widest load of one thread
 CHUNK_BYTES = 65536  # of one row per program: 5 programs for a bf16 row of 151,936 logits
@@ -72,20 +75,24 @@ def edges(row, vocab_size, first, last, VECTOR: tl.constexpr):
     return offsets, tl.where(head, i < before, i - VECTOR < behind)
 
 
-def tiles(logits: Tensor, kernel: str) -> dict[str, int]:
-    """Constexprs and warps of a kernel that walks rows.  kernel: of `launch.TABLE`."""
-    size = logits.element_size()
-    launch = launch_of(kernel, logits)
+def tiles(logits: Tensor, kernel: str, most_registers: int | None) -> dict[str, int]:
+    """Constexprs, warps and registers of a kernel that walks rows.  kernel: of `launch.TABLE`."""
+    row = family(logits.device)
+    return _tiles(kernel, TABLE[row][kernel], row, logits.element_size(), most_registers)
+
+
+@functools.lru_cache(maxsize=64)  # made anew it takes 2 us of every launch
+def _tiles(kernel: str, launch: Launch, row: str, size: int, most_registers: int | None) -> dict[str, int]:
     cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes}
     if kernel != "forward_backward":  # a whole row per program
         cut["CHUNK"] = CHUNK_BYTES // size
     if kernel not in ("backward", "heavy"):
-        cut["PARTS"] = vectors_per_thread(launch, logits.device)
-    return cut | FUSED | {"num_warps": launch.num_warps}
+        cut["PARTS"] = vectors_per_thread(launch, row)
+    return cut | FUSED | registers(most_registers, row) | {"num_warps": launch.num_warps}
 
 
-def num_chunks_of(logits: Tensor) -> int:
-    return ceil_div(logits.shape[-1] * logits.element_size(), CHUNK_BYTES)
+def num_chunks_of(vocab_size: int, dtype: torch.dtype) -> int:
+    return ceil_div(vocab_size * dtype.itemsize, CHUNK_BYTES)
 
 
 def aligned_base(x: Tensor) -> tuple[Tensor, int]:

@@ -181,7 +181,7 @@ def backward(
     weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
 ) -> Tensor:
     """The gradient of the scores, weights [S] times factor, at their tokens: [B, T], zero where ignored."""
-    grad_logprobs = weights.new_empty(labels.shape)
+    grad_logprobs = torch.empty_like(labels, dtype=weights.dtype)
     if programs := _num_programs(labels, offsets):
         sizes = (labels.shape[1], labels.numel(), counts.numel())
         _backward_kernel[(programs,)](weights, factor, counts, labels, offsets, grad_logprobs, *sizes, **LAUNCH)
@@ -190,8 +190,8 @@ def backward(
 
 def coefficients(weights: Tensor, labels: Tensor, offsets: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """weights [S] over counts at their tokens [B, T]; counts [S] int32; labels, `IGNORED` where that is 0."""
-    at_tokens = weights.new_empty(labels.shape)
-    counts = weights.new_empty(weights.shape, dtype=torch.int32)
+    at_tokens = torch.empty_like(labels, dtype=weights.dtype)
+    counts = torch.empty_like(weights, dtype=torch.int32)
     kept_labels = torch.empty_like(labels)
     if programs := _num_programs(labels, offsets):
         sizes = (labels.shape[1], labels.numel(), weights.numel())
