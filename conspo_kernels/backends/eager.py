@@ -173,7 +173,12 @@ def _token_segments(offsets: Tensor, num_tokens: int) -> Tensor:
 
 def scaled(weights: Tensor, factor: Tensor) -> Tensor:
     """A weight of zero takes no part: an infinite or NaN factor must not reach it as NaN."""
-    return torch.where(weights == 0, 0.0, weights * factor)
+    return weights if _is_one(factor) else torch.where(weights == 0, 0.0, weights * factor)
+
+
+def _is_one(factor: Tensor) -> bool:
+    """As what comes into a loss mostly is. On a GPU a look at it would wait."""
+    return factor.is_cpu and factor.item() == 1
 
 
 def align(labels: Tensor, response_mask: Tensor | None, offsets: Tensor | None, shift: bool, absent: int) -> Tensor:
@@ -203,5 +208,5 @@ def _next_labels(labels: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    if factor.device.type != "cpu" or factor.item() != 1:  # on a GPU a look at it would wait
+    if not _is_one(factor):
         gradient.mul_(factor)
