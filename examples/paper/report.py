@@ -179,9 +179,9 @@ def part_1(results: Results, task: str) -> Iterator[str]:
 
 
 def mean_of(results: Results, runs: Sequence[Run], of: int = len(SEEDS)) -> str:
-    """Accuracy, with the number of seeds where some are missing."""
+    """Accuracy, with the number of seeds where there are fewer."""
     found = list(compare.values(results, runs).values())
-    some = f" ({len(found)} of {of})" if len(found) < of else ""
+    some = f" ({len(found)} seeds)" if len(found) < of else ""
     return f"{statistics.mean(found):.1%}{some}" if found else ""
 
 
@@ -273,7 +273,7 @@ FIGURES = {
     "cause": ("Divergence, gradient norm and scores over a run, by score and bound", ("cause",)),
     "sensitivity": ("Accuracy by tau, margin and warm-up, and the paper's averages", ("sensitivity",)),
     "pretrained": ("Accuracy before and after, by method and seed", ("pretrained",)),
-    "sums": ("The same for the sums", ("sums, tuning",)),
+    "sums": ("The sums: accuracy over a run, by learning rate, and against ConSPO", ("sums, tuning",)),
 }
 
 
