@@ -19,39 +19,6 @@ PAPER = {  # averages over its benchmarks, R1-Distill-Qwen-1.5B: figure 3, read 
 }  # fmt: skip
 
 
-def full_plan() -> dict[str, int]:
-    """How many runs each part has that no part before it has, if no grid needs an extension."""
-    inside: dict[str, dict[str, float]] = {}
-    middle = {task: protocol.rate(sum(grid) // 2) for task, grid in protocol.START_GRID.items()}
-    for _ in range(2):  # tuning, then what it decides
-        for unit in [unit for units in protocol.planned(inside).values() for unit in units]:
-            inside[unit.name] = {"result": -abs(unit.lr - middle.get(unit.task, 0)) if isinstance(unit, Run) else 0.0}
-    seen: set[str] = set()
-    counts = {}
-    for part, units in protocol.planned(inside).items():
-        names = {unit.name for unit in units} - seen
-        counts[part] = len(names)
-        seen |= names
-    return counts
-
-
-def status(results: Results) -> Iterator[str]:
-    """What is there of what the protocol plans."""
-    yield "| part | runs there | planned | core-hours used | expected |"
-    yield "|---|---|---|---|---|"
-    seen: set[str] = set()
-    totals = [0.0] * 4
-    counts = full_plan()
-    for part, units in protocol.planned(results).items():
-        names = list(dict.fromkeys(unit.name for unit in units if unit.name not in seen))
-        seen |= set(names)
-        there = [results[name]["cpu_seconds"] / 3600 for name in names if name in results]
-        row = [len(there), max(len(names), counts[part]), sum(there), protocol.HOURS[part]]
-        totals = [total + value for total, value in zip(totals, row, strict=True)]
-        yield f"| {part} | {row[0]} | {row[1]} | {row[2]:.2f} | {row[3]:.1f} |"
-    yield f"| all | {totals[0]:.0f} | {totals[1]:.0f} | {totals[2]:.2f} | {totals[3]:.1f} |"
-
-
 def points(differences: Sequence[float], digits: int = 1) -> str:
     """Mean and interval in points."""
     if not differences:
@@ -253,7 +220,6 @@ def pretrained_table(results: Results) -> Iterator[str]:
 
 
 TABLES: dict[str, Callable[[Results], Iterator[str]]] = {
-    "status": status,
     "directions": directions,
     "tuning": lambda results: tuning(results, "spell_backward"),
     "main": lambda results: part_1(results, "spell_backward"),

@@ -87,7 +87,6 @@ def test_every_method_has_the_same_seeds_and_no_tuning_seed_is_among_them() -> N
         here = [run.seed for run in plan["sums"] if isinstance(run, Run) and run.method == method]
         assert here == list(SEEDS if method in protocol.PRIMARY else SEEDS[:8])
     names = [unit.name for units in plan.values() for unit in units]
-    assert len(set(names)) == sum(report.full_plan().values())
     assert set(names) == set(results)
 
 
@@ -255,7 +254,6 @@ def test_the_tables_compare_in_pairs_and_say_what_is_missing() -> None:
     assert lines[4].startswith("| grpo | 1.5e-05 |")
     assert "+4.0 ± 0.0 | **0.000** |" in lines[4]
     assert "+0.0 ± 0.0 | 1.000 |" in next(line for line in lines if line.startswith("| dapo"))
-    assert list(report.status(results))[-1].startswith(f"| all | {len(results)} | {len(results)} |")
     partial = {name: row for name, row in results.items() if not name.endswith(("/sapo/mini-batches/1.5e-05/7", "/11"))}
     lines = list(report.main_table(partial, "spell_backward"))
     assert lines[0] == "10 of 12 seeds."
@@ -282,7 +280,9 @@ def test_the_page_shows_the_records() -> None:
     marks = [line for line in page.splitlines() if line.startswith("<!-- records: ")]
     assert len(marks) == len(set(marks)) == len(report.TABLES.keys() | report.FIGURES.keys())
     planned = {unit.name for units in protocol.planned(results).values() for unit in units}
-    assert set(results) <= planned
+    assert set(results) == planned
+    hours = sum(row["cpu_seconds"] for row in results.values()) / 3600
+    assert f"All {len(planned)} runs that the protocol plans are there, {hours:.1f} core-hours without" in page
     for row in results.values():
         assert {"commit", "versions", "processor", "cpu_seconds"} <= set(row)
     for line in page.splitlines():
