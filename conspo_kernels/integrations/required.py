@@ -7,19 +7,20 @@ import importlib.metadata
 import re
 from types import ModuleType
 
+# The oldest version of each that will do. A pre-release counts as the release that it comes before.
+MINIMUM = {"transformers": "5.0", "trl": "1.16", "verl": "0.9"}
 
-def required(package: str, minimum: str, extra: str) -> ModuleType:
+
+def required(package: str) -> ModuleType:
     """The package, imported.
 
     Args:
-        package: its name, of the module and on the index.
-        minimum: the oldest version that will do, "5.0". A pre-release counts as the release that it comes before.
-        extra: the extra of conspo-kernels that installs it.
+        package: a name of MINIMUM: of the module, on the index, and of the extra of conspo-kernels that installs it.
 
     Raises:
         ImportError: it is missing, cannot be imported, or is too old. The message names the extra.
     """
-    remedy = f"pip install 'conspo-kernels[{extra}]'"
+    minimum, remedy = MINIMUM[package], f"pip install 'conspo-kernels[{package}]'"
     try:
         module = importlib.import_module(package)
     except ImportError as error:

@@ -7,18 +7,16 @@ import importlib.metadata
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from .required import required
+from .required import MINIMUM, required
 
 
 class Supported(NamedTuple):
     """A framework, as an integration needs it.
 
-    minimum: the oldest version that will do.  tested: the one that the tests run with.  companions: other packages
-    whose versions matter.  parts: what of it the integration calls or replaces, "module:name.attribute".  paths: what
-    runs.
+    tested: the version that the tests run with.  companions: other packages whose versions matter.  parts: what of it
+    the integration calls or replaces, "module:name.attribute".  paths: what runs.
     """
 
-    minimum: str
     tested: str
     companions: Sequence[str]
     parts: Sequence[str]
@@ -27,7 +25,7 @@ class Supported(NamedTuple):
 
 FRAMEWORKS = {
     "trl": Supported(
-        "1.16", "1.16.0", ("transformers", "accelerate", "peft", "datasets", "deepspeed", "vllm"),
+        "1.16.0", ("transformers", "accelerate", "peft", "datasets", "deepspeed", "vllm"),
         (
             "trl:GRPOConfig", "trl:GRPOTrainer._get_per_token_logps_and_entropies",
             "trl:GRPOTrainer._generate_and_score_completions", "trl:GRPOTrainer._calculate_rewards",
@@ -43,12 +41,12 @@ FRAMEWORKS = {
         ),
     ),
     "transformers": Supported(
-        "5.0", "5.23.0", ("accelerate", "peft"),
+        "5.23.0", ("accelerate", "peft"),
         ("transformers:PreTrainedModel.get_output_embeddings", "transformers:PreTrainedModel.base_model"),
         ("conspo_loss_of: linear_conspo_loss of the base model's hidden states, where check_head agrees",),
     ),
     "verl": Supported(
-        "0.9", "0.9.1", ("ray", "tensordict", "transformers", "vllm", "sglang"),
+        "0.9.1", ("ray", "tensordict", "transformers", "vllm", "sglang"),
         (
             "verl.trainer.ppo.core_algos:register_adv_est", "verl.trainer.ppo.core_algos:register_policy_loss",
             "verl.trainer.ppo.ray_trainer:compute_advantage", "verl.trainer.ppo.ray_trainer:compute_data_metrics",
@@ -72,7 +70,7 @@ def support(framework: str) -> dict[str, Any]:
     needed = FRAMEWORKS[framework]
     reason = None
     try:
-        required(framework, needed.minimum, framework)
+        required(framework)
     except ImportError as error:
         reason = str(error)
     missing = {} if reason is not None else _missing(needed.parts)
@@ -81,7 +79,7 @@ def support(framework: str) -> dict[str, Any]:
     return {
         "framework": framework,
         "versions": {name: _version_of(name) for name in (framework, *needed.companions)},
-        "minimum": needed.minimum,
+        "minimum": MINIMUM[framework],
         "tested": needed.tested,
         "supported": reason is None,
         "reason": reason,

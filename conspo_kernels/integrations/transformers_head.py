@@ -47,7 +47,7 @@ def causal_lm_of(model: Any) -> Any:
         ValueError: a wrapper whose hooks (DDP, FSDP, DeepSpeed, torch.compile) a call of the model's parts would pass
             by; a PEFT method that changes the input (prompts, activated LoRA); an encoder-decoder model.
     """
-    transformers = required("transformers", "5.0", extra="transformers")
+    transformers = required("transformers")
     if hasattr(model, "peft_config") and hasattr(model, "get_base_model"):
         config = model.active_peft_config
         if config.is_prompt_learning or getattr(config, "alora_invocation_tokens", None):

@@ -45,7 +45,6 @@ from .required import required
 
 NAME = "conspo"
 REPLACED = ("compute_advantage", "compute_data_metrics")  # of verl's trainers
-MINIMUM = "0.9"
 OnStep = Callable[[int, Mapping[str, Tensor]], None]
 
 _old_log_probs: ContextVar[Tensor | None] = ContextVar("old_log_probs", default=None)
@@ -294,5 +293,5 @@ def replace_loss_head() -> Replacement:
 
 def _verl(name: str) -> Any:
     """A module of verl's, checked for its version."""
-    required("verl", MINIMUM, "verl")
+    required("verl")
     return importlib.import_module(f"verl.{name}")

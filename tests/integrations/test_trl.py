@@ -21,7 +21,8 @@ import trl_parts as parts
 from torch import Tensor
 
 import conspo_kernels as ck
-from conspo_kernels.integrations.trl import ConSPOConfig, ConSPOTrainer, config
+from conspo_kernels.integrations.required import required
+from conspo_kernels.integrations.trl import ConSPOConfig, ConSPOTrainer
 
 FOUR = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 4}  # 16 rollouts, groups of 4
 # Rollouts for one step, in four micro-batches or one; for two steps; twice; for half of a step; for a quarter of one.
@@ -285,7 +286,7 @@ def test_an_older_trl_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
         ImportError, match=re.escape("trl >= 1.16 is needed, got 1.15.2: pip install 'conspo-kernels[trl]'")
     ):
-        config.installed_trl()
+        required("trl")
 
 
 def test_importing_needs_no_trl() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field, fields
-from types import ModuleType
 from typing import Any
 
 from ..required import required
@@ -22,11 +21,6 @@ NOT_OF_CONSPO = (
 HEADS = ("auto", "conspo", "trl")
 
 _Config: Any = object  # GRPOConfig, which is not there before TRL is imported
-
-
-def installed_trl() -> ModuleType:
-    """TRL, imported."""
-    return required("trl", "1.16", "trl")
 
 
 @dataclass
@@ -162,7 +156,7 @@ def config_class() -> type:
     """`ConSPOConfig`, made when it is first asked for: its base is TRL's."""
 
     @dataclass
-    class ConSPOConfig(ConSPOSettings, installed_trl().GRPOConfig):  # type: ignore[misc]
+    class ConSPOConfig(ConSPOSettings, required("trl").GRPOConfig):  # type: ignore[misc]
         __doc__ = ConSPOSettings.__doc__
 
     # As if it stood in the module: checkpoints pickle it by this name.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conspo_kernels import linear_token_logprobs, token_logprobs
 
-from .config import installed_trl
+from ..required import required
 
 # Pairs (replacement, TRL's own) while the head is on; empty while it is off.
 _replaced: list[tuple[Any, Any]] = []
@@ -79,7 +79,7 @@ def _exchange(by_id: dict[int, Any]) -> None:
 
 
 def _replacements() -> list[tuple[Any, Any]]:
-    installed_trl()
+    required("trl")
     from trl import kernels
     from trl.trainer import utils
 

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from conspo_kernels import ConSPOWeights, CosineMargin, Parallel, conspo_weights, sequence_scores, trust_region
 
-from .config import config_class, installed_trl
+from ..required import required
+from .config import config_class
 from .policy_head import PolicyHead, PolicyPass, policy_head
 
 # What TRL hands to a model beside the tokens.
@@ -314,7 +315,7 @@ def _of_value(weighted: Tensor, loss: Tensor) -> Tensor:
 def trainer_class() -> type:
     """`ConSPOTrainer`, made when it is first asked for: its base is TRL's."""
 
-    class ConSPOTrainer(ConSPOSteps, installed_trl().GRPOTrainer):  # type: ignore[misc]
+    class ConSPOTrainer(ConSPOSteps, required("trl").GRPOTrainer):  # type: ignore[misc]
         __doc__ = ConSPOSteps.__doc__
 
     ConSPOTrainer.__qualname__ = "ConSPOTrainer"
