@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -262,6 +263,12 @@ def test_settings_from_a_command_line(tmp_path: Path) -> None:
     arguments = f"--output_dir {tmp_path} --use_cpu true --bf16 false --tau 0.5 --group_denominator all".split()
     (parsed,) = trl.TrlParser((ConSPOConfig,)).parse_args_and_config(arguments)
     assert (parsed.tau, parsed.margin, parsed.group_denominator, parsed.loss_type) == (0.5, 0.01, "all", "conspo")
+
+
+def test_the_classes_have_their_public_names() -> None:
+    for name, value in (("ConSPOConfig", ConSPOConfig), ("ConSPOTrainer", ConSPOTrainer)):
+        assert f"{value.__module__}.{value.__qualname__}" == f"conspo_kernels.integrations.trl.{name}"
+        assert pickle.loads(pickle.dumps(value)) is value
 
 
 def test_another_config_raises(tmp_path: Path) -> None:

@@ -159,12 +159,6 @@ def config_class() -> type:
     class ConSPOConfig(ConSPOSettings, required("trl").GRPOConfig):  # type: ignore[misc]
         __doc__ = ConSPOSettings.__doc__
 
-    # As if it stood in the module: checkpoints pickle it by this name.
-    ConSPOConfig.__qualname__ = "ConSPOConfig"
+    # Its public name, by which checkpoints pickle it.
+    ConSPOConfig.__module__, ConSPOConfig.__qualname__ = __package__, "ConSPOConfig"
     return ConSPOConfig
-
-
-def __getattr__(name: str) -> Any:
-    if name == "ConSPOConfig":
-        return config_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -318,11 +318,5 @@ def trainer_class() -> type:
     class ConSPOTrainer(ConSPOSteps, required("trl").GRPOTrainer):  # type: ignore[misc]
         __doc__ = ConSPOSteps.__doc__
 
-    ConSPOTrainer.__qualname__ = "ConSPOTrainer"
+    ConSPOTrainer.__module__, ConSPOTrainer.__qualname__ = __package__, "ConSPOTrainer"
     return ConSPOTrainer
-
-
-def __getattr__(name: str) -> Any:
-    if name == "ConSPOTrainer":
-        return trainer_class()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
