@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from ..coefficients import check_trust_region
 from ..required import required
 
 # What GRPO's clipped ratios, advantages, KL and entropy terms read. ConSPO has none of them: it contrasts the scores of
@@ -98,8 +99,7 @@ class ConSPOSettings(_Config):
             raise ValueError(f"group_denominator must be 'valid' or 'all', got {self.group_denominator!r}")
         if self.loss_head not in HEADS:
             raise ValueError(f"loss_head must be 'auto', 'conspo' or 'trl', got {self.loss_head!r}")
-        if self.trust_region is not None and not 0 < self.trust_region < math.inf:
-            raise ValueError(f"trust_region must be positive and finite, or None, got {self.trust_region}")
+        check_trust_region(self.trust_region)
 
     def _check_grpo(self) -> None:
         defaults = {it.name: it.default for it in fields(self)}
