@@ -15,7 +15,6 @@ weights would have by about ds / tau: at tau = 10 and 0.1 nats by one per cent. 
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -74,10 +73,7 @@ class Objective:
         mask = response_mask.bool()
         if bool(torch.isnan(logprobs).logical_and(mask).any()):
             raise ValueError("a log-probability of a response token is NaN: there are no scores to weigh")
-        labels = torch.zeros_like(mask, dtype=torch.int64)
-        scores = sequence_scores(
-            logprobs.detach(), labels, response_mask=mask, cu_seqlens=cu_seqlens, parallel=_context(parallel)
-        )
+        scores = masked_scores(logprobs.detach(), mask, cu_seqlens, parallel)
         return conspo_weights(
             scores, rewards, groups, tau=self.tau, margin=self._margin_at(step),
             reward_threshold=self.reward_threshold, parallel=parallel, return_metrics=True,
@@ -91,11 +87,12 @@ class Objective:
         return self.margin(step)
 
 
-def _context(parallel: Parallel | None) -> Parallel | None:
-    """Of `parallel` what concerns the sum over a rollout's tokens."""
-    if parallel is None or parallel.context is None:
-        return None
-    return Parallel(context=parallel.context, grad_reduction=parallel.grad_reduction)
+def masked_scores(
+    logprobs: Tensor, mask: Tensor, cu_seqlens: Tensor | None = None, parallel: Parallel | None = None
+) -> Tensor:
+    """[S] means of rollouts, padded or packed, over the tokens whose mask is not zero; NaN where there is none."""
+    labels = torch.zeros_like(mask, dtype=torch.int64)
+    return sequence_scores(logprobs, labels, response_mask=mask, cu_seqlens=cu_seqlens, parallel=parallel)
 
 
 def token_advantages(weights: Tensor, response_mask: Tensor, scale: float) -> Tensor:
@@ -172,11 +169,8 @@ def reuse_metrics(
     """
     mask = response_mask.bool()
     changes = torch.where(mask, logprobs.float() - old_logprobs.float(), 0.0)
-    of_rollouts = functools.partial(
-        sequence_scores, labels=torch.zeros_like(mask, dtype=torch.int64), response_mask=mask, cu_seqlens=cu_seqlens
-    )
-    empty = of_rollouts(torch.ones_like(changes)).isnan()
-    drift = of_rollouts(changes).abs().masked_fill(empty, 0.0).max()
+    empty = masked_scores(torch.ones_like(changes), mask, cu_seqlens).isnan()
+    drift = masked_scores(changes, mask, cu_seqlens).abs().masked_fill(empty, 0.0).max()
     stopped = mask & stopped_tokens(logprobs, advantages, old_logprobs, epsilon)
     share = stopped.sum() / (mask & (advantages != 0)).sum().clamp(min=1)
     return {

@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conspo_kernels import ConSPOWeights, CosineMargin, Parallel, conspo_weights, sequence_scores, trust_region
+from conspo_kernels import ConSPOWeights, CosineMargin, Parallel, conspo_weights, trust_region
 
+from ..coefficients import masked_scores
 from ..required import required
 from .config import config_class
 from .policy_head import PolicyHead, PolicyPass, policy_head
@@ -154,7 +155,7 @@ class ConSPOSteps(_Trainer):
     def _note(self, rollouts: Rollouts, logprobs: Tensor) -> None:
         """Adds what the second phase needs of log-probabilities that were taken just now, without a graph."""
         mask = _response_mask(rollouts)
-        rollouts["conspo_scores"] = _scores(logprobs, mask)
+        rollouts["conspo_scores"] = masked_scores(logprobs, mask)
         assert self._entropy is not None
         rollouts["conspo_entropy"] = (self._entropy * mask).sum(dim=1)
         if self._bounded(rollouts):
@@ -195,13 +196,13 @@ class ConSPOSteps(_Trainer):
             return self._loss_of_a_step(model, inputs)
         mask, weights = self._within_trust_region(inputs, inputs["conspo_weights"])
         self._log_tokens(inputs, inputs["conspo_weights"], mask)
-        before = _scores(inputs["conspo_logprobs"], mask) if self._bounded(inputs) else inputs["conspo_scores"]
+        before = masked_scores(inputs["conspo_logprobs"], mask) if self._bounded(inputs) else inputs["conspo_scores"]
         if self._head is not None:
             known = self._head.weighted_scores(model, weights, before, mask, self._loss_scale())
             self._logprobs(known, inputs)
             weighted, drift = known.output.loss, known.output.metrics["conspo/score_drift"]
         else:
-            scores = _scores(self._logprobs(model, inputs), mask)
+            scores = masked_scores(self._logprobs(model, inputs), mask)
             weighted = _weighted(weights, scores, mask, inputs)
             drift = torch.where(weights != 0, (scores.detach() - before).abs(), 0.0).max()
         self._metrics["train"]["conspo/score_drift"].append(self.accelerator.gather(drift).max().item())
@@ -215,7 +216,7 @@ class ConSPOSteps(_Trainer):
         self._log_tokens(inputs, weights, mask)
         if self.model.training:
             self._metrics["train"]["conspo/score_drift"].append(0.0)  # the weights are of these very scores
-        return _of_value(_weighted(trusted, _scores(logprobs, mask), mask, inputs), loss)
+        return _of_value(_weighted(trusted, masked_scores(logprobs, mask), mask, inputs), loss)
 
     def _within_trust_region(self, rollouts: Rollouts, weights: Tensor) -> tuple[Tensor, Tensor]:
         """The response mask without the tokens that a trust region stops, and weights of means over the others.
@@ -293,11 +294,6 @@ def _response_mask(rollouts: Rollouts) -> Tensor:
     """[B, T], zero for padding and what a tool wrote."""
     mask: Tensor = rollouts["completion_mask"]
     return mask if rollouts.get("tool_mask") is None else mask * rollouts["tool_mask"]
-
-
-def _scores(logprobs: Tensor, mask: Tensor) -> Tensor:
-    """[B], NaN for a rollout without response tokens."""
-    return sequence_scores(logprobs, torch.zeros_like(mask), response_mask=mask)
 
 
 def _weighted(weights: Tensor, scores: Tensor, mask: Tensor, rollouts: Rollouts) -> Tensor:
