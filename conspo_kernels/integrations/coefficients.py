@@ -10,7 +10,7 @@ carry -w_i / n_i, times what the trainer divides by; its policy loss is linear: 
 differ in where all log-probabilities are known, and in what they divide by: one module each.
 
 From the second update on a batch on the weights are those of older scores. Where scores have moved by ds since then,
-weights would have by about ds / tau: at tau = 10 and 0.1 nats by one per cent. `reuse_metrics` says how far it is.
+weights would have by about ds / tau: at tau = 10 and 0.1 nats by one per cent. `summed_loss` says how far it is.
 """
 
 from __future__ import annotations
@@ -144,8 +144,7 @@ def stopped_tokens(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor, e
     return (advantages != 0) & (_trusted(logprobs, advantages, old_logprobs, epsilon) == 0)
 
 
-@torch.no_grad()
-def reuse_metrics(
+def summed_loss(
     logprobs: Tensor,
     advantages: Tensor,
     old_logprobs: Tensor,
@@ -154,8 +153,8 @@ def reuse_metrics(
     tau: float = 10.0,
     epsilon: float | None = None,
     cu_seqlens: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """How old the weights of these rollouts are, and what a trust region stopped: what every integration logs.
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The sum of `linear_loss` over response tokens, and what every integration logs of weights that grow old.
 
     Args:
         logprobs, advantages, old_logprobs, response_mask: [b, T] padded, or [N] packed with `cu_seqlens` [b + 1].
@@ -163,17 +162,20 @@ def reuse_metrics(
         tau, epsilon: of the objective and the trust region.
 
     Returns:
-        0-d tensors. `conspo/score_drift`: the largest change of a rollout's score, in nats per token.
+        The sum, 0-d, and metrics without a graph, 0-d each:
+        `conspo/score_drift`: the largest change of a rollout's score, in nats per token.
         `conspo/weight_drift`: that divided by tau, about the relative change of a weight that it stands for.
         `conspo/trust_region_fraction`: of the response tokens with an advantage, the share that was stopped.
     """
     mask = response_mask.bool()
-    changes = torch.where(mask, logprobs.float() - old_logprobs.float(), 0.0)
-    empty = masked_scores(torch.ones_like(changes), mask, cu_seqlens).isnan()
-    drift = masked_scores(changes, mask, cu_seqlens).abs().masked_fill(empty, 0.0).max()
-    stopped = mask & stopped_tokens(logprobs, advantages, old_logprobs, epsilon)
-    share = stopped.sum() / (mask & (advantages != 0)).sum().clamp(min=1)
-    return {
+    loss = torch.where(mask, linear_loss(logprobs, advantages, old_logprobs, epsilon), 0.0).sum()
+    with torch.no_grad():
+        changes = torch.where(mask, logprobs.float() - old_logprobs.float(), 0.0)
+        empty = masked_scores(torch.ones_like(changes), mask, cu_seqlens).isnan()
+        drift = masked_scores(changes, mask, cu_seqlens).abs().masked_fill(empty, 0.0).max()
+        stopped = mask & stopped_tokens(logprobs, advantages, old_logprobs, epsilon)
+        share = stopped.sum() / (mask & (advantages != 0)).sum().clamp(min=1)
+    return loss, {
         "conspo/score_drift": drift,
         "conspo/weight_drift": drift / tau,
         "conspo/trust_region_fraction": share.to(drift.dtype),

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coefficients import Margin, Objective, check_trust_region, linear_loss, reuse_metrics, token_advantages
+from .coefficients import Margin, Objective, check_trust_region, summed_loss, token_advantages
 
 
 def conspo_advantages(
@@ -107,7 +107,7 @@ class ConSPOPolicyLoss(nn.Module):
         trust_region: epsilon of `conspo_kernels.trust_region` around the policy at the batch's beginning; None, as in
             the paper: none.
 
-    `metrics` are those of `reuse_metrics`, of the call before.
+    `metrics` are those of `summed_loss`, of the call before.
     """
 
     def __init__(self, tau: float = 10.0, trust_region: float | None = None) -> None:
@@ -135,8 +135,7 @@ class ConSPOPolicyLoss(nn.Module):
         del rollout_log_probs, batch_num_tokens
         if action_mask is None or global_batch_size is None:
             raise ValueError("ConSPO needs action_mask and the optimizer step's global_batch_size")
-        summed = (linear_loss(log_probs, advantages, old_log_probs, self.trust_region) * action_mask).sum()
-        self.metrics = reuse_metrics(
+        summed, self.metrics = summed_loss(
             log_probs, advantages, old_log_probs, action_mask, tau=self.tau, epsilon=self.trust_region
         )
         mask = action_mask.bool()

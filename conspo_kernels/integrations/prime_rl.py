@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .coefficients import Margin, Objective, linear_loss, reuse_metrics
+from .coefficients import Margin, Objective, summed_loss
 
 
 class TokenStream(NamedTuple):
@@ -87,7 +87,7 @@ def policy_loss(inputs: Any, tau: float = 10.0, trust_region: float | None = Non
             paper: none.
 
     Returns:
-        `LossOutputs`: the loss, and the metrics of `reuse_metrics`, of the trainer's scores beside those of the
+        `LossOutputs`: the loss, and the metrics of `summed_loss`, of the trainer's scores beside those of the
         inference engine.
 
     Raises:
@@ -99,7 +99,6 @@ def policy_loss(inputs: Any, tau: float = 10.0, trust_region: float | None = Non
         raise ValueError("loss_weights are missing: ConSPO needs the rl_weights that group_streams gives each token")
     mask, logprobs, old = inputs.loss_mask, inputs.trainer_logprobs, inputs.inference_logprobs
     advantages = inputs.advantages * inputs.loss_weights
-    loss = linear_loss(logprobs[mask], advantages[mask], old[mask], trust_region).sum()
     ends = torch.tensor([0, len(logprobs)], device=logprobs.device)
-    metrics = reuse_metrics(logprobs, advantages, old, mask, tau=tau, epsilon=trust_region, cu_seqlens=ends)
+    loss, metrics = summed_loss(logprobs, advantages, old, mask, tau=tau, epsilon=trust_region, cu_seqlens=ends)
     return LossOutputs(loss=loss, metrics=metrics)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from conspo_kernels import ConSPOWeights
 
-from .coefficients import Margin, Objective, group_ids, linear_loss, reuse_metrics, token_advantages
+from .coefficients import Margin, Objective, group_ids, summed_loss, token_advantages
 
 
 def batch_weights(data: Any, objective: Objective, step: float | None = None) -> ConSPOWeights:
@@ -109,12 +109,11 @@ def policy_loss(
         trust_region: epsilon of `conspo_kernels.trust_region` around `old_log_probs`; None, as in the paper: none.
 
     Returns:
-        The loss, and metrics: those of `reuse_metrics`, all zero in the first mini-batch, and SkyRL's `clip_ratio`, the
+        The loss, and metrics: those of `summed_loss`, all zero in the first mini-batch, and SkyRL's `clip_ratio`, the
         share of stopped tokens.
     """
     del config, rollout_logprobs
-    loss = linear_loss(log_probs, advantages, old_log_probs, trust_region)
-    mask = torch.ones_like(loss, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
-    reused = reuse_metrics(log_probs, advantages, old_log_probs, mask, tau=tau, epsilon=trust_region)
+    mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
+    loss, reused = summed_loss(log_probs, advantages, old_log_probs, mask, tau=tau, epsilon=trust_region)
     metrics = {name: float(value) for name, value in reused.items()}
-    return (loss * mask).sum(), {"clip_ratio": metrics["conspo/trust_region_fraction"], **metrics}
+    return loss, {"clip_ratio": metrics["conspo/trust_region_fraction"], **metrics}

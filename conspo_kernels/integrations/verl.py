@@ -31,15 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .coefficients import (
-    Margin,
-    Objective,
-    check_trust_region,
-    group_ids,
-    linear_loss,
-    reuse_metrics,
-    token_advantages,
-)
+from .coefficients import Margin, Objective, check_trust_region, group_ids, summed_loss, token_advantages
 from .replace import Replacement
 from .required import required
 
@@ -231,7 +223,7 @@ def policy_loss(
         tau, trust_region: as `register`.
 
     Returns:
-        The loss, and metrics: `actor/ppo_kl`, mean of old - new, and those of `reuse_metrics`. All are zero in the
+        The loss, and metrics: `actor/ppo_kl`, mean of old - new, and those of `summed_loss`. All are zero in the
         first mini-batch, where the gradient is exact.
 
     Raises:
@@ -241,12 +233,11 @@ def policy_loss(
     """
     del loss_agg_mode
     mini_batch = _checked_mini_batch(config, rollout_is_weights)
+    summed, reused = summed_loss(log_prob, advantages, old_log_prob, response_mask, tau=tau, epsilon=trust_region)
     # As verl's "seq-mean-token-sum": FSDP and DDP average over the data-parallel ranks, hence the factor.
-    summed = (linear_loss(log_prob, advantages, old_log_prob, trust_region) * response_mask).sum()
     loss = summed * mini_batch.get("dp_size", 1) / mini_batch["global_batch_size"]
     difference = (old_log_prob - log_prob).detach()[response_mask.bool()]
     kl = difference.mean() if difference.numel() else torch.zeros(())
-    reused = reuse_metrics(log_prob, advantages, old_log_prob, response_mask, tau=tau, epsilon=trust_region)
     values = torch.stack([x.float() for x in (kl, *reused.values())]).tolist()  # one synchronisation
     return loss, dict(zip(("actor/ppo_kl", *reused), values, strict=True))
 
