@@ -1,42 +1,37 @@
-"""A function of another package, replaced wherever that package's modules hold it, and restored."""
+"""Functions and classes of another package, replaced wherever loaded modules hold them, and restored."""
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
 
 class Replacement:
-    """In every loaded module that holds `original` under its name, another function in its place.
+    """In every loaded module that holds an original, under whatever name, another object in its place.
 
     `from package import function` copies the reference, so a module that was loaded before has its own. One that is
-    loaded later takes the new function from the module it imports it from.
+    loaded later takes the new object from the module it imports it from.
 
     Args:
-        name: the name that the modules hold it under.
-        original: the function.
-        function: what takes its place.
+        pairs: (original, what takes its place); no module may hold the latter yet, as `undo` would take it away.
+        within: the package whose modules are meant; "": all modules.
     """
 
-    def __init__(self, name: str, original: Callable[..., Any], function: Callable[..., Any]) -> None:
-        self._name, self._original = name, original
-
-        # A function of its own: who imported `function` itself under this name keeps it when this is undone.
-        @functools.wraps(function)
-        def in_its_place(*arguments: Any, **options: Any) -> Any:
-            return function(*arguments, **options)
-
-        self._function = in_its_place
-        _rebind(name, original, in_its_place)
+    def __init__(self, pairs: Iterable[tuple[Any, Any]], within: str = "") -> None:
+        self._pairs, self._within = list(pairs), within
+        _rebind({id(original): new for original, new in self._pairs}, within)
 
     def undo(self) -> None:
-        """The original in every module that holds the replacement, modules loaded since included."""
-        _rebind(self._name, self._function, self._original)
+        """The originals in every module that holds what replaced them, modules loaded since included."""
+        _rebind({id(new): original for original, new in self._pairs}, self._within)
 
 
-def _rebind(name: str, old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    for module in list(sys.modules.values()):
-        if getattr(module, "__dict__", {}).get(name) is old:
-            setattr(module, name, new)
+def _rebind(by_id: dict[int, Any], within: str) -> None:
+    """Every name that refers to a key, by its id, refers to the value."""
+    for module_name, module in list(sys.modules.items()):
+        if within and module_name.partition(".")[0] != within:
+            continue
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if id(value) in by_id:
+                setattr(module, name, by_id[id(value)])

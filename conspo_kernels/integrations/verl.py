@@ -36,7 +36,6 @@ from .replace import Replacement
 from .required import required
 
 NAME = "conspo"
-REPLACED = ("compute_advantage", "compute_data_metrics")  # of verl's trainers
 OnStep = Callable[[int, Mapping[str, Tensor]], None]
 
 _old_log_probs: ContextVar[Tensor | None] = ContextVar("old_log_probs", default=None)
@@ -75,7 +74,8 @@ def register(
     if _registered is not None or NAME in core.ADV_ESTIMATOR_REGISTRY or NAME in core.POLICY_LOSS_REGISTRY:
         raise ValueError(f'"{NAME}" is registered in verl already: undo() that registration first')
     check_trust_region(trust_region)
-    advantage, metrics = (getattr(_verl("trainer.ppo.ray_trainer"), name) for name in REPLACED)
+    trainer = _verl("trainer.ppo.ray_trainer")
+    advantage, metrics = trainer.compute_advantage, trainer.compute_data_metrics
     logged: dict[str, float] = {}
 
     def note(step: int, values: Mapping[str, Tensor]) -> None:
@@ -86,17 +86,16 @@ def register(
     estimator = advantage_estimator(Objective(tau, margin, reward_threshold), step=_training_step, on_step=note)
     core.register_adv_est(NAME)(estimator)
     core.register_policy_loss(NAME)(functools.partial(policy_loss, tau=tau, trust_region=trust_region))
-    wrapped = (_giving_old_log_probs(advantage), _with_metrics(metrics, logged))
-    replacements = [Replacement(*it) for it in zip(REPLACED, (advantage, metrics), wrapped, strict=True)]
-    _registered = Registration(replacements)
+    pairs = [(advantage, _giving_old_log_probs(advantage)), (metrics, _with_metrics(metrics, logged))]
+    _registered = Registration(Replacement(pairs))
     return _registered
 
 
 class Registration:
     """What `register` did, to be undone."""
 
-    def __init__(self, replacements: Sequence[Replacement]) -> None:
-        self._replacements = replacements
+    def __init__(self, replacement: Replacement) -> None:
+        self._replacement = replacement
 
     def undo(self) -> None:
         """Take estimator and loss out of verl's registries and restore its functions. Twice does nothing."""
@@ -105,8 +104,7 @@ class Registration:
             core = _verl("trainer.ppo.core_algos")
             core.ADV_ESTIMATOR_REGISTRY.pop(NAME)
             core.POLICY_LOSS_REGISTRY.pop(NAME)
-            for replacement in self._replacements:
-                replacement.undo()
+            self._replacement.undo()
             _registered = None
 
     def __enter__(self) -> Registration:
@@ -279,7 +277,13 @@ def replace_loss_head() -> Replacement:
     original = _verl("utils.kernel.linear_cross_entropy").linear_cross_entropy
     if getattr(original, "__wrapped__", None) is linear_cross_entropy:
         raise ValueError("verl's loss head is replaced already: undo() that first")
-    return Replacement("linear_cross_entropy", original, linear_cross_entropy)
+
+    # A function of its own: who imported ours from its own module keeps it when this is undone.
+    @functools.wraps(linear_cross_entropy)
+    def in_its_place(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(*arguments, **options)
+
+    return Replacement([(original, in_its_place)])
 
 
 def _verl(name: str) -> Any:

@@ -7,7 +7,6 @@ to these in TRL's modules are to the functions below, which take and return the 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,10 +16,10 @@ from torch import Tensor
 
 from conspo_kernels import linear_token_logprobs, token_logprobs
 
+from ..replace import Replacement
 from ..required import required
 
-# Pairs (replacement, TRL's own) while the head is on; empty while it is off.
-_replaced: list[tuple[Any, Any]] = []
+_replacement: Replacement | None = None  # while the head is on
 
 ALL_STATISTICS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # those of ChunkedLogProbFunction, in order
 Statistics = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
@@ -33,7 +32,7 @@ def fused_loss_head() -> Iterator[None]:
     Raises:
         ImportError: TRL is missing or too old.
     """
-    before = bool(_replaced)
+    before = _replacement is not None
     enable_fused_loss_head()
     try:
         yield
@@ -54,43 +53,33 @@ def enable_fused_loss_head() -> None:
         call that asks for log_sum_sq_probs, mean_logits or is_top1 (SFT, DPO and KTO do), which TRL's own function
         computes, without a gradient.
     """
-    if _replaced:
-        return
-    _replaced.extend(_replacements())
-    _exchange({id(original): replacement for replacement, original in _replaced})
+    global _replacement
+    if _replacement is None:
+        _replacement = Replacement(_pairs(), within="trl")
 
 
 def disable_fused_loss_head() -> None:
     """TRL's own functions are back, in modules that TRL imported in the meantime too."""
-    _exchange({id(replacement): original for replacement, original in _replaced})
-    _replaced.clear()
+    global _replacement
+    if _replacement is not None:
+        _replacement.undo()
+        _replacement = None
 
 
-def _exchange(by_id: dict[int, Any]) -> None:
-    """Every name in TRL's modules that refers to a key, by its id, refers to the value."""
-    if not by_id:
-        return
-    for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] != "trl" or module is None:
-            continue
-        for attribute, value in list(vars(module).items()):
-            if id(value) in by_id:
-                setattr(module, attribute, by_id[id(value)])
-
-
-def _replacements() -> list[tuple[Any, Any]]:
+def _pairs() -> list[tuple[Any, Any]]:
+    """TRL's own, and what takes its place."""
     required("trl")
     from trl import kernels
     from trl.trainer import utils
 
     function, selective = kernels.ChunkedLogProbFunction, utils.selective_log_softmax
-    replacements = [
-        (type("FusedLogProbs", (), {"apply": staticmethod(_chunked(function))}), function),
-        (_selective(selective), selective),
-        (_with_entropy(), utils.selective_log_softmax_and_entropy),
+    pairs = [
+        (function, type("FusedLogProbs", (), {"apply": staticmethod(_chunked(function))})),
+        (selective, _selective(selective)),
+        (utils.selective_log_softmax_and_entropy, _with_entropy()),
     ]
     kernel = getattr(kernels, "selective_log_softmax_and_entropy", None)
-    return replacements if kernel is None else [*replacements, (_kernel(), kernel)]  # None where there is no Triton
+    return pairs if kernel is None else [*pairs, (kernel, _kernel())]  # None where there is no Triton
 
 
 def _chunked(function: Any) -> Callable[..., Statistics]:
