@@ -74,18 +74,22 @@ def _pairs() -> list[tuple[Any, Any]]:
 
     function, selective = kernels.ChunkedLogProbFunction, utils.selective_log_softmax
     pairs = [
-        (function, type("FusedLogProbs", (), {"apply": staticmethod(_chunked(function))})),
+        (function, FusedLogProbs(function)),
         (selective, _selective(selective)),
-        (utils.selective_log_softmax_and_entropy, _with_entropy()),
+        (utils.selective_log_softmax_and_entropy, selective_log_softmax_and_entropy),
     ]
     kernel = getattr(kernels, "selective_log_softmax_and_entropy", None)
-    return pairs if kernel is None else [*pairs, (kernel, _kernel())]  # None where there is no Triton
+    return pairs if kernel is None else [*pairs, (kernel, logprobs_and_entropies)]  # None where there is no Triton
 
 
-def _chunked(function: Any) -> Callable[..., Statistics]:
-    """In place of the `apply` of TRL's autograd function."""
+class FusedLogProbs:
+    """In place of TRL's autograd function `ChunkedLogProbFunction`."""
 
-    def fused_logprobs(
+    def __init__(self, original: Any) -> None:
+        self.original = original
+
+    def apply(
+        self,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
@@ -113,12 +117,10 @@ def _chunked(function: Any) -> Callable[..., Statistics]:
         if not others:
             return logprobs, entropy, None, None, None
         with torch.no_grad():
-            statistics = function.apply(
+            statistics = self.original.apply(
                 hidden, weight, bias, targets, temperature, chunk_size, final_logit_softcapping, logit_scale, others
             )
         return logprobs, entropy, *statistics[2:]
-
-    return fused_logprobs
 
 
 def _cast_weight(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -163,33 +165,23 @@ def _selective(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return selective_log_softmax
 
 
-def _with_entropy() -> Callable[..., tuple[Tensor, Tensor]]:
-    """In place of `trl.trainer.utils.selective_log_softmax_and_entropy`."""
-
-    def selective_log_softmax_and_entropy(
-        logits: Tensor,
-        index: Tensor,
-        entropy_requires_grad: bool = True,
-        temperature: float = 1.0,
-        row_mask: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Of logits [..., V], index and row_mask [...]."""
-        logprobs, entropy = _of_rows(logits, index, temperature, row_mask, True)
-        return logprobs, entropy if entropy_requires_grad else entropy.detach()
-
-    return selective_log_softmax_and_entropy
+def selective_log_softmax_and_entropy(
+    logits: Tensor,
+    index: Tensor,
+    entropy_requires_grad: bool = True,
+    temperature: float = 1.0,
+    row_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """In place of `trl.trainer.utils`'s: of logits [..., V], index and row_mask [...]."""
+    logprobs, entropy = _of_rows(logits, index, temperature, row_mask, True)
+    return logprobs, entropy if entropy_requires_grad else entropy.detach()
 
 
-def _kernel() -> Callable[..., tuple[Tensor, Tensor]]:
-    """In place of `trl.kernels.selective_log_softmax_and_entropy`."""
-
-    def selective_log_softmax_and_entropy(
-        logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Of logits [..., V], index and row_mask [...]."""
-        return _of_rows(logits, index, temperature, row_mask, True)
-
-    return selective_log_softmax_and_entropy
+def logprobs_and_entropies(
+    logits: Tensor, index: Tensor, temperature: float = 1.0, row_mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """In place of `trl.kernels.selective_log_softmax_and_entropy`: of logits [..., V], index and row_mask [...]."""
+    return _of_rows(logits, index, temperature, row_mask, True)
 
 
 def _of_rows(
