@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from conspo_kernels import ConSPOOutput, linear_conspo_loss
 
-from .transformers_batch import check_rewards, from_unpadded, packed, rollout_tokens
+from .transformers_batch import RolloutTokens, check_rewards, from_unpadded, packed, rollout_tokens
 from .transformers_check import check_head, check_packing, check_terms, checked_head, checked_packing
 from .transformers_head import CausalLMHead, as_weight, causal_lm_head, last_hidden_states
 
@@ -79,8 +79,13 @@ def head_inputs(model: nn.Module, batch: Mapping[str, Any]) -> HeadInputs:
     check_terms(model, tokens.inputs)
     if tokens.cu_seqlens is not None:
         checked_packing(model, tokens.inputs)
+    return linear_inputs(as_weight(last_hidden_states(model, tokens.inputs), head.weight), head, tokens)
+
+
+def linear_inputs(hidden: Tensor, head: CausalLMHead, tokens: RolloutTokens) -> HeadInputs:
+    """The arguments, of their parts."""
     return HeadInputs(
-        hidden=as_weight(last_hidden_states(model, tokens.inputs), head.weight),
+        hidden=hidden,
         weight=head.weight,
         labels=tokens.labels,
         bias=head.bias,

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from conspo_kernels import ConSPOOutput, linear_token_logprobs, linear_weighted_score_loss
 
+from ..transformers import linear_inputs
 from ..transformers_batch import rollout_tokens
 from ..transformers_check import checked_head
 from ..transformers_head import causal_lm_head, causal_lm_of, last_hidden_states
@@ -87,17 +88,8 @@ class PolicyHead:
         hidden = last_hidden_states(lm, tokens.inputs)
         device = hidden.device.type
         with torch.autocast(device, enabled=False) if self.in_fp32 else contextlib.nullcontext():
-            yield {
-                "hidden": hidden.float() if self.in_fp32 else hidden,
-                "weight": head.weight,
-                "labels": tokens.labels,
-                "bias": head.bias,
-                "logit_scale": head.logit_scale,
-                "softcap": head.softcap,
-                "response_mask": tokens.response_mask,
-                "shift": True,
-                "temperature": self.temperature,
-            }
+            inputs = linear_inputs(hidden.float() if self.in_fp32 else hidden, head, tokens)
+            yield {**inputs, "temperature": self.temperature}
 
 
 class PolicyPass:
