@@ -49,9 +49,8 @@ def conspo_advantages(
     """
     masks = [experience.action_mask.bool() for experience in experiences]
     lengths = torch.cat([mask.sum(dim=1) for mask in masks]).cpu()
-    packed = [x.action_log_probs[mask] for x, mask in zip(experiences, masks, strict=True)]
-    logprobs = torch.cat(packed)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(dim=0)]).to(logprobs.device)
+    logprobs = torch.cat([x.action_log_probs[mask] for x, mask in zip(experiences, masks, strict=True)])
+    offsets = torch.nn.functional.pad(lengths.cumsum(dim=0), (1, 0))
     index = torch.tensor([i for experience in experiences for i in experience.index], dtype=torch.int64)
     mask, verdicts = torch.ones_like(logprobs), torch.cat(list(rewards)).to(logprobs.device)
     groups = index // samples_per_prompt

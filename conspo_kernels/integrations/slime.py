@@ -47,8 +47,7 @@ def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> Non
     _check(args, rollout_data)
     logprobs: list[Tensor] = rollout_data["log_probs"]
     device = logprobs[0].device
-    lengths = torch.tensor([x.numel() for x in logprobs], dtype=torch.int64)
-    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(dim=0)]).to(device)
+    offsets = torch.tensor([0, *(x.numel() for x in logprobs)]).cumsum(dim=0)
     indices = torch.as_tensor(rollout_data["sample_indices"], dtype=torch.int64, device=device)
     rewards = torch.as_tensor(rollout_data["rewards"], dtype=torch.float32, device=device)
     ranks = _data_parallel_ranks()
@@ -95,16 +94,17 @@ def policy_loss(
     entropy_loss = sum_of_sample_mean(entropy)
     # A rank without response tokens still has to take part in backward.
     loss = pg_loss - args.entropy_coef * entropy_loss + (0 * logits.sum() if logprobs.numel() == 0 else 0)
+    drift = _score_drift(batch, logprobs.detach(), old)
+    stopped = stopped_tokens(logprobs, advantages, old, epsilon)
     logged = {
         "loss": loss,
         "pg_loss": pg_loss,
         "entropy_loss": entropy_loss,
         "ppo_kl": sum_of_sample_mean(old - logprobs),
+        "conspo/score_drift": drift,
+        "conspo/weight_drift": drift / getattr(args, "conspo_tau", 10.0),
+        "conspo/trust_region_fraction": sum_of_sample_mean(stopped.to(logprobs.dtype)),
     }
-    drift = _score_drift(batch, logprobs.detach(), old)
-    logged |= {"conspo/score_drift": drift, "conspo/weight_drift": drift / getattr(args, "conspo_tau", 10.0)}
-    stopped = stopped_tokens(logprobs, advantages, old, epsilon)
-    logged["conspo/trust_region_fraction"] = sum_of_sample_mean(stopped.to(logprobs.dtype))
     return loss, {name: value.clone().detach() for name, value in logged.items()}
 
 
