@@ -99,24 +99,24 @@ def rows(request: Request) -> Iterator[Row]:
                     yield Row(case.op, case.name, shape, implementation, dtype, **fields)
 
 
-def table_lines(table: Iterable[Row]) -> Iterator[str]:
-    """The table as text, line by line as the checks end; what went wrong under its line."""
+def printed(table: Iterable[Row]) -> Iterator[Row]:
+    """The rows, each printed as its check ends; what went wrong under its line."""
     op, name = (max(len(getattr(case, field)) for case in CASES) for field in ("op", "name"))
     line = f"{{:{op}}}  {{:{name}}}  {{:6}} {{:7}} {{:5}} {{:>9}} {{:>9}} {{:>9}} {{:>9}}  {{:9}} {{}}"
-    yield line.format(
-        "op", "case", "shape", "impl", "dtype", "value err", "allowed", "grad err", "allowed", "gradcheck", "verdict"
-    )
+    errors = ("value err", "allowed", "grad err", "allowed")
+    print(line.format("op", "case", "shape", "impl", "dtype", *errors, "gradcheck", "verdict"), flush=True)
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.1e}"
 
     for row in table:
-        errors = (row.value_error, row.value_tolerance, row.gradient_error, row.gradient_tolerance)
+        numbers = map(number, (row.value_error, row.value_tolerance, row.gradient_error, row.gradient_tolerance))
         words = {None: "-", True: "ok", False: "FAIL"}
         names = (row.op, row.case, row.shape, row.implementation, row.dtype)
-        yield line.format(*names, *map(number, errors), words[row.autograd_gradcheck], words[row.ok])
+        print(line.format(*names, *numbers, words[row.autograd_gradcheck], words[row.ok]), flush=True)
         if row.note:
-            yield f"    {row.note}"
+            print(f"    {row.note}", flush=True)
+        yield row
 
 
 def print_heading(request: Request) -> None:
@@ -137,18 +137,11 @@ def print_heading(request: Request) -> None:
 def gradcheck(request: Request, as_json: bool) -> bool:
     """Run the checks and print them; whether all hold."""
     start = time.perf_counter()
-    results: list[Row] = []
-
-    def recorded() -> Iterator[Row]:
-        for row in rows(request):
-            results.append(row)
-            yield row
-
-    if not as_json:
+    if as_json:
+        results = list(rows(request))
+    else:
         print_heading(request)
-    for line in table_lines(recorded()):
-        if not as_json:
-            print(line, flush=True)
+        results = list(printed(rows(request)))
     seconds = time.perf_counter() - start
     failed = sum(not row.ok for row in results)
     if as_json:
