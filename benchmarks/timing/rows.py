@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -73,6 +74,31 @@ def gate_result(
     return {**errors._asdict(), "ok": True, "peak_bytes": peak_bytes(timed, device)}
 
 
+def passed(
+    candidates: Mapping[str, Any],
+    about: Row,
+    few: bool,
+    choice: Choice,
+    call_of: Callable[[Any], Call],
+    gate: Callable[[Any, Call], Row],
+) -> Generator[Row, None, tuple[dict[str, Row], dict[str, Call]]]:
+    """The rows and the calls of the providers that are to be timed; yields the rows of the others at once.
+
+    about: what all rows say.  few: only the providers of FEW.  gate: as of `gated`, of a candidate and its call.
+    """
+    rows: dict[str, Row] = {}
+    calls: dict[str, Call] = {}
+    for name, candidate in candidates.items():
+        if name not in choice or (few and name not in FEW):
+            continue
+        row, timed = {**about, "provider": name}, call_of(candidate)
+        if gated(row, candidate.package, functools.partial(gate, candidate, timed)):
+            rows[name], calls[name] = row, timed
+        else:
+            yield row
+    return rows, calls
+
+
 def limits(op: Op, logits: torch.Tensor, target: torch.Tensor) -> dict[str, Call]:
     """What the memory allows: a copy of the logits, and (for forward) the largest of their bits taken as integers."""
     calls = {COPY: Call(lambda: None, lambda _: target.copy_(logits))}
@@ -91,22 +117,15 @@ def measure_op(op: Op, shape: Shape, inputs: Inputs, exact: Exact, choice: Choic
     }  # fmt: skip
     target = torch.empty_like(inputs.logits)  # there from the first, so that what passes the gate fits beside it
     torch._dynamo.reset()  # past eight shapes of one function it would fall back to eager, and not say so
-    calls: dict[str, Call] = {}
-    rows: dict[str, Row] = {}
-    for name, candidate in logits_path.candidates(op, inputs, choice.implementation).items():
-        if name not in choice or (shape.few and name not in FEW):
-            continue
-        rows[name] = row = {**about, "provider": name}
-        timed = logits_path.call(op, candidate, inputs)
 
-        def gate(candidate: logits_path.Candidate = candidate, timed: Call = timed) -> Row:
-            errors = logits_path.errors(op, candidate, inputs, exact)
-            return gate_result(errors, f"{errors.gradient}", timed, choice.device)
+    def gate(candidate: logits_path.Candidate, timed: Call) -> Row:
+        errors = logits_path.errors(op, candidate, inputs, exact)
+        return gate_result(errors, f"{errors.gradient}", timed, choice.device)
 
-        if gated(row, candidate.package, gate):
-            calls[name] = timed
-        else:
-            yield rows.pop(name)
+    candidates = logits_path.candidates(op, inputs, choice.implementation)
+    rows, calls = yield from passed(
+        candidates, about, shape.few, choice, lambda candidate: logits_path.call(op, candidate, inputs), gate
+    )
     timings = interleaved({**calls, **limits(op, inputs.logits, target)}, choice.device, choice.repeats, choice.warmups)
     copy_bandwidth = 2 * shape.logits_bytes / timings[COPY].median
     for name, timing in timings.items():
@@ -130,24 +149,17 @@ def measure_linear(
         "bytes": op.gemms * shape.gemm_bytes,
     }  # fmt: skip
     gemms = f"limit: {op.gemms} GEMM{'s' * (op.gemms > 1)}"
-    calls: dict[str, Call] = {}
-    rows: dict[str, Row] = {}
-    for name, candidate in fused_linear.candidates(op, inputs, choice.implementation).items():
-        if name not in choice or (shape.few and name not in FEW):
-            continue
-        rows[name] = row = {**about, "provider": name}
-        timed = fused_linear.call(op, candidate.compute, inputs)
 
-        def gate(candidate: fused_linear.Candidate = candidate, timed: Call = timed) -> Row:
-            if op.mode == "loss":  # gated by the tests
-                return {"ok": True, "peak_bytes": peak_bytes(timed, choice.device)}
-            errors = fused_linear.errors(op, candidate, inputs, exact)
-            return gate_result(errors, f"{errors.gradient:.1e}", timed, choice.device)
+    def gate(candidate: fused_linear.Candidate, timed: Call) -> Row:
+        if op.mode == "loss":  # gated by the tests
+            return {"ok": True, "peak_bytes": peak_bytes(timed, choice.device)}
+        errors = fused_linear.errors(op, candidate, inputs, exact)
+        return gate_result(errors, f"{errors.gradient:.1e}", timed, choice.device)
 
-        if gated(row, candidate.package, gate):
-            calls[name] = timed
-        else:
-            yield rows.pop(name)
+    candidates = fused_linear.candidates(op, inputs, choice.implementation)
+    rows, calls = yield from passed(
+        candidates, about, shape.few, choice, lambda candidate: fused_linear.call(op, candidate.compute, inputs), gate
+    )
     calls[gemms] = fused_linear.bare_gemms(op, inputs)
     for name, timing in interleaved(calls, choice.device, choice.linear_repeats, choice.warmups).items():
         row = rows.setdefault(name, {**about, "provider": name, "ok": True, "status": "timed"})
