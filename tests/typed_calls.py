@@ -8,6 +8,7 @@ from torch import Tensor
 import conspo_kernels as ck
 from conspo_kernels.backends import eager, native, triton
 from conspo_kernels.backends.contract import Backend
+from conspo_kernels.backends.triton import functions
 
 
 def losses(logits: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rewards: Tensor, mask: Tensor) -> Tensor:
@@ -54,4 +55,5 @@ def modules(logits: Tensor, hidden: Tensor, weight: Tensor, labels: Tensor, rewa
 
 def backends() -> tuple[Backend, Backend, Backend]:
     """Each keeps the contract."""
+    assert triton.infonce is functions.infonce  # so this file is read anew when those change: a star is not followed
     return eager, native, triton

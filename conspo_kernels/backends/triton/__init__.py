@@ -1,53 +1,30 @@
-"""Triton kernels, for GPUs. Triton itself is imported by the module that has the first function asked for."""
+"""Triton kernels, for GPUs. Triton itself is imported when the first of the contract's functions is asked for."""
 
 from __future__ import annotations
 
 import functools
-import importlib
 import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-if TYPE_CHECKING:
-    from . import group_infonce, label_alignment, scale, sequence_score, token_logprob
+from ..contract import Backend
 
-    align = label_alignment.align
-    token_logprob_forward = token_logprob.forward
-    token_logprob_backward = token_logprob.backward
-    token_logprob_forward_backward = token_logprob.forward_backward
-    sequence_score_forward = sequence_score.forward
-    sequence_score_backward = sequence_score.backward
-    token_coefficients = sequence_score.coefficients
-    masked_coefficients = sequence_score.masked
-    weighted_sum = sequence_score.weighted_sum
-    infonce = group_infonce.infonce
-    scale_ = scale.scale_
+if TYPE_CHECKING:
+    from .functions import *  # noqa: F403
 else:
 
     def __getattr__(name: str) -> Any:
-        """What the contract asks for, from its module, which imports Triton. It is asked for once, then it is here."""
-        if name not in FUNCTIONS:
+        """A function of the contract: asked for the first time, Triton is imported, and then it is here."""
+        if name.startswith("_") or not hasattr(Backend, name):
             raise AttributeError(name)
-        module, _, function = FUNCTIONS[name].partition(".")
-        globals()[name] = found = getattr(importlib.import_module(f".{module}", __name__), function)
+        from . import functions
+
+        globals()[name] = found = getattr(functions, name)
         return found
 
 
-FUNCTIONS = {
-    "align": "label_alignment.align",
-    "token_logprob_forward": "token_logprob.forward",
-    "token_logprob_backward": "token_logprob.backward",
-    "token_logprob_forward_backward": "token_logprob.forward_backward",
-    "sequence_score_forward": "sequence_score.forward",
-    "sequence_score_backward": "sequence_score.backward",
-    "token_coefficients": "sequence_score.coefficients",
-    "masked_coefficients": "sequence_score.masked",
-    "weighted_sum": "sequence_score.weighted_sum",
-    "infonce": "group_infonce.infonce",
-    "scale_": "scale.scale_",
-}
 executed = False  # the kernels run on CPU tensors as compiled PTX: set by `ptx_executor`
 INSTALLED = importlib.util.find_spec("triton") is not None
 
