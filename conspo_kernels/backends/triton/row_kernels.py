@@ -233,8 +233,8 @@ def _write_narrow_gradient(logits_ptr, row, grad, label, incoming, transform, TA
     else:
         if last < vocab_size:
             z_ptr, g_ptr = logits_ptr + edge, grad_ptr + edge
-            is_label = (edge == label, edge == label)
-            _backward_tile(z_ptr, g_ptr, edge < vocab_size, is_label, True, incoming, transform, TANH, DROP)
+            is_label = edge == label
+            _backward_tile(z_ptr, g_ptr, edge < vocab_size, (is_label, is_label), True, incoming, transform, TANH, DROP)
         if start < last:
             is_label, mask = label_mask(label_lane, start, True, VECTOR, LANES), start + lanes < last
             z_ptr, g_ptr = logits_ptr + start + lanes, grad_ptr + start + lanes
