@@ -16,7 +16,7 @@ weights would have by about ds / tau: at tau = 10 and 0.1 nats by one per cent. 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,6 +180,18 @@ def summed_loss(
         "conspo/weight_drift": drift / tau,
         "conspo/trust_region_fraction": share.to(drift.dtype),
     }
+
+
+def mean_change(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """0-d: the mean of old - new over response tokens, which trainers log as their KL; 0 where there is none."""
+    mask = response_mask.bool()
+    changes = torch.where(mask, (old_logprobs - logprobs).detach(), 0.0)
+    return changes.sum() / mask.sum().clamp(min=1)
+
+
+def numbers(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+    """0-d tensors as Python's numbers, with one synchronisation."""
+    return dict(zip(metrics, torch.stack([x.double() for x in metrics.values()]).tolist(), strict=True))
 
 
 def group_ids(names: Sequence[Hashable]) -> Tensor:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .coefficients import Margin, Objective, check_trust_region, summed_loss, token_advantages
+from .coefficients import Margin, Objective, check_trust_region, mean_change, summed_loss, token_advantages
 
 
 def conspo_advantages(
@@ -137,9 +137,7 @@ class ConSPOPolicyLoss(nn.Module):
         summed, self.metrics = summed_loss(
             log_probs, advantages, old_log_probs, action_mask, tau=self.tau, epsilon=self.trust_region
         )
-        mask = action_mask.bool()
-        difference = torch.where(mask, (old_log_probs - log_probs).detach(), torch.zeros_like(log_probs))
-        kl = difference.sum() / mask.sum().clamp(min=1)
+        kl = mean_change(log_probs, old_log_probs, action_mask)
         return summed / global_batch_size * dp_size, self.metrics["conspo/trust_region_fraction"], kl, None, None
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from conspo_kernels import ConSPOWeights
 
-from .coefficients import Margin, Objective, group_ids, summed_loss, token_advantages
+from .coefficients import Margin, Objective, group_ids, numbers, summed_loss, token_advantages
 
 
 def batch_weights(data: Any, objective: Objective, step: float | None = None) -> ConSPOWeights:
@@ -59,7 +59,7 @@ def conspo_trainer(base: type, *, tau: float = 10.0, margin: Margin = 0.0, rewar
             result = batch_weights(data, objective, max(self.global_step - 1, 0))
             advantages = token_advantages(result.weights, data["loss_mask"], 1.0)
             data = super().compute_advantages_and_returns(data)  # its metrics, of the estimator in the settings
-            self.all_metrics.update({name: float(value) for name, value in result.metrics.items()})
+            self.all_metrics.update(numbers(result.metrics))
             data["advantages"] = data["returns"] = advantages.to(data["advantages"].device)
             return data
 
@@ -115,5 +115,5 @@ def policy_loss(
     del config, rollout_logprobs
     mask = torch.ones_like(log_probs) if loss_mask is None else loss_mask
     loss, reused = summed_loss(log_probs, advantages, old_log_probs, mask, tau=tau, epsilon=trust_region)
-    metrics = {name: float(value) for name, value in reused.items()}
+    metrics = numbers(reused)
     return loss, {"clip_ratio": metrics["conspo/trust_region_fraction"], **metrics}

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from conspo_kernels import CosineMargin, Parallel
 
-from .coefficients import Margin, Objective, linear_loss, stopped_tokens
+from .coefficients import Margin, Objective, linear_loss, numbers, stopped_tokens
 
 
 def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> None:
@@ -60,7 +60,7 @@ def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> Non
     scaled = -result.weights * _over_ranks(len(logprobs), ranks, device)
     rollout_data["advantages"] = [w.expand_as(x).clone() for w, x in zip(scaled, logprobs, strict=True)]
     rollout_data["returns"] = rollout_data["advantages"]
-    rollout_data.update({name: [float(value)] * len(logprobs) for name, value in result.metrics.items()})
+    rollout_data.update({name: [value] * len(logprobs) for name, value in numbers(result.metrics).items()})
 
 
 def policy_loss(

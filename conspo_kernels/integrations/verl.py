@@ -28,10 +28,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .coefficients import Margin, Objective, check_trust_region, group_ids, summed_loss, token_advantages
+from .coefficients import (
+    Margin,
+    Objective,
+    check_trust_region,
+    group_ids,
+    mean_change,
+    numbers,
+    summed_loss,
+    token_advantages,
+)
 from .replace import Replacement
 from .required import required
 
@@ -79,7 +87,7 @@ def register(
     logged: dict[str, float] = {}
 
     def note(step: int, values: Mapping[str, Tensor]) -> None:
-        logged.update({name: float(value) for name, value in values.items()})
+        logged.update(numbers(values))
         if on_step is not None:
             on_step(step, values)
 
@@ -234,10 +242,7 @@ def policy_loss(
     summed, reused = summed_loss(log_prob, advantages, old_log_prob, response_mask, tau=tau, epsilon=trust_region)
     # As verl's "seq-mean-token-sum": FSDP and DDP average over the data-parallel ranks, hence the factor.
     loss = summed * mini_batch.get("dp_size", 1) / mini_batch["global_batch_size"]
-    difference = (old_log_prob - log_prob).detach()[response_mask.bool()]
-    kl = difference.mean() if difference.numel() else torch.zeros(())
-    values = torch.stack([x.float() for x in (kl, *reused.values())]).tolist()  # one synchronisation
-    return loss, dict(zip(("actor/ppo_kl", *reused), values, strict=True))
+    return loss, numbers({"actor/ppo_kl": mean_change(log_prob, old_log_prob, response_mask), **reused})
 
 
 def _checked_mini_batch(config: Any, rollout_is_weights: Tensor | None) -> dict[str, Any]:

@@ -15,7 +15,14 @@ from torch import Tensor
 
 from conspo_kernels import conspo_weights, sequence_scores
 from conspo_kernels.integrations import openrlhf, prime_rl, skyrl, slime, verl
-from conspo_kernels.integrations.coefficients import Objective, check_trust_region, linear_loss, token_advantages
+from conspo_kernels.integrations.coefficients import (
+    Objective,
+    check_trust_region,
+    linear_loss,
+    mean_change,
+    numbers,
+    token_advantages,
+)
 
 EPSILON, TAU = 0.2, 0.4
 NAMES = ("conspo/score_drift", "conspo/weight_drift", "conspo/trust_region_fraction")
@@ -191,6 +198,17 @@ def test_what_is_no_trust_region_raises(epsilon: float) -> None:
         check_trust_region(epsilon)
     with pytest.raises(ValueError, match="trust_region must be positive and finite, or None"):
         openrlhf.ConSPOPolicyLoss(trust_region=epsilon)
+
+
+def test_the_mean_change_of_no_response_token_is_zero_where_the_others_are() -> None:
+    x = torch.full((2, 3), torch.nan)
+    assert mean_change(x, x, torch.zeros(2, 3)).item() == 0.0
+    assert mean_change(*torch.empty(3, 2, 3, device="meta")).device.type == "meta"
+
+
+def test_metrics_as_numbers() -> None:
+    metrics = {"a": torch.tensor(0.1), "b": torch.tensor(0.1, dtype=torch.float64), "c": torch.tensor(3)}
+    assert numbers(metrics) == {name: float(value) for name, value in metrics.items()}
 
 
 def test_a_trust_region_needs_the_older_log_probabilities() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from conspo_kernels import ConSPOWeights, CosineMargin, Parallel, conspo_weights, trust_region
 
-from ..coefficients import masked_scores
+from ..coefficients import masked_scores, numbers
 from ..required import required
 from .config import config_class
 from .policy_head import PolicyHead, PolicyPass, policy_head
@@ -185,8 +185,8 @@ class ConSPOSteps(_Trainer):
             parallel=self._parallel,
             return_metrics=True,
         )
-        for name, value in result.metrics.items():
-            self._metrics[mode][name].append(value.item())
+        for name, value in numbers(result.metrics).items():
+            self._metrics[mode][name].append(value)
         return result
 
     # Phase 2.
