@@ -182,11 +182,11 @@ def check_packing(model: nn.Module, *, seq_idx: bool = False) -> None:
     offsets = torch.tensor([0, half, PACKED_TOKENS], dtype=torch.int32, device=ids.device)
     sequence = {"seq_idx": (torch.arange(PACKED_TOKENS, device=ids.device) >= half).int()} if seq_idx else {}
     second = ids[:, half:]
+    twice = torch.cat([second, second], dim=1)
     with _evaluation(lm):
-        behind_first = last_hidden_states(lm, from_unpadded(ids, offsets, **sequence))[:, half:]
-        behind_itself = last_hidden_states(lm, from_unpadded(torch.cat([second, second], 1), offsets, **sequence))[
-            :, half:
-        ]
+        behind_first, behind_itself = (
+            last_hidden_states(lm, from_unpadded(tokens, offsets, **sequence))[:, half:] for tokens in (ids, twice)
+        )
         alone = last_hidden_states(lm, from_unpadded(second, offsets[:2]))
     # What stands before can be seen in the second sequence below the rounding of bf16, if two runs of one shape differ;
     # alone, other kernels may run. Random weights of Falcon-H1 showed it by 6e-4.
