@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Replacement:
-    """In every loaded module that holds an original, under whatever name, another object in its place.
+    """In every loaded module that holds an original, under whatever name, another object: until `undo`, or in a `with`.
 
     `from package import function` copies the reference, so a module that was loaded before has its own. One that is
     loaded later takes the new object from the module it imports it from.
@@ -25,6 +25,12 @@ class Replacement:
     def undo(self) -> None:
         """The originals in every module that holds what replaced them, modules loaded since included."""
         _rebind({id(new): original for original, new in self._pairs}, self._within)
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
 
 
 def _rebind(by_id: dict[int, Any], within: str) -> None:

@@ -95,15 +95,12 @@ def register(
     core.register_adv_est(NAME)(estimator)
     core.register_policy_loss(NAME)(functools.partial(policy_loss, tau=tau, trust_region=trust_region))
     pairs = [(advantage, _giving_old_log_probs(advantage)), (metrics, _with_metrics(metrics, logged))]
-    _registered = Registration(Replacement(pairs))
+    _registered = Registration(pairs)
     return _registered
 
 
-class Registration:
+class Registration(Replacement):
     """What `register` did, to be undone."""
-
-    def __init__(self, replacement: Replacement) -> None:
-        self._replacement = replacement
 
     def undo(self) -> None:
         """Take estimator and loss out of verl's registries and restore its functions. Twice does nothing."""
@@ -112,14 +109,8 @@ class Registration:
             core = _verl("trainer.ppo.core_algos")
             core.ADV_ESTIMATOR_REGISTRY.pop(NAME)
             core.POLICY_LOSS_REGISTRY.pop(NAME)
-            self._replacement.undo()
+            super().undo()
             _registered = None
-
-    def __enter__(self) -> Registration:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.undo()
 
 
 def _giving_old_log_probs(compute_advantage: Callable[..., Any]) -> Callable[..., Any]:
@@ -268,11 +259,8 @@ def fused_loss_head() -> Iterator[None]:
     Raises:
         ImportError: verl is missing or too old.
     """
-    replacement = replace_loss_head()
-    try:
+    with replace_loss_head():
         yield
-    finally:
-        replacement.undo()
 
 
 def replace_loss_head() -> Replacement:

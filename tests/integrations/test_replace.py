@@ -42,7 +42,6 @@ def test_within_a_package(monkeypatch: pytest.MonkeyPatch) -> None:
     below = module(monkeypatch, "framework.below", f=original, g=new)
     outside = module(monkeypatch, "framework_of_another", f=original)
     fresh = [lambda: "f", lambda: "g"]
-    replacement = Replacement(zip((original, new), fresh, strict=True), within="framework")
-    assert [below.f, below.g, outside.f] == [*fresh, original]
-    replacement.undo()
+    with Replacement(zip((original, new), fresh, strict=True), within="framework"):
+        assert [below.f, below.g, outside.f] == [*fresh, original]
     assert (below.f, below.g) == (original, new)
