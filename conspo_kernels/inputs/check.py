@@ -224,7 +224,7 @@ def rewards(value: Any, num_rollouts: int) -> None:
     if value.is_complex() or (value.is_floating_point() and value.dtype not in LOGIT_DTYPES):
         raise ValueError(f"rewards must be fp16, bf16, fp32, fp64, int or bool, got {value.dtype}")
     fewer = value.dim() == 1 and value.shape[0] < num_rollouts
-    _shape("rewards", value, (num_rollouts,), "one per rollout" + PADDING * fewer)
+    _shape("rewards", value, (num_rollouts,), "one per rollout" + (PADDING if fewer else ""))
 
 
 def groups(value: Any, num_rollouts: int) -> None:
