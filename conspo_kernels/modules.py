@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
-import torch
 from torch import Tensor, nn
 
 from .conspo import ConSPOOutput
 from .loss import conspo_loss, linear_conspo_loss
-from .parallel import Parallel
+from .options import LinearLossSettings, LossSettings
 from .values import python_number
 
 if TYPE_CHECKING:
@@ -23,19 +23,25 @@ class _Settings(nn.Module):
     """The settings of a loss that are not its defaults; a call's own win over them. Values are checked at the call."""
 
     loss: Callable[..., Tensor | ConSPOOutput]
+    names: frozenset[str]
 
-    def __init__(self, variables: dict[str, Any]) -> None:
-        """variables: the local ones of a constructor, of which all but `self` and `__class__` are its arguments."""
+    def __init__(self, settings: Mapping[str, Any]) -> None:
         super().__init__()
-        defaults = type(self).loss.__kwdefaults__ or {}
-        for name in variables.keys() - defaults.keys() - {"self", "__class__"}:
-            raise TypeError(f"{name} must be an argument of {type(self).loss.__name__}, got one of its module only")
+        for name in settings:
+            if name not in self.names:
+                raise TypeError(f"{type(self).__name__}() got an unexpected keyword argument {name!r}")
         # torch.compile takes a scalar of NumPy for an array.
-        values = {name: python_number(variables[name]) for name in defaults if name in variables}
+        values = {name: python_number(value) for name, value in settings.items()}
+        defaults = type(self).loss.__kwdefaults__ or {}
         self.settings = {name: value for name, value in values.items() if not _equal(value, defaults[name])}
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.settings.items())
+
+
+def _signature(loss: Callable[..., object], names: frozenset[str]) -> inspect.Signature:
+    """What `help` shows of a module: the settings as its loss spells them out."""
+    return inspect.Signature([it for it in inspect.signature(loss).parameters.values() if it.name in names])
 
 
 def _equal(value: Any, default: Any) -> bool:
@@ -57,25 +63,11 @@ class ConSPOLoss(_Settings):
     """
 
     loss = staticmethod(conspo_loss)
+    names = frozenset(LossSettings.__annotations__)
+    __signature__ = _signature(loss, names)
 
-    def __init__(
-        self,
-        *,
-        shift: bool = False,
-        tau: float = 10.0,
-        margin: float | Tensor = 0.0,
-        reward_threshold: float = 0.5,
-        temperature: float = 1.0,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        num_groups: float | Tensor | None = None,
-        parallel: Parallel | None = None,
-        inplace_backward: bool = False,
-        implementation: str = "auto",
-    ) -> None:
-        super().__init__(locals())
+    def __init__(self, **settings: Unpack[LossSettings]) -> None:
+        super().__init__(settings)
 
     @overload
     def forward(
@@ -108,28 +100,11 @@ class LinearConSPOLoss(_Settings):
     """
 
     loss = staticmethod(linear_conspo_loss)
+    names = frozenset(LinearLossSettings.__annotations__)
+    __signature__ = _signature(loss, names)
 
-    def __init__(
-        self,
-        *,
-        workspace_mib: float | None = None,
-        logits_dtype: torch.dtype | None = None,
-        batch_invariant: bool = False,
-        synchronize: bool = False,
-        shift: bool = False,
-        tau: float = 10.0,
-        margin: float | Tensor = 0.0,
-        reward_threshold: float = 0.5,
-        temperature: float = 1.0,
-        logit_scale: float = 1.0,
-        softcap: float | None = None,
-        ignore_index: int = -100,
-        reduction: str = "mean",
-        num_groups: float | Tensor | None = None,
-        parallel: Parallel | None = None,
-        implementation: str = "auto",
-    ) -> None:
-        super().__init__(locals())
+    def __init__(self, **settings: Unpack[LinearLossSettings]) -> None:
+        super().__init__(settings)
 
     @overload
     def forward(

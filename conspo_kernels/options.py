@@ -13,11 +13,9 @@ from torch import Tensor
 from .parallel import Parallel
 
 
-class TokenOptions(TypedDict, total=False):
-    """Which tokens count, the transform of their logits, and the implementation."""
+class TokenSettings(TypedDict, total=False):
+    """How labels lie, the transform of logits, and the implementation: the same from step to step."""
 
-    cu_seqlens: Tensor | None
-    response_mask: Tensor | None
     shift: bool
     temperature: float
     logit_scale: float
@@ -27,14 +25,26 @@ class TokenOptions(TypedDict, total=False):
     implementation: str
 
 
-class HeadOptions(TypedDict, total=False):
-    """Options of every linear function."""
+class TokenOptions(TokenSettings, total=False):
+    """With which tokens count."""
 
-    bias: Tensor | None
+    cu_seqlens: Tensor | None
+    response_mask: Tensor | None
+
+
+class HeadSettings(TypedDict, total=False):
+    """How every linear function computes."""
+
     workspace_mib: float | None
-    weight_grad: Tensor | None
     logits_dtype: torch.dtype | None
     synchronize: bool
+
+
+class HeadOptions(HeadSettings, total=False):
+    """With tensors of the head."""
+
+    bias: Tensor | None
+    weight_grad: Tensor | None
 
 
 class GraphHeadOptions(HeadOptions, total=False):
@@ -60,10 +70,20 @@ class ScoreOptions(ObjectiveOptions, total=False):
     implementation: str
 
 
-class LossOptions(TokenOptions, ObjectiveOptions, total=False):
-    """Of `conspo_loss`."""
+class LossSettings(TokenSettings, ObjectiveOptions, total=False):
+    """Of `ConSPOLoss`."""
 
     inplace_backward: bool
+
+
+class LossOptions(LossSettings, TokenOptions, total=False):
+    """Of `conspo_loss`."""
+
+
+class LinearLossSettings(TokenSettings, ObjectiveOptions, HeadSettings, total=False):
+    """Of `LinearConSPOLoss`."""
+
+    batch_invariant: bool
 
 
 class LinearLossOptions(TokenOptions, ObjectiveOptions, GraphHeadOptions, total=False):

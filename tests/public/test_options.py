@@ -36,10 +36,9 @@ def test_options_are_the_keyword_arguments(name: str) -> None:
     ("module", "function"), [("ConSPOLoss", "conspo_loss"), ("LinearConSPOLoss", "linear_conspo_loss")]
 )
 def test_modules_take_the_settings_of_their_function(module: str, function: str) -> None:
-    parameters = inspect.signature(getattr(conspo_kernels, module).__init__).parameters
+    parameters = inspect.signature(getattr(conspo_kernels, module)).parameters
     whole = inspect.signature(getattr(conspo_kernels, function)).parameters
     per_call = {"cu_seqlens", "response_mask", "return_metrics", "bias", "weight_grad"}
     for name, parameter in parameters.items():
-        if name != "self":
-            assert (parameter.default, parameter.annotation) == (whole[name].default, whole[name].annotation)
-    assert set(parameters) - {"self"} == {n for n, p in whole.items() if p.kind is p.KEYWORD_ONLY} - per_call
+        assert (parameter.default, parameter.annotation) == (whole[name].default, whole[name].annotation)
+    assert set(parameters) == {n for n, p in whole.items() if p.kind is p.KEYWORD_ONLY} - per_call
