@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import socket
-import sys
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
@@ -13,12 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from processes import forks
 
 LIMIT = 300  # seconds, after which a collective that waits for a rank raises
-
-# What takes seconds to import: one process does it, and every rank is a fork of that one.
-HEAVY = ("torch.distributed.fsdp", "torch._dynamo", "transformers", "peft", "trl.trainer.grpo_trainer")
 
 
 def _rank(
@@ -43,8 +39,7 @@ def run(size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["torch", *(name for name in HEAVY if name in sys.modules)])
+    context = forks()
     results = context.Queue()
     processes = [
         context.Process(target=_rank, args=(rank, size, port, function, arguments, results), daemon=True)
