@@ -85,14 +85,16 @@ class Region:
         """Items of `size` bytes, a multiple of which the addresses are -> [m, items]."""
         item = min(size, WIDEST)
         view, start = self.view(item)
-        index = (address - start) // item
+        index = (address - start) >> item.bit_length() - 1
+        if size == item:
+            return view[index][:, None]
         return np.stack([view[index + i] for i in range(size // item)], axis=1)
 
     def store(self, address: Array, items: Array) -> tuple[Array, Array]:
         """Write items [m, k]; where that changed bits, and where another thread's bits were left: both [m]."""
         size = items.itemsize
         view, start = self.view(size)
-        index = (address - start) // size
+        index = (address - start) >> size.bit_length() - 1
         changed, lost = np.zeros(len(items), bool), np.zeros(len(items), bool)
         for i in range(items.shape[1]):
             value = np.ascontiguousarray(items[:, i])
@@ -128,7 +130,7 @@ class Memory:
 
         Raises Fault where an address is not a multiple of the size or the bytes are not all inside of a region.
         """
-        if (address & (size - 1)).any():
+        if int(np.bitwise_or.reduce(address)) & (size - 1):
             self.complain(f"{what}: address not a multiple of {size}", address, (address & (size - 1)) != 0, threads)
         region = self.at(int(address.min()))
         if region is not None and int(address.max()) + size <= region.end:

@@ -11,6 +11,7 @@ from .arithmetic import Array, Perturbation
 from .memory import Fault, Memory, Region
 
 WARP = 32
+WHOLE_WARP = np.uint32(0xFFFFFFFF)
 
 
 class Threads:
@@ -38,17 +39,17 @@ class Threads:
         self.shared = Memory("shared", [Region("shared memory", 0, poison)])
         self.perturbation = perturbation
         self.lanes = np.arange(self.count)
+        self.first_shared = (self.lanes // per_cta) * self.shared_stride  # of a thread's CTA
 
     def shared_address(self, address: Array, size: int) -> Array:
         """Addresses of the active threads in the shared memory of their CTAs -> in that of all CTAs, side by side."""
-        outside = (address < 0) | (address + size > self.shared_bytes)
-        if outside.any():
-            i = int(outside.argmax())
+        if int(address.min()) < 0 or int(address.max()) + size > self.shared_bytes:
+            i = int(((address < 0) | (address + size > self.shared_bytes)).argmax())
             raise Fault(
                 f"shared memory access of {size} bytes at {int(address[i])}, outside of the {self.shared_bytes} bytes "
                 f"that the kernel has, by {self.name(int(self.active()[i]))}"
             )
-        return address + (self.active() // self.per_cta) * self.shared_stride
+        return address + (self.first_shared if self.mask is None else self.first_shared[self.mask])
 
     def active(self) -> Array:
         """Numbers of the threads that run the current instruction."""
@@ -70,6 +71,8 @@ class Threads:
 
     def whole_warps(self, what: str, members: Array) -> None:
         """Raise unless every warp that takes part has all of the threads in `members`, 32 bits, and no others."""
+        if self.mask is None and (members == WHOLE_WARP).all():
+            return
         bits = np.broadcast_to(members.view(np.uint32), (self.count,))
         lane = (self.lanes % WARP).astype(np.uint32)
         named = (bits >> lane & 1).astype(bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,9 @@ def decode_barrier(op: Opcode, item: Instruction, slots: Slots) -> Run:
     return barrier
 
 
-def _sources(mode: str, lane: Array, b: Array, c: Array) -> tuple[Array, Array]:
-    """Whose number each thread of a warp gets, and whether that thread is in range: the PTX ISA's rule."""
+def _sources(mode: str, lanes: Array, b: Array, c: Array) -> tuple[Array, Array]:
+    """Whose number each thread gets, and whether that thread is in range: the PTX ISA's rule."""
+    lane = lanes % WARP
     segment, clamp = (c >> 8) & 31, c & 31
     last = (lane & segment) | (clamp & ~segment)
     first = lane & segment
@@ -65,7 +67,13 @@ def _sources(mode: str, lane: Array, b: Array, c: Array) -> tuple[Array, Array]:
         valid = source >= last
     else:
         raise NotImplementedError(mode)
-    return np.where(valid, source, lane), valid
+    return lanes - lane + np.where(valid, source, lane), np.broadcast_to(valid, lanes.shape)
+
+
+@functools.lru_cache(maxsize=256)
+def _same_for_all(mode: str, count: int, b: int, c: int) -> tuple[Array, Array]:
+    """`_sources` of so many threads whose distance and clamp are one number: nearly every shuffle's."""
+    return _sources(mode, np.arange(count), np.array([b]), np.array([c]))
 
 
 @instruction("shfl")
@@ -82,14 +90,16 @@ def decode_shuffle(op: Opcode, item: Instruction, slots: Slots) -> Run:
     def shuffle(threads: Threads) -> None:
         threads.whole_warps(item.text, get(threads, m, U32))
         x = get(threads, a, U32)
-        lane = threads.lanes % WARP
-        source, valid = _sources(mode, lane, get(threads, b, U32).astype(I64), get(threads, c, U32).astype(I64))
-        whose = threads.lanes - lane + source
+        by, within = get(threads, b, U32), get(threads, c, U32)
+        if by.size == within.size == 1:
+            whose, valid = _same_for_all(mode, threads.count, int(by[0]), int(within[0]))
+        else:
+            whose, valid = _sources(mode, threads.lanes, by.astype(I64), within.astype(I64))
         if threads.mask is not None and not threads.mask[whose][threads.mask].all():
             raise Fault(f"{item.text}: reads a thread that does not take part")
         threads.registers[d] = x if x.size == 1 else x[whose]
         if p >= 0:
-            threads.registers[p] = np.broadcast_to(valid, (threads.count,))
+            threads.registers[p] = valid
 
     return shuffle
 
