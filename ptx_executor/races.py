@@ -66,6 +66,8 @@ def _check(region: Region, space: str, kernel: str) -> None:
             continue
         candidates = touches.only(those)
         _, groups = np.unique(_groups([column[those] for column in key]), return_inverse=True)
+        unsettled = _unsettled(groups, candidates)
+        candidates, groups = candidates.only(unsettled), groups[unsettled]
         for group in np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1]):
             if len(group) and _matters(candidates.only(group), replicas=space == "global"):
                 _complain("threads, with no barrier between them,", candidates.only(group), region, space, kernel)
@@ -121,6 +123,18 @@ def _shared_with_a_store(key: list[Array], who: Array, touches: Touches) -> Arra
     several[groups[who != one[groups]]] = True
     stored[groups[touches.stores]] = True
     return (several & stored)[groups]
+
+
+def _unsettled(groups: Array, touches: Touches) -> Array:
+    """Which entries are of groups with a load, or with a store that left other bits than the first one: all that
+    `_matters` has to look at. Of most groups the rest is replicas' stores of one number.  groups: below their number.
+    """
+    first = np.zeros(int(groups.max()) + 1, touches.access.dtype)
+    latest_first = np.flatnonzero(touches.stores)[::-1]
+    first[groups[latest_first]] = touches.access[latest_first]  # of several the last one stays, which is the first
+    unsettled = np.zeros(len(first), bool)
+    unsettled[groups[~touches.stores | (touches.changed & (touches.access > first[groups]))]] = True
+    return unsettled[groups]
 
 
 def _matters(touches: Touches, replicas: bool) -> bool:

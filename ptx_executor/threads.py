@@ -31,6 +31,8 @@ class Threads:
         self.count = len(ctas) * per_cta
         self.registers = registers
         self.mask: Array | None = None
+        self._mask: Array | None = None  # whose active threads these are
+        self._active = np.zeros(0, np.int64)
         self.barriers = np.zeros(len(ctas), np.int64)
         self.warp_barriers = np.zeros(self.count // WARP, np.int64)
         self.global_memory = global_memory
@@ -53,7 +55,11 @@ class Threads:
 
     def active(self) -> Array:
         """Numbers of the threads that run the current instruction."""
-        return self.lanes if self.mask is None else np.flatnonzero(self.mask)
+        if self.mask is None:
+            return self.lanes
+        if self._mask is not self.mask:
+            self._mask, self._active = self.mask, self.mask.nonzero()[0]
+        return self._active
 
     def name(self, lane: int) -> str:
         """A thread as a message has it."""

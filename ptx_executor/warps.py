@@ -39,9 +39,8 @@ def decode_barrier(op: Opcode, item: Instruction, slots: Slots) -> Run:
 
     def barrier(threads: Threads) -> None:
         threads.whole_ctas(item.text)
-        passed = threads.barriers.copy()
-        passed[np.unique(threads.active() // threads.per_cta)] += 1
-        threads.barriers = passed
+        reached = 1 if threads.mask is None else threads.mask[:: threads.per_cta]
+        threads.barriers = threads.barriers + reached
 
     return barrier
 
