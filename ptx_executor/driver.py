@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ import triton
 from torch import Tensor
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime.cache import get_cache_manager
 
 from .arithmetic import Array, Perturbation
 from .execute import Program
@@ -33,6 +35,7 @@ class Settings:
     perturbation: Perturbation | None
     order: np.random.Generator
     races: bool
+    assembled: bool
 
 
 _now: Settings | None = None  # within `executing`
@@ -47,11 +50,12 @@ def executing(settings: Settings) -> Iterator[None]:
     active_driver, hook = driver._active, knobs.runtime.add_stages_inspection_hook
     _now = settings
     driver.set_active(_Driver(settings.target))
-    knobs.runtime.add_stages_inspection_hook = _stop_at_ptx
     try:
         with knobs.cache.scope():
-            folder = Path(knobs.cache.dir)
-            knobs.cache.dir = str(folder if folder.name == CACHE else folder / CACHE)
+            knobs.runtime.add_stages_inspection_hook = None if settings.assembled else _stop_at_ptx
+            if not settings.assembled:
+                folder = Path(knobs.cache.dir)
+                knobs.cache.dir = str(folder if folder.name == CACHE else folder / CACHE)
             yield
     finally:
         _now = outer
@@ -77,8 +81,8 @@ class _Utilities:
     def get_device_properties(self, device: object) -> dict[str, int]:
         return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32}
 
-    def load_binary(self, name: str, kernel: bytes, shared: int, device: object) -> tuple[Any, Program, int, int, int]:
-        return kernel, Program(kernel.decode()), 0, 0, 1024
+    def load_binary(self, name: str, kernel: bytes, shared: int, device: object) -> tuple[bytes, None, int, int, int]:
+        return kernel, None, 0, 0, 1024
 
 
 class CompilingDriver:
@@ -111,19 +115,29 @@ class _Driver(CompilingDriver):
         self.launcher_cls = _Launcher
 
 
+@functools.lru_cache(maxsize=256)
+def program_of(text: str) -> Program:
+    """A kernel's, read once: arguments that differ in what Triton specialises for may compile to one text."""
+    return Program(text)
+
+
 class _Launcher:
-    """Launches one compiled kernel."""
+    """Launches one compiled kernel: its PTX is in Triton's cache, with machine code beside it or without."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.kinds = list(source.signature.values())
         self.names = list(source.signature)
         self.metadata = metadata
+        path = get_cache_manager(metadata.hash).get_file(f"{metadata.name}.ptx")
+        assert path is not None
+        self.program = program_of(Path(path).read_text(encoding="utf-8"))
 
     def __call__(
-        self, x: int, y: int, z: int, stream: int, program: Program, packed: Any, launch: Any, enter: Any, leave: Any,
+        self, x: int, y: int, z: int, stream: int, function: None, packed: Any, launch: Any, enter: Any, leave: Any,
         *values: Any,
     ) -> None:  # fmt: skip
-        if _now is None:
+        settings = _now
+        if settings is None:
             raise RuntimeError("a kernel that was compiled to be executed is launched outside of `executing`")
         if self.metadata.global_scratch_size or getattr(self.metadata, "num_ctas", 1) != 1:
             raise NotImplementedError("scratch memory and clusters of CTAs")
@@ -139,7 +153,9 @@ class _Launcher:
                 arguments.append(np.array([value], np.dtype(SCALARS[kind])))
         arguments += [np.zeros(1, np.uint64)] * 2  # global and profiling scratch memory: none
         memory = Memory("global", list(regions.values()))
-        program.run((x, y, z), arguments, memory, self.metadata.shared, _now.perturbation, _now.order, _now.races)
+        self.program.run(
+            (x, y, z), arguments, memory, self.metadata.shared, settings.perturbation, settings.order, settings.races
+        )
 
 
 def _add_region(regions: dict[int, Region], name: str, tensor: Tensor) -> None:

@@ -18,8 +18,9 @@ from .driver import TARGETS, Settings, executing
 
 @contextlib.contextmanager
 def compiled(
-    target: str = "sm_90", *, perturb: int | str | None = None, seed: int = 0, races: bool = True
-) -> Iterator[None]:
+    target: str = "sm_90", *, perturb: int | str | None = None, seed: int = 0, races: bool = True,
+    assembled: bool = False,
+) -> Iterator[None]:  # fmt: skip
     """Within, `implementation="triton"` runs on CPU tensors: kernels compiled for `target`, their PTX executed.
 
     Args:
@@ -28,6 +29,8 @@ def compiled(
             errors up to what the PTX ISA allows. "up", "down": that whole error in one direction.
         seed: of the order in which CTAs run.
         races: look for races, which costs time and memory where kernels store.
+        assembled: compile to machine code too, as for a GPU: in Triton's own cache, where who needs the machine code
+            finds it, and who has compiled it has left the PTX.
 
     Raises:
         ValueError: another target.
@@ -44,7 +47,7 @@ def compiled(
     backend.executed = True
     registry.forget_choices()
     try:
-        with executing(Settings(target, perturbation, np.random.default_rng(seed), races)):
+        with executing(Settings(target, perturbation, np.random.default_rng(seed), races, assembled)):
             yield
     finally:
         launch.architecture, backend.executed = architecture, executed

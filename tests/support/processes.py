@@ -15,8 +15,8 @@ import torch.multiprocessing as mp
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
-# Of these, what a test has imported already; the first two come with deterministic algorithms, thus with every test.
-HEAVY = ("torch._inductor", "torch._dynamo", "torch.distributed.fsdp", "transformers", "peft", "trl.trainer.grpo_trainer")
+# Of these, what the tests have imported already; the first, and with it Triton, comes with deterministic algorithms.
+HEAVY = ("torch._inductor", "torch.distributed.fsdp", "transformers", "peft", "trl.trainer.grpo_trainer")
 
 
 def forks() -> ForkServerContext:
