@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import numpy as np
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from conspo_kernels.backends import eager, native, registry
 from conspo_kernels.values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
 
 pytestmark = pytest.mark.skipif(native.OBSTACLE is not None, reason=str(native.OBSTACLE))
-REPOSITORY = Path(__file__).resolve().parents[2]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 PLAIN = LogitTransform()
 
@@ -244,18 +244,11 @@ def test_wrong_instruction_set() -> None:
         native._C.set_instruction_set("sse9")
 
 
-def setup(build: str | None, **environment: str) -> subprocess.CompletedProcess[str]:
+def setup(build: str | None, **environment: str) -> CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if name != "CONSPO_BUILD"} | environment
     if build is not None:
         variables["CONSPO_BUILD"] = build
-    return subprocess.run(
-        [sys.executable, "setup.py", "--name"],
-        capture_output=True,
-        text=True,
-        cwd=REPOSITORY,
-        env=variables,
-        check=False,
-    )
+    return processes.run("setup.py", "--name", environment=variables)
 
 
 def test_what_is_built() -> None:
@@ -331,9 +324,9 @@ def test_a_compiler_that_compiles_nothing_is_quoted(tmp_path: Path) -> None:
 
 def test_an_installation_without_the_kernels_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is built without a compiler, and what `info` prints of it."""
-    command = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(tmp_path)]
+    command = ("setup.py", "-q", "build_py", "--build-lib", str(tmp_path))
     environment = {**os.environ, "CONSPO_BUILD": "auto", "PATH": "/nonexistent", "CXX": "no-such-compiler"}
-    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+    processes.run(*command, environment=environment).check_returncode()
     monkeypatch.setattr(native, "__file__", str(tmp_path / "conspo_kernels" / "backends" / "native.py"))
     monkeypatch.setattr(native, "BUILT", False)
     said = (

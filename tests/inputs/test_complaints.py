@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import importlib
 import logging
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from processes import python
 from tolerance import max_error
 from torch import Tensor
 
@@ -154,11 +152,7 @@ def test_an_explicit_implementation_runs_or_raises() -> None:  # TRL#7253
         "try: token_logprobs(torch.randn(1, 2, 5), torch.zeros(1, 2, dtype=torch.long), implementation='triton')\n"
         "except ValueError as error: print(error)"
     )
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(sys.path)}
-    result = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True
-    )
-    assert "implementation='triton' cannot run here: Triton runs on CUDA tensors" in result.stdout
+    assert "implementation='triton' cannot run here: Triton runs on CUDA tensors" in python("-c", program)
 
 
 def test_auto_says_once_what_it_chose(caplog: pytest.LogCaptureFixture) -> None:  # TRL#7253

@@ -9,6 +9,7 @@ import tempfile
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from subprocess import CompletedProcess
 from unittest import mock
 
 import torch.multiprocessing as mp
@@ -32,8 +33,7 @@ def _command(arguments: tuple[str, ...], environment: dict[str, str], outputs: t
     """What `python *arguments` does."""
     for stream, path in zip((sys.stdout, sys.stderr), outputs, strict=True):
         os.dup2(os.open(path, os.O_WRONLY), stream.fileno())
-    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
-        del os.environ[name]  # of the pytest that asks: another one may be what is run
+    os.environ.clear()
     os.environ |= environment
     os.chdir(REPOSITORY)
     kind, *rest = arguments
@@ -48,11 +48,20 @@ def _command(arguments: tuple[str, ...], environment: dict[str, str], outputs: t
         runpy.run_path(kind, run_name="__main__")
 
 
-def python(*arguments: str, **environment: str) -> str:
-    """What `python *arguments` prints, at the root of the repository. Triton compiles in it."""
+def run(*arguments: str, environment: dict[str, str]) -> CompletedProcess[str]:
+    """`python *arguments` at the root of the repository."""
     with tempfile.NamedTemporaryFile("r") as out, tempfile.NamedTemporaryFile("r") as err:
         process = forks().Process(target=_command, args=(arguments, environment, (out.name, err.name)))
         process.start()
         process.join()
-        assert process.exitcode == 0, out.read() + err.read()
-        return out.read()
+        assert process.exitcode is not None
+        return CompletedProcess(arguments, process.exitcode, out.read(), err.read())
+
+
+def python(*arguments: str, **variables: str) -> str:
+    """What it prints, if it succeeds. A pytest in it takes nothing from the one that asks."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "0", "PYTHONPATH": str(REPOSITORY)} | variables
+    result = run(*arguments, environment=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
