@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import python
 
 EXAMPLES = str(Path(__file__).resolve().parents[2] / "examples")
 
@@ -99,8 +99,7 @@ def test_the_tasks_need_pyyaml_only() -> None:
         "    sys.modules[name] = None\n"
         "from demo import tasks; print(tasks.SpellBackward().name, tasks.OneDigitSums().name)"
     )
-    result = subprocess.run([sys.executable, "-c", code, EXAMPLES], capture_output=True, text=True, check=False)
-    assert result.stdout == "spell_backward chain_sum\n", result.stderr
+    assert python("-c", code, str(EXAMPLES)) == "spell_backward chain_sum\n"
 
 
 def test_without_the_package_of_tasks_the_error_says_what_to_install(

@@ -7,9 +7,9 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +21,6 @@ from conspo_kernels.backends.registry import backend_for
 from conspo_kernels.gradcheck import cases as gradcheck_cases
 from conspo_kernels.values import LogitRows
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 FEW = ["--op", "conspo_loss_from_scores", "--dtype", "fp64", "fp32"]
 HAS_CUDA = torch.cuda.is_available()
 
@@ -33,12 +32,20 @@ def loads(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
+def unset() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """In a process of its own, which has to find out for itself that Triton is to be interpreted."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    """In a process of its own, where Triton compiles or is not asked for."""
+    return processes.run("-m", "conspo_kernels", *arguments, environment=unset())
+
+
+def run_anew(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """In one that has to find out for itself that Triton is to be interpreted."""
     return subprocess.run(
         [sys.executable, "-m", "conspo_kernels", *arguments],
-        cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=processes.REPOSITORY, env=unset(), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 
@@ -126,7 +133,7 @@ def test_gradcheck_json(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_gradcheck_in_a_process() -> None:
-    done = run("gradcheck", "--op", "infonce", "--dtype", "fp32", "--implementation", "torch", "triton")
+    done = run_anew("gradcheck", "--op", "infonce", "--dtype", "fp32", "--implementation", "torch", "triton")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "6 checks, 0 failed" in done.stdout
     assert ("Triton runs under its interpreter" in done.stdout) == (not HAS_CUDA)
