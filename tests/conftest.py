@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import processes
 import pytest
 import skips
 import torch
@@ -114,6 +115,10 @@ def pytest_sessionstart() -> None:
 
     if os.environ.get("CONSPO_BUILD") == "cpu" and native.OBSTACLE is not None:
         pytest.exit(f"CONSPO_BUILD=cpu, but {native.OBSTACLE}", returncode=1)
+
+
+def pytest_collection_finish() -> None:
+    processes.collect_seldom()
 
 
 # Whose tests are processes of half a minute: begun first, they keep no worker waiting at the end.
