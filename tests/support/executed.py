@@ -10,11 +10,14 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from benchmarks.compiled import (
@@ -297,11 +300,17 @@ def far_labels(device: str = "cpu") -> dict[str, Any]:
     return result
 
 
-def compiled_before(target: str) -> str:
-    """The fault of kernels that are executed after the same were compiled to machine code."""
-    with offline(TARGETS[target]):
-        call_sequence_score(False, 300)
-    return fault_of(lambda: call_sequence_score(False, 300), target)
+def compiled_before(target: str) -> list[int]:
+    """Kernels in Triton's cache that are compiled to machine code, then executed from there, then without it."""
+    counts = []
+    with tempfile.TemporaryDirectory() as folder, knobs.cache.scope():
+        knobs.cache.dir = folder
+        for context in (offline(TARGETS[target]), compiled(target, assembled=True), compiled(target)):
+            with context:
+                call_sequence_score(False, 300)
+            forget(*FUNCTIONS)
+            counts.append(len(list(Path(folder).rglob("*.ptx"))))
+    return counts
 
 
 def far_labels_executed(target: str) -> dict[str, Any]:
