@@ -14,7 +14,7 @@ from torch import Tensor
 from ..backends.registry import backend_for
 from ..objective import Groups, Objective, Rollouts
 from ..values import check_margin, factor
-from .devices import to_device
+from .devices import moved, to_device
 from .registration import op
 from .sequence_score import sequence_score_backward
 
@@ -97,17 +97,17 @@ def infonce(
     backend = backend_for(implementation, device)
     scores, counts = backend.sequence_score_forward(logprobs.contiguous(), labels.contiguous(), offsets)
     # Numbers on the CPU stay there: a kernel takes them as they are.
-    if margin.device.type == "cpu":
+    if margin.is_cpu:
         check_margin(margin.item())
-    if num_groups is not None and num_groups.device.type == "cpu":
+    if num_groups is not None and num_groups.is_cpu:
         factor("num_groups", num_groups.item())
     groups = Groups(group_size, group_ids, group_order, group_offsets)
     if group_ids is not None and group_ids.device != device:
         groups = _on_device(groups, device)
     rewards = rewards if rewards.device == device else to_device(rewards, device)
-    objective = Objective(
-        tau, margin.to(dtype), reward_threshold, reduction, None if num_groups is None else num_groups.to(dtype)
-    )
+    margin = moved(margin, margin.device, dtype)
+    num_groups = None if num_groups is None else moved(num_groups, num_groups.device, dtype)
+    objective = Objective(tau, margin, reward_threshold, reduction, num_groups)
     loss, weights = backend.infonce(scores, counts, Rollouts(rewards.contiguous(), groups), objective)
     return loss, scores, counts, weights
 

@@ -159,9 +159,9 @@ def _function(
 
     def by_position(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         # Kernels read memory, which a lazily negated view has not changed.
-        gradients = tuple(x if x is None else x.resolve_neg() for x in gradients)
+        incoming = [x if x is None else x.resolve_neg() for x in gradients]
         results: list[Tensor | None] = [None] * len(positions)
-        for name, gradient in backward(ctx, *gradients).items():
+        for name, gradient in backward(ctx, *incoming).items():
             if gradient is not None:
                 results[positions[name]] = without_derivative(gradient)
         return tuple(results)

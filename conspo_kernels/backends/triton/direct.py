@@ -72,11 +72,14 @@ class Form(NamedTuple):
     compiled: dict[tuple[Any, ...], Compiled]
 
     def key(self, driver: Any, device: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        dtypes = [getattr(arguments[i], "dtype", arguments[i]) for i in self.unaligned]
+        key = [driver, device, self.values(arguments)]
+        for i in self.unaligned:
+            x = arguments[i]
+            key.append(getattr(x, "dtype", x))
         for i in self.aligned:
             x = arguments[i]
-            dtypes.append((x.dtype, x.data_ptr() % ALIGNED == 0) if isinstance(x, Tensor) else x)
-        return (driver, device, self.values(arguments), *dtypes)
+            key.append((x.dtype, x.data_ptr() % ALIGNED == 0) if isinstance(x, Tensor) else x)
+        return tuple(key)
 
 
 def form_of(params: list[Any], by_position: int, names: tuple[str, ...]) -> Form:
