@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .conspo import ConSPOOutput
 from .loss import conspo_loss, linear_conspo_loss
-from .options import LinearLossSettings, LossSettings
+from .options import LinearLossOptions, LossOptions
 from .values import python_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from .options import LinearLossOptions, LossOptions
+OF_A_STEP = {"cu_seqlens", "response_mask", "bias", "weight_grad"}  # tensors, which only a call takes
 
 
 class _Settings(nn.Module):
@@ -63,10 +63,10 @@ class ConSPOLoss(_Settings):
     """
 
     loss = staticmethod(conspo_loss)
-    names = frozenset(LossSettings.__annotations__)
+    names = frozenset(LossOptions.__annotations__) - OF_A_STEP
     __signature__ = _signature(loss, names)
 
-    def __init__(self, **settings: Unpack[LossSettings]) -> None:
+    def __init__(self, **settings: Unpack[LossOptions]) -> None:
         super().__init__(settings)
 
     @overload
@@ -100,10 +100,10 @@ class LinearConSPOLoss(_Settings):
     """
 
     loss = staticmethod(linear_conspo_loss)
-    names = frozenset(LinearLossSettings.__annotations__)
+    names = frozenset(LinearLossOptions.__annotations__) - OF_A_STEP
     __signature__ = _signature(loss, names)
 
-    def __init__(self, **settings: Unpack[LinearLossSettings]) -> None:
+    def __init__(self, **settings: Unpack[LinearLossOptions]) -> None:
         super().__init__(settings)
 
     @overload

@@ -13,9 +13,11 @@ from torch import Tensor
 from .parallel import Parallel
 
 
-class TokenSettings(TypedDict, total=False):
-    """How labels lie, the transform of logits, and the implementation: the same from step to step."""
+class TokenOptions(TypedDict, total=False):
+    """Which tokens count, the transform of their logits, and the implementation."""
 
+    cu_seqlens: Tensor | None
+    response_mask: Tensor | None
     shift: bool
     temperature: float
     logit_scale: float
@@ -25,26 +27,14 @@ class TokenSettings(TypedDict, total=False):
     implementation: str
 
 
-class TokenOptions(TokenSettings, total=False):
-    """With which tokens count."""
-
-    cu_seqlens: Tensor | None
-    response_mask: Tensor | None
-
-
-class HeadSettings(TypedDict, total=False):
-    """How every linear function computes."""
-
-    workspace_mib: float | None
-    logits_dtype: torch.dtype | None
-    synchronize: bool
-
-
-class HeadOptions(HeadSettings, total=False):
-    """With tensors of the head."""
+class HeadOptions(TypedDict, total=False):
+    """Options of every linear function."""
 
     bias: Tensor | None
+    workspace_mib: float | None
     weight_grad: Tensor | None
+    logits_dtype: torch.dtype | None
+    synchronize: bool
 
 
 class GraphHeadOptions(HeadOptions, total=False):
@@ -70,20 +60,10 @@ class ScoreOptions(ObjectiveOptions, total=False):
     implementation: str
 
 
-class LossSettings(TokenSettings, ObjectiveOptions, total=False):
-    """Of `ConSPOLoss`."""
-
-    inplace_backward: bool
-
-
-class LossOptions(LossSettings, TokenOptions, total=False):
+class LossOptions(TokenOptions, ObjectiveOptions, total=False):
     """Of `conspo_loss`."""
 
-
-class LinearLossSettings(TokenSettings, ObjectiveOptions, HeadSettings, total=False):
-    """Of `LinearConSPOLoss`."""
-
-    batch_invariant: bool
+    inplace_backward: bool
 
 
 class LinearLossOptions(TokenOptions, ObjectiveOptions, GraphHeadOptions, total=False):
