@@ -189,14 +189,14 @@ def cause_part(results: Results) -> Any:
     names = {"kl": "KL over a batch, nats per token", "norm_last": "norm of the last gradient",
              "wrong_change": "change of wrong scores", "right_change": "change of right scores"}  # fmt: skip
     for row, updates in zip(axes, ("mini-batches", "repetition"), strict=True):
-        by_method = list(report.cause_runs(results, updates).values())[1]  # the rate in the middle
+        lr, by_method = list(report.cause_runs(results, updates).items())[1]  # the rate in the middle
         count = len(by_method["conspo"])
         for method, runs in by_method.items():
             for ax, name in zip(row, names, strict=True):
                 curve = mean_curve(results, runs, name)
                 ax.plot(range(1, len(curve) + 1), curve, color=COLOURS[method], label=method, linewidth=1.5)
         for ax, title in zip(row, names.values(), strict=True):
-            ax.set_title(f"{updates}, {seeds_of(count)}: {title}", fontsize=8)
+            ax.set_title(f"{updates}, {lr:g}, {seeds_of(count)}:\n{title}", fontsize=8)
             ax.grid(alpha=0.3)
             if not count:
                 empty(ax)
