@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from benchmarks.simulation.simulated_streams import Clock, Event, Stream
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
-DEVICE, IS_CUDA = Tensor.device.__get__, Tensor.is_cuda.__get__  # type: ignore[attr-defined]
+DEVICE = Tensor.device.__get__  # type: ignore[attr-defined]
+IS_CUDA, IS_CPU = Tensor.is_cuda.__get__, Tensor.is_cpu.__get__  # type: ignore[attr-defined]
 aten = torch.ops.aten
 
 # The result's size, or its value, has to be known to the host.
@@ -145,8 +146,8 @@ class Calls(TorchFunctionMode):
         kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}  # needs a real GPU
         if func == DEVICE:
             return self._device(args[0])
-        if func == IS_CUDA:
-            return self.memory.holds(args[0])
+        if func in (IS_CUDA, IS_CPU):
+            return self.memory.holds(args[0]) == (func == IS_CUDA)
         if func in (torch.mm, torch.addmm) and kwargs.get("out_dtype") is not None:
             return self._widened(func, args, **kwargs)
         if func in READING and self.memory.holds(args[0]):
