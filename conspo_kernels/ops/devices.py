@@ -61,8 +61,8 @@ def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> 
 
 @op(lambda it: torch.empty(it.x.shape, device=it.device, dtype=it.dtype))
 def copied_to(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A copy of x on the device, in the dtype, made without waiting for the device."""
-    return to_device(x, device, dtype)
+    """A copy of x on the device, in the dtype, made without waiting for the device; contiguous whatever x is."""
+    return to_device(x, device, dtype).contiguous()
 
 
 def _fake_indices(it: Any) -> Tensor:

@@ -62,6 +62,7 @@ def aligned_labels(
     if labels.dim() == 1:
         labels, response_mask = labels[None], None if response_mask is None else response_mask[None]
     aligned = backend_for(implementation, labels.device).align(labels, response_mask, offsets, shift, absent)
+    aligned = aligned.contiguous()  # as compiled code expects it, whatever the strides of the user's labels
     if vocab_size != NOT_CHECKED and labels.device.type == "cpu" and aligned.numel():
         smallest, largest = torch.aminmax(aligned)
         if smallest < IGNORED or largest >= vocab_size:

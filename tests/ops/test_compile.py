@@ -41,6 +41,7 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
         z.flatten(0, 1), y.flatten(), r, 2, shift=True, implementation=i,
         cu_seqlens=torch.arange(len(r) + 1) * z.shape[1],
     ),
+    "labels by columns": lambda z, y, r, g, i: ck.conspo_loss(z, y.T.contiguous().T, r, 2, implementation=i),
     "token_logprobs": lambda z, y, r, g, i: torch.stack(
         ck.token_logprobs(z, y, temperature=0.7, softcap=3.0, return_entropy=True, implementation=i)
     ),

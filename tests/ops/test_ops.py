@@ -99,6 +99,13 @@ def test_opcheck_aligned_labels(implementation: str, device: torch.device) -> No
     mask, offsets = LABELS.to(device) > 1, torch.tensor([0, 2, 5], device=device)
     opcheck(OPS.aligned_labels.default, (LABELS.to(device), mask, None, True, -100, 17, implementation))
     opcheck(OPS.aligned_labels.default, (LABELS.to(device).flatten(), None, offsets, True, -100, 17, implementation))
+    by_columns = LABELS.to(device).T.contiguous().T
+    opcheck(OPS.aligned_labels.default, (by_columns, None, None, False, -100, 17, implementation))
+
+
+def test_opcheck_copied_to(device: torch.device) -> None:
+    for x in (torch.rand(2, 3, dtype=torch.float64), torch.rand(3, 2, dtype=torch.float64).T):
+        opcheck(OPS.copied_to.default, (x, device, torch.float32))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
