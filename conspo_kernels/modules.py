@@ -40,8 +40,9 @@ class _Settings(nn.Module):
 
 
 def _signature(loss: Callable[..., object], names: frozenset[str]) -> inspect.Signature:
-    """What `help` shows of a module: the settings as its loss spells them out."""
-    return inspect.Signature([it for it in inspect.signature(loss).parameters.values() if it.name in names])
+    """What `help` shows of a module's constructor: the settings as its loss spells them out."""
+    this = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return inspect.Signature([this, *(it for it in inspect.signature(loss).parameters.values() if it.name in names)])
 
 
 def _equal(value: Any, default: Any) -> bool:
@@ -64,10 +65,12 @@ class ConSPOLoss(_Settings):
 
     loss = staticmethod(conspo_loss)
     names = frozenset(LossOptions.__annotations__) - OF_A_STEP
-    __signature__ = _signature(loss, names)
 
     def __init__(self, **settings: Unpack[LossOptions]) -> None:
         super().__init__(settings)
+
+    # Of the constructor: that of a class would be its instances' and its subclasses' too.
+    __init__.__signature__ = _signature(loss, names)  # type: ignore[attr-defined]
 
     @overload
     def forward(
@@ -101,10 +104,12 @@ class LinearConSPOLoss(_Settings):
 
     loss = staticmethod(linear_conspo_loss)
     names = frozenset(LinearLossOptions.__annotations__) - OF_A_STEP
-    __signature__ = _signature(loss, names)
 
     def __init__(self, **settings: Unpack[LinearLossOptions]) -> None:
         super().__init__(settings)
+
+    # Of the constructor: that of a class would be its instances' and its subclasses' too.
+    __init__.__signature__ = _signature(loss, names)  # type: ignore[attr-defined]
 
     @overload
     def forward(

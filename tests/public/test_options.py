@@ -42,3 +42,13 @@ def test_modules_take_the_settings_of_their_function(module: str, function: str)
     for name, parameter in parameters.items():
         assert (parameter.default, parameter.annotation) == (whole[name].default, whole[name].annotation)
     assert set(parameters) == {n for n, p in whole.items() if p.kind is p.KEYWORD_ONLY} - per_call
+
+
+def test_a_signature_is_that_of_the_constructor_alone() -> None:
+    class Sharper(conspo_kernels.ConSPOLoss):
+        def __init__(self, sharpness: float) -> None:
+            super().__init__(tau=1 / sharpness)
+
+    assert list(inspect.signature(Sharper).parameters) == ["sharpness"]
+    for module in (Sharper(2.0), conspo_kernels.LinearConSPOLoss()):
+        assert [p.kind.name for p in inspect.signature(module).parameters.values()] == ["VAR_POSITIONAL", "VAR_KEYWORD"]
