@@ -168,7 +168,9 @@ def summed_loss(
         `conspo/trust_region_fraction`: of the response tokens with an advantage, the share that was stopped.
     """
     mask = response_mask.bool()
-    loss = torch.where(mask, linear_loss(logprobs, advantages, old_logprobs, epsilon), 0.0).sum()
+    # Masked before the product: behind it an advantage of NaN under the mask would reach the gradient, as 0 * NaN.
+    advantages = torch.where(mask, advantages, 0.0)
+    loss = linear_loss(logprobs, advantages, old_logprobs, epsilon).sum()
     with torch.no_grad():
         changes = torch.where(mask, logprobs.float() - old_logprobs.float(), 0.0)
         empty = masked_scores(torch.ones_like(changes), mask, cu_seqlens).isnan()

@@ -139,6 +139,19 @@ def test_no_bit_changes_where_nothing_has_moved(name: str, monkeypatch: pytest.M
     assert {name: metrics[name] for name in NAMES} == dict.fromkeys(NAMES, 0.0)
 
 
+@pytest.mark.parametrize("epsilon", [None, EPSILON])
+@pytest.mark.parametrize("name", LOSSES)
+def test_nothing_under_the_mask_is_looked_at(name: str, epsilon: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    it = reused()
+    expected, logged = gradient(LOSSES[name], it, epsilon, monkeypatch)
+    now, old, advantages = (x.detach().masked_fill(~it.mask, math.nan) for x in it[:3])
+    found, metrics = gradient(
+        LOSSES[name], Reused(now.requires_grad_(), old, advantages, it.mask), epsilon, monkeypatch
+    )
+    assert torch.equal(found, expected)
+    assert {key: metrics[key] for key in NAMES[:2]} == {key: logged[key] for key in NAMES[:2]}
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_the_drift_of_scores_is_logged(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     it = reused()
