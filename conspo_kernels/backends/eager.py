@@ -173,10 +173,10 @@ def _token_segments(offsets: Tensor, num_tokens: int) -> Tensor:
 
 def scaled(weights: Tensor, factor: Tensor) -> Tensor:
     """A weight of zero takes no part: an infinite or NaN factor must not reach it as NaN."""
-    return weights if _is_one(factor) else torch.where(weights == 0, 0.0, weights * factor)
+    return torch.where(weights == 0, 0.0, weights * factor)
 
 
-def _is_one(factor: Tensor) -> bool:
+def is_one(factor: Tensor) -> bool:
     """As what comes into a loss mostly is. On a GPU a look at it would wait."""
     return factor.is_cpu and factor.item() == 1
 
@@ -208,5 +208,5 @@ def _next_labels(labels: Tensor, offsets: Tensor | None) -> Tensor:
 
 
 def scale_(gradient: Tensor, factor: Tensor) -> None:
-    if not _is_one(factor):
+    if not is_one(factor):
         gradient.mul_(factor)

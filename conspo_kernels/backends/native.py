@@ -112,7 +112,7 @@ def sequence_score_forward(logprobs: Tensor, labels: Tensor, offsets: Tensor | N
 def sequence_score_backward(
     weights: Tensor, counts: Tensor, labels: Tensor, offsets: Tensor | None, factor: Tensor | None = None
 ) -> Tensor:
-    grad_scores = weights if factor is None else eager.scaled(weights, factor)
+    grad_scores = weights if factor is None or eager.is_one(factor) else eager.scaled(weights, factor)
     grad: Tensor = _C.sequence_score_backward(grad_scores, counts, labels, offsets)
     return grad
 
