@@ -177,7 +177,7 @@ def scaled(weights: Tensor, factor: Tensor) -> Tensor:
 
 
 def is_one(factor: Tensor) -> bool:
-    """As what comes into a loss mostly is. On a GPU a look at it would wait."""
+    """Whether a factor is 1, as the gradient of a loss mostly is. On a GPU nobody looks: that would wait."""
     return factor.is_cpu and factor.item() == 1
 
 

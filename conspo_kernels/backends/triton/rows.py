@@ -81,7 +81,7 @@ def tiles(logits: Tensor, kernel: str, most_registers: int | None) -> dict[str, 
     return _tiles(kernel, TABLE[row][kernel], row, logits.element_size(), most_registers)
 
 
-@functools.lru_cache(maxsize=64)  # made anew it takes 2 us of every launch
+@functools.lru_cache(maxsize=64)  # building it takes 2 us, at every launch
 def _tiles(kernel: str, launch: Launch, row: str, size: int, most_registers: int | None) -> dict[str, int]:
     cut = {"VECTOR": VECTOR_BYTES // size, "LANES": launch.lanes}
     if kernel != "forward_backward":  # a whole row per program

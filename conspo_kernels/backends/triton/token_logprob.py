@@ -103,7 +103,7 @@ def _strided(logits: Tensor, grad_logits: Tensor) -> tuple[Tensor, Tensor, tuple
     return base, grad_base, row, grad_row, same_alignment
 
 
-@functools.lru_cache(maxsize=64)  # made anew they take 1 us of every launch
+@functools.lru_cache(maxsize=64)  # building them takes 1 us, at every launch
 def _constants(dtype: torch.dtype, vocab_size: int, transform: LogitTransform) -> dict[str, Any]:
     """The arguments that all kernels of `row_kernels.py` share."""
     return {
