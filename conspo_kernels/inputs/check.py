@@ -39,8 +39,18 @@ def _reverse_mode(name: str, value: Tensor) -> None:
         return
     if torch._C._functorch.is_functorch_wrapped_tensor(value):
         raise NotImplementedError(f"{name} must not be inside a torch.func transform, got one: use autograd")
-    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+    if _has_tangent(value):
         raise NotImplementedError(f"{name} must not carry a tangent, got one: there is no forward-mode derivative")
+
+
+def _has_tangent(value: Tensor) -> bool:
+    return forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None
+
+
+def _constant(name: str, value: Tensor) -> None:
+    """A tensor that no mode may differentiate by."""
+    if value.requires_grad or (not torch.compiler.is_compiling() and _has_tangent(value)):
+        raise ValueError(f"{name} must be a constant of the loss, which gets no gradient: pass {name}.detach()")
 
 
 def _dtype(name: str, value: Tensor, allowed: tuple[torch.dtype, ...], words: str) -> None:
@@ -195,8 +205,7 @@ def weights(value: Any, num_rollouts: int, device: torch.device, phase_one: Any)
         _dtype(name, x, LOGIT_DTYPES, "floating point")
         _shape(name, x, (num_rollouts,), "one per rollout")
         devices(device, **{name: x})
-    if value.requires_grad:
-        raise ValueError("weights are constants of the loss and get no gradient: pass weights.detach()")
+    _constant("weights", value)
 
 
 def coefficients(value: Any, shape: tuple[int, ...], device: torch.device) -> None:
@@ -205,8 +214,7 @@ def coefficients(value: Any, shape: tuple[int, ...], device: torch.device) -> No
     _dtype("coefficients", value, LOGIT_DTYPES, "floating point")
     _shape("coefficients", value, shape, "that of labels")
     devices(device, coefficients=value)
-    if value.requires_grad:
-        raise ValueError("coefficients are constants of the loss and get no gradient: pass coefficients.detach()")
+    _constant("coefficients", value)
 
 
 def trust_region(values: Any, logprobs: Any, old_logprobs: Any, epsilon: Any) -> None:
@@ -268,8 +276,7 @@ def _scalar(name: str, value: Any) -> None:
     _tensor(name, value)
     if value.dim() != 0 or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{name} must be a number or a real 0-d tensor, got {value.dtype} {list(value.shape)}")
-    if value.requires_grad:
-        raise ValueError(f"{name} is a constant of the loss and gets no gradient: pass {name}.detach()")
+    _constant(name, value)
 
 
 def devices(device: torch.device, **values: Any) -> None:

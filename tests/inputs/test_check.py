@@ -314,6 +314,26 @@ def test_value_errors(function: Callable[..., Any], arguments: dict[str, Any], m
         function(arguments)
 
 
+@pytest.mark.parametrize(
+    ("function", "arguments", "name"),
+    [
+        (loss, padded, "margin"),
+        (loss, padded, "num_groups"),
+        (phase_two, weighted, "weights"),
+        (known, weighted, "coefficients"),
+    ],
+)
+def test_a_constant_of_the_loss_carries_no_tangent(
+    function: Callable[..., Any], arguments: Callable[..., dict[str, Any]], name: str
+) -> None:
+    value = {"weights": torch.ones(4), "coefficients": torch.ones(4, 3)}.get(name, torch.tensor(1.0))
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(value, torch.ones_like(value))
+        with pytest.raises(ValueError, match=rf"{name} must be a constant .* pass {name}.detach\(\)"):
+            function(arguments(**{name: dual}))
+        function(arguments(**{name: dual.detach()}))
+
+
 @pytest.mark.parametrize(("function", "arguments", "message"), TYPE_ERRORS, ids=[m[:60] for *_, m in TYPE_ERRORS])
 def test_type_errors(function: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
