@@ -9,25 +9,22 @@ The gradient of a loss of log-probabilities is one coefficient per token, and `w
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .conspo import rollout_scores
 from .inputs import check
 from .inputs.sources import hidden_source, logits_source, logprobs_source
 from .inputs.tokens import tokens_of
 from .inputs.weights import coefficients_of
+from .options import LinearLogprobOptions, LogprobOptions
 from .parallel import Parallel
 from .sources import Source
 from .values import Tokens
 from .weighted import weighted_logprobs
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .options import LinearLogprobOptions, LogprobOptions
 
 
 @overload

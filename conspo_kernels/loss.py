@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .conspo import ConSPOOutput, loss_of_scores, loss_of_tokens, metrics_of
 from .inputs import check
 from .inputs.rollouts import rollouts_of, tokens_with_gradient
 from .inputs.sources import hidden_source, logits_source, scores_source
 from .inputs.tokens import tokens_of
+from .options import LinearLossOptions, LossOptions, ScoreOptions
 from .parallel import Parallel
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .options import LinearLossOptions, LossOptions, ScoreOptions
 
 
 @overload

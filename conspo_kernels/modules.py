@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import Any, Literal, overload
 
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from .conspo import ConSPOOutput
 from .loss import conspo_loss, linear_conspo_loss
 from .options import LinearLossOptions, LossOptions
 from .values import python_number
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 OF_A_STEP = {"cu_seqlens", "response_mask", "bias", "weight_grad"}  # tensors, which only a call takes
 

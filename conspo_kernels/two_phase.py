@@ -9,10 +9,11 @@ The loss depends on the parameters through the scores alone, so sum_i w_i s_i wi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple, overload
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from .conspo import ConSPOOutput, loss_of_scores, metrics_of, rollout_scores
 from .inputs import check
@@ -20,15 +21,11 @@ from .inputs.rollouts import rollouts_of
 from .inputs.sources import hidden_source, logits_source, scores_source
 from .inputs.tokens import tokens_of
 from .inputs.weights import weights_of
+from .options import LinearWeightedOptions, WeightedOptions
 from .parallel import Parallel
 from .sources import Source
 from .values import Tokens
 from .weighted import weighted_scores
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-    from .options import LinearWeightedOptions, WeightedOptions
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import typing
 
 import pytest
 
@@ -52,3 +53,10 @@ def test_a_signature_is_that_of_the_constructor_alone() -> None:
     assert list(inspect.signature(Sharper).parameters) == ["sharpness"]
     for module in (Sharper(2.0), conspo_kernels.LinearConSPOLoss()):
         assert [p.kind.name for p in inspect.signature(module).parameters.values()] == ["VAR_POSITIONAL", "VAR_KEYWORD"]
+
+
+def test_type_hints_are_known_at_run_time() -> None:
+    hints = typing.get_type_hints(conspo_kernels.LinearConSPOLoss.__init__)
+    assert typing.get_args(hints["settings"]) == (options.LinearLossOptions,)
+    for name in conspo_kernels.__all__:
+        assert typing.get_type_hints(getattr(conspo_kernels, name)) or inspect.isclass(getattr(conspo_kernels, name))
