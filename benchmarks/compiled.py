@@ -188,6 +188,9 @@ CASES: dict[str, Callable[[], object]] = {
         _logits(262_144, torch.bfloat16), softcap=50.0, entropy=True
     ),
     "bf16, V 262,144, softcap of 1,000": lambda: call_token_logprob(_logits(262_144, torch.bfloat16), softcap=1000.0),
+    "bf16, V 262,144, softcap of 1,000, entropy": lambda: call_token_logprob(
+        _logits(262_144, torch.bfloat16), softcap=1000.0, entropy=True
+    ),
     "fp32, V 262,144, softcap": lambda: call_token_logprob(_logits(262_144, torch.float32), softcap=30.0),
     "bf16, V 151,936, entropy": lambda: call_token_logprob(_logits(151_936, torch.bfloat16), entropy=True),
     "fp32, V 151,936": lambda: call_token_logprob(_logits(151_936, torch.float32)),

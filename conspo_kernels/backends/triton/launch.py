@@ -95,20 +95,22 @@ def registers(most: int | None, row: str) -> dict[str, int]:
 
 # How many registers a thread may have: by kernel, bytes of a logit, whether there is a tanh, and an entropy. By
 # itself ptxas would rather have more warps than all loads of a thread under way. With a tanh of 16-bit logits that
-# leaves 18 to 24 KB; a gradient of fp32 logits then takes up to 5 % more instructions; a row of fp32 logits with
-# known coefficients takes 32 registers, which makes room for two rows. With a limit it takes what that allows. None
-# of these spills with Triton 3.6.0, 3.7.1, 3.8.0 or 3.9.0 for sm_80, sm_90 or sm_100. Lower ones did, most often 8
-# bytes on sm_100: a series forward at 56 and 64 with 3.9.0, backward at 48 to 64; a short tanh backward at 64 to 80,
-# with entropy too, forward with entropy at 56 to 104. No other tile will do. For a series (256, 8) and (128, 4) have
-# 24 KB with Triton 3.6.0 and 16 with 3.7.1, more per thread has 12 to 16; for a short tanh (256, 4) has 18 KB, with a
-# limit 7 % more to do.
+# leaves 14 to 24 KB in flight; a gradient of fp32 logits then takes up to 5 % more instructions; a row of fp32 logits
+# with known coefficients takes 32 registers, which makes room for two rows.
+# None of these limits spills with Triton 3.6.0, 3.7.1, 3.8.0 or 3.9.0 for sm_80, sm_90 or sm_100. Others did, most
+# often 8 bytes on sm_100: of a series, forward 56 and 64 (with entropy 72 to 96), backward 48 to 64 (with entropy 64
+# and 72); of a short tanh, forward with entropy 56 to 104, backward 64 to 80.
+# No other tile will do. For a series (256, 8) and (128, 4) have 24 KB with Triton 3.6.0 and 16 with 3.7.1, more per
+# thread has 12 to 16; for a short tanh (256, 4) has 18 KB, with a limit 7 % more to do.
 REGISTERS = {
     ("forward", 2, True, False): 96,
     ("forward", 2, True, True): 112,
     ("heavy forward", 2, True, False): 72,
+    ("heavy forward", 2, True, True): 64,
     ("backward", 2, True, False): 88,
     ("backward", 2, True, True): 96,
     ("heavy", 2, True, False): 80,
+    ("heavy", 2, True, True): 80,
     ("backward", 4, False, False): 64,
     ("forward_backward", 4, False, False): 64,
 }
