@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Integral, Real
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -171,6 +172,14 @@ class Statistics(NamedTuple):
             if mine is not None and other is not None:
                 other.copy_(mine)
         return out
+
+
+PerToken = TypeVar("PerToken", Incoming, Statistics)
+
+
+def for_each(values: PerToken, change: Callable[[Tensor], Tensor]) -> PerToken:
+    """The same with each of their tensors changed; None stays None."""
+    return type(values)(*(None if x is None else change(x) for x in values))  # type: ignore[arg-type]
 
 
 class Tokens(NamedTuple):

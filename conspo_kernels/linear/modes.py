@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Backend
-from ..values import Incoming, LogitRows, LogitTransform, Statistics, accumulated
+from ..values import Incoming, LogitRows, LogitTransform, PerToken, Statistics, accumulated, for_each
 from . import gemm as gemms
 from .gemm import Sum, slices
 from .tiles import Head, LogitTiles, RowSelection, second_halves
@@ -61,8 +61,8 @@ def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) ->
     statistics = _empty(run, with_entropy)
     tile = _row_tile(run, Needs(False, False, False), batch_invariant)
     for rows, _hidden, z, _grad in _row_tiles(run, tile, batch_invariant):
-        run.backend.token_logprob_forward(_logit_rows(run, z, rows), with_entropy, _part(statistics, rows))
-    return run.tokens.scatter_all(statistics)
+        run.backend.token_logprob_forward(_logit_rows(run, z, rows), with_entropy, _tile_of(statistics, rows))
+    return for_each(statistics, run.tokens.scatter)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
@@ -71,22 +71,17 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     stored = head.new_logits(tokens.hidden.shape[0], head.weight.shape[0])
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
-    run.backend.token_logprob_forward(_logit_rows(run, z, everything), with_entropy, _part(statistics, everything))
-    return tokens.scatter_all(statistics), stored
+    run.backend.token_logprob_forward(_logit_rows(run, z, everything), with_entropy, _tile_of(statistics, everything))
+    return for_each(statistics, tokens.scatter), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
     """logprobs [N], and the gradient of hidden [N, H] for coefficients of one: two GEMMs."""
-    tokens, head = run.tokens, run.head
-    grad_hidden = tokens.hidden.new_empty(tokens.number, tokens.hidden.shape[1])
-    logprobs = _empty(run, with_entropy=False).logprobs
-    ones = torch.ones_like(logprobs)
-    tile = _row_tile(run, Needs(True, False, False), batch_invariant)
-    for rows, _hidden, z, grad in _row_tiles(run, tile, batch_invariant, head.narrows(needs_bias=False)):
-        logit_rows = _logit_rows(run, z, rows)
-        run.backend.token_logprob_forward_backward(grad[None], logit_rows, ones[None, rows], logprobs[None, rows])
-        gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
-    return tokens.scatter(logprobs), tokens.scatter(grad_hidden)
+    hidden = run.tokens.hidden
+    ones = hidden.new_ones(hidden.shape[0], dtype=accumulated(hidden.dtype))
+    logprobs, gradients = forward_backward(run, ones, Needs(True, False, False), batch_invariant=batch_invariant)
+    assert gradients.hidden is not None
+    return logprobs, gradients.hidden
 
 
 def forward_frozen_part(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
@@ -100,11 +95,11 @@ def forward_frozen_part(run: Run, batch_invariant: bool = False) -> tuple[Statis
     ones = torch.ones_like(statistics.logprobs)
     tile = _row_tile(run, Needs(True, False, False), batch_invariant)
     for rows, _hidden, z, grad in _row_tiles(run, tile, batch_invariant, head.narrows(needs_bias=False)):
-        logit_rows, part = _logit_rows(run, z, rows), _part(statistics, rows)
+        logit_rows, part = _logit_rows(run, z, rows), _tile_of(statistics, rows)
         run.backend.token_logprob_forward(logit_rows, False, part)
         run.backend.token_logprob_backward(grad[None], logit_rows, part.incoming(ones[None, rows]))
         gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
-    return tokens.scatter_all(statistics), tokens.scatter(grad_hidden)
+    return for_each(statistics, tokens.scatter), tokens.scatter(grad_hidden)
 
 
 def complete_frozen(
@@ -143,7 +138,7 @@ def backward_store(run: Run, incoming: Incoming, stored: Tensor, overwrite: bool
         grad = head.new_logits(z.shape[0], z.shape[1], dtype)
     elif dtype != z.dtype:
         grad = second_halves(z, dtype)
-    incoming = _incoming_part(_gather(tokens, incoming), everything)
+    incoming = _tile_of(for_each(incoming, tokens.gather), everything)
     run.backend.token_logprob_backward(grad[None], _logit_rows(run, z, everything), incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
     dz = head.operand(grad)
@@ -165,7 +160,7 @@ def backward_recompute(run: Run, incoming: Incoming, needs: Needs, weight_grad: 
     weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
     """
     tokens, head = run.tokens, run.head
-    incoming = _gather(tokens, incoming)
+    incoming = for_each(incoming, tokens.gather)
     vocab_size, hidden_size = head.weight.shape
     tile = backward_tile(tokens.problem(head), run.workspace, needs.hidden, needs.weight)
     narrow = head.narrows(needs.bias)
@@ -187,7 +182,7 @@ def backward_recompute(run: Run, incoming: Incoming, needs: Needs, weight_grad: 
             z = logits.compute(hidden, columns)
             logit_rows = LogitRows(z[None], tokens.labels[None, rows], run.transform, columns.start)
             grad = logits.gradient(z)
-            run.backend.token_logprob_backward(grad[None], logit_rows, _incoming_part(incoming, rows))
+            run.backend.token_logprob_backward(grad[None], logit_rows, _tile_of(incoming, rows))
             if grad_bias is not None:
                 grad_bias[columns] += _bias_sum(grad)
             dz = head.operand(grad)
@@ -205,7 +200,7 @@ def backward_recompute(run: Run, incoming: Incoming, needs: Needs, weight_grad: 
 
 
 def forward_backward(
-    run: Run, coefficients: Tensor, needs: Needs, wide_weight_grad: bool = False
+    run: Run, coefficients: Tensor, needs: Needs, wide_weight_grad: bool = False, batch_invariant: bool = False
 ) -> tuple[Tensor, Gradients]:
     """logprobs [N], and the gradients of sum(coefficients * logprobs), in one walk: three GEMMs at most.
 
@@ -213,15 +208,15 @@ def forward_backward(
     """
     tokens, head = run.tokens, run.head
     vocab_size, hidden_size = head.weight.shape
-    (coefficients,) = tokens.gather(coefficients)
+    coefficients = tokens.gather(coefficients)
     logprobs = torch.empty_like(coefficients)
-    tile = _row_tile(run, needs)
+    tile = _row_tile(run, needs, batch_invariant)
     new, terms = tokens.hidden.new_empty, math.ceil(tokens.number / max(1, tile.rows))
     grad_hidden = new(tokens.number, hidden_size) if needs.hidden else None
     dtype = coefficients.dtype if wide_weight_grad else head.weight.dtype
     weight_sum = Sum(new(vocab_size, hidden_size, dtype=dtype), terms) if needs.weight else None
     grad_bias = coefficients.new_zeros(vocab_size) if needs.bias else None
-    for rows, hidden, z, grad in _row_tiles(run, tile, narrow=head.narrows(needs.bias)):
+    for rows, hidden, z, grad in _row_tiles(run, tile, batch_invariant, head.narrows(needs.bias)):
         c, logit_rows = coefficients[None, rows], _logit_rows(run, z, rows)
         run.backend.token_logprob_forward_backward(grad[None], logit_rows, c, logprobs[None, rows])
         if grad_bias is not None:
@@ -285,17 +280,6 @@ def _empty(run: Run, with_entropy: bool) -> Statistics:
     return Statistics.empty((run.tokens.number,), accumulated(hidden.dtype), hidden.device, with_entropy)
 
 
-def _part(statistics: Statistics, rows: slice) -> Statistics:
-    """The statistics of a tile, as the kernels take them: [1, r]."""
-    return Statistics(*(None if x is None else x[None, rows] for x in statistics))  # type: ignore[arg-type]
-
-
-def _gather(tokens: RowSelection, incoming: Incoming) -> Incoming:
-    """[N] -> [n]."""
-    gathered = iter(tokens.gather(*(x for x in incoming if x is not None)))
-    return Incoming(*(None if x is None else next(gathered) for x in incoming))  # type: ignore[arg-type]
-
-
-def _incoming_part(incoming: Incoming, rows: slice) -> Incoming:
-    """Of a tile, as the kernels take them: [1, r]."""
-    return Incoming(*(None if x is None else x[None, rows] for x in incoming))  # type: ignore[arg-type]
+def _tile_of(values: PerToken, rows: slice) -> PerToken:
+    """Statistics or incoming gradients of a tile, as the kernels take them: [1, r]."""
+    return for_each(values, lambda x: x[None, rows])

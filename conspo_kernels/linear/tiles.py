@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..values import IGNORED, Statistics
+from ..values import IGNORED
 from . import gemm as gemms
 from .tiling import ALIGNMENT, Problem
 
@@ -121,10 +121,9 @@ class RowSelection(NamedTuple):
             head.logits_dtype.itemsize, multiprocessors(self.hidden.device),
         )  # fmt: skip
 
-    def gather(self, *tensors: Tensor) -> list[Tensor]:
-        """[N] each -> [n] each, of those that take part."""
-        indices = self.indices
-        return list(tensors) if indices is None else [x.index_select(0, indices) for x in tensors]
+    def gather(self, x: Tensor) -> Tensor:
+        """[N] -> [n], of those that take part."""
+        return x if self.indices is None else x.index_select(0, self.indices)
 
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """[r, H] of those that take part."""
@@ -135,11 +134,6 @@ class RowSelection(NamedTuple):
         if self.indices is None:
             return x
         return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.indices, x)
-
-    def scatter_all(self, statistics: Statistics) -> Statistics:
-        if self.indices is None:
-            return statistics
-        return Statistics(*(None if x is None else self.scatter(x) for x in statistics))  # type: ignore[arg-type]
 
 
 class LogitTiles:

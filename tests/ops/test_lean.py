@@ -152,7 +152,7 @@ def test_tokens_that_take_part_are_gathered_and_put_back() -> None:
         hidden = torch.randn(total, 3, device=DEVICE)
         tensors = [torch.randn(total, device=DEVICE), torch.arange(total, device=DEVICE)]
         tokens = RowSelection(hidden, tensors[1][places], where)
-        for x, gathered in zip((hidden, *tensors), (tokens.hidden_rows(), *tokens.gather(*tensors)), strict=True):
+        for x, gathered in zip((hidden, *tensors), (tokens.hidden_rows(), *map(tokens.gather, tensors)), strict=True):
             assert torch.equal(gathered, x[places])
             expected = torch.zeros_like(x)
             expected[places] = x[places]
