@@ -45,16 +45,18 @@ class LabelledRows:
     implementation: str
 
 
-class ForwardBackward(NamedTuple):
-    """logprobs [B, T], and the gradients of sum(coefficients * logprobs).
+class KnownGradients(NamedTuple):
+    """Arguments of `weighted_sum`: logits or hidden states x, the head's weight and bias, and their gradients or None.
 
-    inputs: (logits or hidden states, weight, bias).  gradients: with respect to each, None if not needed.
     weight_grad: a buffer to which the gradient of weight is added, or None.
     """
 
-    logprobs: Tensor
-    inputs: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
-    gradients: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    x: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    grad_x: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
     weight_grad: Tensor | None = None
 
 
@@ -94,7 +96,7 @@ class LogitsSource(LabelledRows):
         )
         return logprobs, entropy
 
-    def forward_backward(self, tokens: Tokens, coefficients: Tensor) -> ForwardBackward | None:
+    def forward_backward(self, tokens: Tokens, coefficients: Tensor) -> tuple[Tensor, KnownGradients] | None:
         if not (torch.is_grad_enabled() and self.logits.requires_grad) or self.vocab_group:
             return None  # with a split vocabulary the gradient needs the statistics of all ranks first
         if torch.compiler.is_compiling():
@@ -108,8 +110,8 @@ class LogitsSource(LabelledRows):
             transform=self.transform,
             implementation=self.implementation,
         )
-        gradients = ((z if self.inplace else gradient).view(self.user_logits.shape), None, None)
-        return ForwardBackward(logprobs, (self.user_logits, None, None), gradients)
+        gradient = (z if self.inplace else gradient).view(self.user_logits.shape)
+        return logprobs, KnownGradients(x=self.user_logits, grad_x=gradient)
 
 
 @dataclass(kw_only=True)
@@ -178,7 +180,7 @@ class HiddenSource(LabelledRows):
         )
         return logprobs.view(tokens.labels.shape), entropy
 
-    def forward_backward(self, tokens: Tokens, coefficients: Tensor) -> ForwardBackward | None:
+    def forward_backward(self, tokens: Tokens, coefficients: Tensor) -> tuple[Tensor, KnownGradients] | None:
         needs = self.needs
         if not any(needs) or self.parallel.vocab is not None:
             return None
@@ -196,10 +198,9 @@ class HiddenSource(LabelledRows):
             workspace=self.workspace,
             implementation=self.implementation,
         )
-        hidden_grad, weight_grad, bias_grad = (x if need else None for x, need in zip(gradients, needs, strict=True))
-        inputs = (self.hidden, self.weight, self.bias)
-        logprobs = logprobs.view(tokens.labels.shape)
-        return ForwardBackward(logprobs, inputs, (hidden_grad, weight_grad, bias_grad), self.weight_grad)
+        grad_x, grad_weight, grad_bias = (x if need else None for x, need in zip(gradients, needs, strict=True))
+        known = KnownGradients(self.hidden, self.weight, self.bias, grad_x, grad_weight, grad_bias, self.weight_grad)
+        return logprobs.view(tokens.labels.shape), known
 
 
 Source = LogitsSource | HiddenSource

@@ -13,7 +13,7 @@ from .ops.ranks import name_of, sum_over_ranks
 from .ops.sequence_score import masked_coefficients, sequence_score_backward, token_coefficients
 from .ops.weighted_sum import weighted_sum
 from .parallel import Parallel
-from .sources import ForwardBackward, Source
+from .sources import KnownGradients, Source
 from .values import Tokens
 
 # Nats per token. The same parameters give the same scores up to rounding. In bf16 a model's logits move by a hundredth
@@ -29,16 +29,16 @@ def weighted_scores(
     coefficients, counts, labels = _coefficients(tokens, weights, parallel, implementation)
     if source.skips_tokens or (phase_one is None and not return_metrics):  # nobody asks for the other scores
         tokens = tokens._replace(labels=labels)
-    result = source.forward_backward(tokens, coefficients) or ForwardBackward(source.logprobs(tokens)[0])
-    logprobs = result.logprobs
+    logprobs, known = source.forward_backward(tokens, coefficients) or (source.logprobs(tokens)[0], KnownGradients())
+    tied: Any = {**known._asdict(), "implementation": implementation}
     if parallel.context is None:  # the sum over rollouts of weights times means
-        value = _tied(logprobs, coefficients, None, result, implementation)
+        value = weighted_sum(values=logprobs, weights=coefficients, counts=None, **tied)
         if phase_one is None and not return_metrics:
             return value
         scores, _counts = rollout_scores(logprobs.detach(), tokens, parallel, implementation)
     else:
         scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
-        value = _tied(scores, weights, counts, result, implementation)
+        value = weighted_sum(values=scores, weights=weights, counts=counts, **tied)
     scores = scores.detach()
     drifted = {}
     if phase_one is not None:
@@ -50,27 +50,6 @@ def weighted_scores(
     if source.skips_tokens:
         scores = scores.masked_fill(weights == 0, torch.nan)  # not computed
     return ConSPOOutput(value, metrics, scores, logprobs.detach().view(tokens.shape))
-
-
-def _tied(
-    values: Tensor, weights: Tensor, counts: Tensor | None, result: ForwardBackward, implementation: str
-) -> Tensor:
-    """The sum of weights times values, with the gradients that are known."""
-    x, weight, bias = result.inputs
-    grad_x, grad_weight, grad_bias = result.gradients
-    return weighted_sum(
-        values=values,
-        weights=weights,
-        counts=counts,
-        x=x,
-        weight=weight,
-        bias=bias,
-        grad_x=grad_x,
-        grad_weight=grad_weight,
-        grad_bias=grad_bias,
-        weight_grad=result.weight_grad,
-        implementation=implementation,
-    )
 
 
 def _coefficients(
@@ -107,8 +86,9 @@ def weighted_logprobs(source: Source, tokens: Tokens, coefficients: Tensor) -> T
     )
     tokens = tokens._replace(labels=labels)
     scaled = coefficients * parallel.context_factor if parallel.context_factor != 1 else coefficients
-    result = source.forward_backward(tokens, scaled) or ForwardBackward(source.logprobs(tokens)[0])
-    value = _tied(result.logprobs, scaled, None, result, implementation)
+    logprobs, known = source.forward_backward(tokens, scaled) or (source.logprobs(tokens)[0], KnownGradients())
+    tied: Any = {**known._asdict(), "implementation": implementation}
+    value = weighted_sum(values=logprobs, weights=scaled, counts=None, **tied)
     if parallel.context is not None:
         local = value.detach()
         total = sum_over_ranks(x=local / parallel.context_factor, group=name_of(parallel.context))

@@ -56,6 +56,15 @@ class Gradients(NamedTuple):
     bias: Tensor | None
 
 
+def forward(run: Run, mode: str, with_entropy: bool, batch_invariant: bool, split: bool) -> tuple[Statistics, Tensor]:
+    """Statistics [N], and what the mode stores.  split: labels and head are of a part of the vocabulary."""
+    if mode == "store":
+        return forward_store(run, with_entropy)
+    if mode == "frozen":
+        return forward_frozen_part(run, batch_invariant) if split else forward_frozen(run, batch_invariant)
+    return forward_none(run, with_entropy, batch_invariant), run.tokens.hidden.new_empty(0)
+
+
 def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) -> Statistics:
     """Statistics [N], one GEMM: also the forward of mode "recompute"."""
     statistics = _empty(run, with_entropy)
@@ -75,13 +84,18 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     return for_each(statistics, tokens.scatter), stored
 
 
-def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Tensor, Tensor]:
-    """logprobs [N], and the gradient of hidden [N, H] for coefficients of one: two GEMMs."""
+def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
+    """Log-probabilities [N], and the gradient of hidden [N, H] for coefficients of one: two GEMMs."""
     hidden = run.tokens.hidden
     ones = hidden.new_ones(hidden.shape[0], dtype=accumulated(hidden.dtype))
     logprobs, gradients = forward_backward(run, ones, Needs(True, False, False), batch_invariant=batch_invariant)
     assert gradients.hidden is not None
-    return logprobs, gradients.hidden
+    return logprobs_alone(logprobs), gradients.hidden
+
+
+def logprobs_alone(logprobs: Tensor) -> Statistics:
+    """Of mode "frozen", whose backward needs no statistics."""
+    return Statistics(logprobs, None, logprobs.new_empty(0), logprobs.new_empty(0))
 
 
 def forward_frozen_part(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:

@@ -14,7 +14,7 @@ from ..backends.registry import backend_for
 from ..linear import modes
 from ..linear.modes import Needs, Run
 from ..linear.tiles import Head, RowSelection
-from ..values import IGNORED, LogitTransform, Statistics, local_labels
+from ..values import IGNORED, LogitTransform, local_labels
 from . import flops
 from .ranks import statistics_over_ranks, sum_over_ranks
 from .registration import asked_for, op, traced
@@ -169,33 +169,17 @@ def linear_logprob(
         stored: [N, V] for "store", [N, H] for "frozen", else empty.
     """
     del weight_grad
-    stored = hidden.new_empty(0)
-    part: Statistics | None = None
-
-    def forward(labels: Tensor) -> Statistics:
-        nonlocal stored, part
-        run = run_of(hidden, weight, bias, labels, indices, logits_dtype, transform, workspace, implementation)
-        if mode == "store":
-            statistics, stored = modes.forward_store(run, with_entropy)
-            return statistics
-        if mode == "frozen" and vocab_group:
-            part, stored = modes.forward_frozen_part(run, batch_invariant)
-            return part
+    size = weight.shape[0]
+    local = local_labels(labels, vocab_start, size) if vocab_group else labels
+    run = run_of(hidden, weight, bias, local, indices, logits_dtype, transform, workspace, implementation)
+    statistics, stored = modes.forward(run, mode, with_entropy, batch_invariant, split=bool(vocab_group))
+    if vocab_group:
+        whole = statistics_over_ranks(statistics, labels, vocab_start, size, run.transform.scale, vocab_group)
         if mode == "frozen":
-            logprobs, stored = modes.forward_frozen(run, batch_invariant)
-            return Statistics(logprobs, None, logprobs.new_empty(0), logprobs.new_empty(0))
-        return modes.forward_none(run, with_entropy, batch_invariant)
-
-    if not vocab_group:
-        return *tensors_of(forward(labels)), stored
-    size, logit_transform = weight.shape[0], LogitTransform(*transform)
-    whole = statistics_over_ranks(forward, labels, vocab_start, size, logit_transform.scale, vocab_group)
-    if part is not None:
-        local = local_labels(labels, vocab_start, size)
-        modes.complete_frozen(stored, part, whole, local, weight, logit_transform)
-        row_max, log_sum = (x.new_empty(0) for x in whole[2:])
-        whole = Statistics(whole.logprobs, None, row_max, log_sum)
-    return *tensors_of(whole), stored
+            modes.complete_frozen(stored, statistics, whole, local, weight, run.transform)
+            whole = modes.logprobs_alone(whole.logprobs)
+        statistics = whole
+    return *tensors_of(statistics), stored
 
 
 def _fake_backward(it: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,7 +5,6 @@ An op takes a process group by its name, so that torch.compile can trace it; "" 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -32,14 +31,10 @@ def resolved(name: str) -> ProcessGroup:
 
 
 def statistics_over_ranks(
-    forward: Callable[[Tensor], Statistics], labels: Tensor, start: int, size: int, scale: float, group: str
+    part: Statistics, labels: Tensor, start: int, size: int, scale: float, group: str
 ) -> Statistics:
-    """Statistics of rows whose logits are spread over the ranks of a group.
-
-    forward: those of this rank's part, from labels in it, or ELSEWHERE.
-    """
+    """Statistics of rows whose logits are split over the ranks of a group, from those of this rank's part."""
     local = local_labels(labels, start, size)
-    part = forward(local)
     ignored = labels == IGNORED
     ranks = resolved(group)
     whole, owners, alike = _whole_statistics(part, local >= 0, ignored, size, scale, ranks)

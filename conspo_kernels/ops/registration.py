@@ -75,12 +75,12 @@ def op(
         registered = torch.library.custom_op(f"{NAMESPACE}::{name}", on_device, mutates_args=mutates, schema=schema)
         registered.register_fake(lambda *args, **kwargs: fake(named(*args, **kwargs)))
         apply = None
-        if backward is not None:
+        if save is not None and backward is not None:
             function = _function(named, on_device, save, backward)
             # Without torch's own search for functorch's tensors in every argument: `_eager` and checks have looked.
             apply = super(torch.autograd.Function, function).apply
             registered.register_autograd(
-                function.backward, setup_context=lambda ctx, inputs, output: _save(save, ctx, named(*inputs), output)
+                function.backward, setup_context=lambda ctx, inputs, output: save(ctx, named(*inputs), output)
             )
 
         if flops is not None:
@@ -138,14 +138,7 @@ def _eager(args: tuple[Any, ...]) -> bool:
     return PLAIN.issuperset(map(type, args))
 
 
-def _save(save: Callable[..., None] | None, *arguments: Any) -> None:
-    if save is not None:
-        save(*arguments)
-
-
-def _function(
-    named: Any, forward: Callable[..., Any], save: Callable[..., None] | None, backward: Callable[..., Any]
-) -> Any:
+def _function(named: Any, forward: Callable[..., Any], save: Callable[..., None], backward: Callable[..., Any]) -> Any:
     """The autograd Function of the parts that the op is registered with."""
 
     positions = {field: i for i, field in enumerate(named._fields)}
@@ -153,8 +146,7 @@ def _function(
     # Forward sets up the context itself: with `setup_context`, `apply` binds the arguments by `inspect`, 100 us a call.
     def forward_and_save(ctx: Any, *args: Any) -> Any:
         output = forward(*args)
-        if save is not None:
-            save(ctx, named(*args), output)
+        save(ctx, named(*args), output)
         return output
 
     def by_position(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.registry import backend_for
 from ..values import Incoming, LogitRows, LogitTransform, Statistics, accumulated, local_labels
 from .ranks import statistics_over_ranks
-from .registration import no_second_derivative, op, traced
+from .registration import op, traced
 
 
 def statistics_like(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -82,26 +82,20 @@ def token_logprob(
     """
     del inplace_backward
     backend = backend_for(implementation, logits.device)
-    rows = LogitRows(logits, labels.contiguous(), LogitTransform(*transform))
-    if not vocab_group:
-        return tensors_of(backend.token_logprob_forward(rows, with_entropy))
-    return tensors_of(
-        statistics_over_ranks(
-            lambda local: backend.token_logprob_forward(rows._replace(labels=local.contiguous()), with_entropy),
-            labels,
-            vocab_start,
-            logits.shape[-1],
-            rows.transform.scale,
-            vocab_group,
-        )
-    )
+    vocab_size, logit_transform = logits.shape[-1], LogitTransform(*transform)
+    local = local_labels(labels, vocab_start, vocab_size) if vocab_group else labels
+    statistics = backend.token_logprob_forward(LogitRows(logits, local.contiguous(), logit_transform), with_entropy)
+    if vocab_group:
+        scale = logit_transform.scale
+        statistics = statistics_over_ranks(statistics, labels, vocab_start, vocab_size, scale, vocab_group)
+    return tensors_of(statistics)
 
 
 def _fake_backward(it: Any) -> Tensor:
     return torch.empty_like(it.logits, memory_format=torch.contiguous_format)
 
 
-@op(_fake_backward, backward=no_second_derivative)
+@op(_fake_backward)
 def token_logprob_backward(
     logits: Tensor,
     labels: Tensor,

@@ -35,24 +35,20 @@ def _chunk_statistics(logits_ptr, row, span, transform, TANH, HAS_ENTROPY, ACC, 
     w = tl.zeros((LANES // PARTS,), ACC)
     num_tiles = tl.maximum(stop - start, 0) // (LANES * VECTOR)
     for _ in range(num_tiles):
-        u = tl.load(logits_ptr + start + lanes, eviction_policy=KEEP).to(ACC)
-        if TANH is not None:
-            u = capped(u, inner, TANH)
+        u = capped(tl.load(logits_ptr + start + lanes, eviction_policy=KEEP).to(ACC), inner, TANH)
         m, s, w = fold(m, s, w, u, scale2, HAS_ENTROPY)
         start += LANES * VECTOR
     if start < stop:
         mask = start + lanes < stop
         u = tl.load(logits_ptr + start + lanes, mask=mask, other=NEG_INF, eviction_policy=KEEP).to(ACC)
-        if TANH is not None:
-            u = capped(u, inner, TANH)
+        u = capped(u, inner, TANH)
         m, s, w = fold(m, s, w, u, scale2, HAS_ENTROPY)
     m, s, w = merge(m, s, w, scale2, 0, HAS_ENTROPY)
 
     if has_edges:
         offsets, mask = edges(offset, vocab_size, first, last, VECTOR)
         u = tl.load(logits_ptr + offsets, mask=mask, other=NEG_INF).to(ACC)
-        if TANH is not None:
-            u = capped(u, inner, TANH)
+        u = capped(u, inner, TANH)
         m_row, s_row, w_row = fold(m[None], s[None], w[None], u[None, :], scale2, HAS_ENTROPY)
         m, s, w = tl.sum(m_row), tl.sum(s_row), tl.sum(w_row)
     return m, s, w

@@ -15,9 +15,12 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def capped(z, inner, TANH: tl.constexpr):
-    """u = tanh(z * inner), inner in fp64, but -inf, a masked vocabulary entry, stays -inf."""
-    u, _slope = tanh(z, inner, TANH)
-    return tl.where(z == NEG_INF, NEG_INF, u)
+    """u = tanh(z * inner), inner in fp64, but -inf, a masked vocabulary entry, stays -inf. Without a softcap z."""
+    if TANH is None:
+        return z
+    else:
+        u, _slope = tanh(z, inner, TANH)
+        return tl.where(z == NEG_INF, NEG_INF, u)
 
 
 @triton.jit
