@@ -17,6 +17,7 @@ from torch import Tensor
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 NUM_ROLLOUTS = 14
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
 RUNS = [(parallel, micro_batch) for parallel in ("ddp", "fsdp2") for micro_batch in (2, 7)]
@@ -70,11 +71,15 @@ def test_gradients_of_ranks_are_those_of_one_process(parallel: str) -> None:
                 assert (result[name] - exact).abs().max() <= 1e-12 * max(1.0, exact.abs().max().item()), name
 
 
-@pytest.mark.parametrize("command", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]])
-def test_it_runs(command: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "options"),
+    [([], []), (TORCHRUN, []), (TORCHRUN, ["--parallel", "fsdp2"])],
+    ids=["one process", "ddp", "fsdp2"],
+)
+def test_it_runs(launcher: list[str], options: list[str]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        [sys.executable, *command, "examples/custom_loop.py", "--steps", "2"], stdout=subprocess.PIPE,
+        [sys.executable, *launcher, "examples/custom_loop.py", "--steps", "2", *options], stdout=subprocess.PIPE,
         stderr=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment, start_new_session=True,
     )  # fmt: skip
     try:
