@@ -120,8 +120,7 @@ def linear_loss(
         old_logprobs: shaped like logprobs, of the policy that sampled; needed for a trust region.
         epsilon: of `trust_region`; None, as in the paper: none.
     """
-    if epsilon is not None:
-        advantages = _trusted(logprobs, advantages, old_logprobs, epsilon)
+    advantages = trusted_advantages(logprobs, advantages, old_logprobs, epsilon)
     return torch.where(advantages != 0, -advantages * logprobs, torch.zeros_like(logprobs))
 
 
@@ -131,17 +130,15 @@ def check_trust_region(epsilon: float | None) -> None:
         raise ValueError(f"trust_region must be positive and finite, or None, got {epsilon!r}")
 
 
-def _trusted(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None, epsilon: float) -> Tensor:
+def trusted_advantages(
+    logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor | None, epsilon: float | None
+) -> Tensor:
+    """Advantages, zero where the trust region stops the gradient of a token."""
+    if epsilon is None:
+        return advantages
     if old_logprobs is None:
         raise ValueError("a trust region needs old_logprobs, of the policy that sampled, got None")
     return -trust_region(-advantages.detach(), logprobs.detach(), old_logprobs, epsilon)
-
-
-def stopped_tokens(logprobs: Tensor, advantages: Tensor, old_logprobs: Tensor, epsilon: float | None) -> Tensor:
-    """Shaped like logprobs, bool: tokens with an advantage whose gradient the trust region stops."""
-    if epsilon is None:
-        return torch.zeros_like(advantages, dtype=torch.bool)
-    return (advantages != 0) & (_trusted(logprobs, advantages, old_logprobs, epsilon) == 0)
 
 
 def summed_loss(
@@ -170,13 +167,15 @@ def summed_loss(
     mask = response_mask.bool()
     # Masked before the product: behind it an advantage of NaN under the mask would reach the gradient, as 0 * NaN.
     advantages = torch.where(mask, advantages, 0.0)
-    loss = linear_loss(logprobs, advantages, old_logprobs, epsilon).sum()
+    trusted = trusted_advantages(logprobs, advantages, old_logprobs, epsilon)
+    loss = linear_loss(logprobs, trusted).sum()
     with torch.no_grad():
         changes = torch.where(mask, logprobs.float() - old_logprobs.float(), 0.0)
         empty = masked_scores(torch.ones_like(changes), mask, cu_seqlens).isnan()
-        drift = masked_scores(changes, mask, cu_seqlens).abs().masked_fill(empty, 0.0).max()
-        stopped = mask & stopped_tokens(logprobs, advantages, old_logprobs, epsilon)
-        share = stopped.sum() / (mask & (advantages != 0)).sum().clamp(min=1)
+        drifts = masked_scores(changes, mask, cu_seqlens).abs().masked_fill(empty, 0.0)
+        drift = drifts.max() if drifts.numel() else drifts.sum()
+        used = advantages != 0
+        share = (used & (trusted == 0)).sum() / used.sum().clamp(min=1)
     return loss, {
         "conspo/score_drift": drift,
         "conspo/weight_drift": drift / tau,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from conspo_kernels import CosineMargin, Parallel
 
-from .coefficients import Margin, Objective, linear_loss, numbers, stopped_tokens
+from .coefficients import Margin, Objective, linear_loss, numbers, trusted_advantages
 
 
 def compute_advantages(args: Any, rollout_data: MutableMapping[str, Any]) -> None:
@@ -89,13 +89,13 @@ def policy_loss(
         raise ValueError("--use-kl-loss is of slime's policy loss; ConSPO's custom loss has no KL term")
     logprobs, entropy = _logprobs_and_entropy(args, batch, logits)
     advantages, old = torch.cat(batch["advantages"]), torch.cat(batch["log_probs"])
-    epsilon = getattr(args, "conspo_trust_region", None)
-    pg_loss = sum_of_sample_mean(linear_loss(logprobs, advantages, old, epsilon))
+    trusted = trusted_advantages(logprobs, advantages, old, getattr(args, "conspo_trust_region", None))
+    pg_loss = sum_of_sample_mean(linear_loss(logprobs, trusted))
     entropy_loss = sum_of_sample_mean(entropy)
     # A rank without response tokens still has to take part in backward.
     loss = pg_loss - args.entropy_coef * entropy_loss + (0 * logits.sum() if logprobs.numel() == 0 else 0)
     drift = _score_drift(batch, logprobs.detach(), old)
-    stopped = stopped_tokens(logprobs, advantages, old, epsilon)
+    stopped = (advantages != 0) & (trusted == 0)
     logged = {
         "loss": loss,
         "pg_loss": pg_loss,

@@ -21,6 +21,7 @@ from conspo_kernels.integrations.coefficients import (
     linear_loss,
     mean_change,
     numbers,
+    summed_loss,
     token_advantages,
 )
 
@@ -217,6 +218,15 @@ def test_the_mean_change_of_no_response_token_is_zero_where_the_others_are() -> 
     x = torch.full((2, 3), torch.nan)
     assert mean_change(x, x, torch.zeros(2, 3)).item() == 0.0
     assert mean_change(*torch.empty(3, 2, 3, device="meta")).device.type == "meta"
+
+
+@pytest.mark.parametrize("epsilon", [None, EPSILON])
+def test_a_micro_batch_without_rollouts_has_a_loss_of_zero(epsilon: float | None) -> None:
+    logprobs, others = torch.zeros(0, 3, requires_grad=True), torch.zeros(0, 3)
+    loss, metrics = summed_loss(logprobs, others, others, others, epsilon=epsilon)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert set(numbers(metrics).values()) == {0.0}
 
 
 def test_metrics_as_numbers() -> None:
