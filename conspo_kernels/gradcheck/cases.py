@@ -19,10 +19,12 @@ GRADED = {  # the outputs of each public function that have a gradient
     "conspo_scores": (),
     "conspo_weights": (),
     "weighted_score_loss": ("loss",),
+    "weighted_logprob_loss": ("loss",),
     "linear_token_logprobs": ("logprobs", "entropy"),
     "linear_conspo_loss": ("loss",),
     "linear_conspo_scores": (),
     "linear_weighted_score_loss": ("loss",),
+    "linear_weighted_logprob_loss": ("loss",),
 }
 FROM_SCORES = ("conspo_loss_from_scores", "conspo_weights")
 HIDDEN_SIZE = 6  # of the linear functions
@@ -66,7 +68,7 @@ class Case:
     @property
     def known(self) -> bool:
         """Whether the gradient is computed with the value, and a second backward raises."""
-        return self.op.endswith("weighted_score_loss")
+        return self.op.removeprefix("linear_").startswith("weighted_")
 
     @property
     def graded(self) -> list[str]:
@@ -108,6 +110,9 @@ CASES = (
     Case("weighted_score_loss", "padded, temperature", {"temperature": 0.7}, gaps=True),
     Case("weighted_score_loss", "packed, shift, mask, softcap, in place", {"shift": True, "inplace": True, **CAPPED},
          packed=True, mask=True),
+    Case("weighted_logprob_loss", "padded, temperature", {"temperature": 0.7}),
+    Case("weighted_logprob_loss", "packed, shift, mask, softcap, in place", {"shift": True, "inplace": True, **CAPPED},
+         packed=True, mask=True),
     Case("linear_token_logprobs", "padded, logits stored, temperature", {"temperature": 0.7}),
     Case("linear_token_logprobs", "packed, shift, mask, softcap, tiles", {"shift": True, **CAPPED, **TILES},
          packed=True, mask=True),
@@ -119,13 +124,17 @@ CASES = (
     Case("linear_conspo_scores", "padded, temperature, tiles", {"temperature": 0.7, **TILES}, gaps=True),
     Case("linear_weighted_score_loss", "padded, softcap", {**CAPPED}, gaps=True),
     Case("linear_weighted_score_loss", "packed, shift, mask, tiles", {"shift": True, **TILES}, packed=True, mask=True),
+    Case("linear_weighted_logprob_loss", "padded, softcap", {**CAPPED}),
+    Case("linear_weighted_logprob_loss", "packed, shift, mask, tiles", {"shift": True, **TILES}, packed=True,
+         mask=True),
 )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Inputs:
     """leaf: what is differentiated by, the logits (of a view its base), log-probabilities or scores; of a linear
-    function hidden, weight and bias in one row.  weights: of the rollouts, where they are known.
+    function hidden, weight and bias in one row.  known: the weights of rollouts, or coefficients shaped like labels,
+    where the loss is a sum of these.
     """
 
     leaf: Tensor
@@ -134,7 +143,7 @@ class Inputs:
     groups: int | Tensor
     options: dict[str, Any]
     vocab_size: int
-    weights: Tensor
+    known: Tensor
 
     def rollouts(self) -> list[list[tuple[int, int]]]:
         """Row and label of each rollout's response tokens."""
@@ -186,6 +195,8 @@ def build(case: Case, shape: tuple[tuple[int, ...], int], dtype: torch.dtype, de
         sizes = [n + case.view for n in labels.shape]
         leaf = 3 * torch.randn(*sizes, vocab_size + 3 * case.view, generator=generator, dtype=torch.float64)
         leaf[..., :first] = -torch.inf
-    weights = torch.linspace(-1, 1, num_rollouts) / num_rollouts
+    known = torch.linspace(-1, 1, num_rollouts) / num_rollouts
+    if case.op.endswith("weighted_logprob_loss"):
+        known = (torch.linspace(-1, 1, labels.numel()) / labels.numel()).view(labels.shape)
     leaf = leaf.to(device, dtype).requires_grad_()
-    return Inputs(leaf, labels.to(device), rewards, groups, options, vocab_size, weights)
+    return Inputs(leaf, labels.to(device), rewards, groups, options, vocab_size, known)

@@ -52,7 +52,7 @@ def call(case: Case, inputs: Inputs, leaf: Tensor, implementation: str) -> dict[
     if case.op.endswith("conspo_scores"):
         return {"scores": function(*arguments, **options)}
     if case.known:
-        return {"loss": function(*arguments, inputs.weights, **options)}
+        return {"loss": function(*arguments, inputs.known, **options)}
     if case.op.endswith("conspo_loss"):
         output = function(*arguments, rewards, groups, **options, return_metrics=True)
         assert isinstance(output, ConSPOOutput)
@@ -71,7 +71,8 @@ def exact(case: Case, inputs: Inputs, leaf: Tensor) -> dict[str, Tensor]:
     options = {k: v for k, v in inputs.options.items() if k not in OWN_OPTIONS}
     logits = logits_of(case, inputs, leaf)
     output = reference.reference_loss(logits, inputs.labels, inputs.rewards, inputs.groups, **options)
-    return {**output._asdict(), **({"loss": _weighted(output.scores, inputs)} if case.known else {})}
+    outputs = output._asdict()
+    return {**outputs, "loss": _known(case, outputs, inputs)} if case.known else outputs
 
 
 def eager(case: Case, inputs: Inputs, leaf: Tensor) -> dict[str, Tensor]:
@@ -100,7 +101,7 @@ def eager(case: Case, inputs: Inputs, leaf: Tensor) -> dict[str, Tensor]:
     shape = inputs.labels.shape
     outputs = {"logprobs": logprobs.view(shape), "entropy": entropy.view(shape), "scores": scores}
     if case.known:
-        return {**outputs, "loss": _weighted(scores, inputs)}
+        return {**outputs, "loss": _known(case, outputs, inputs)}
     return {**outputs, "loss": _loss(scores, inputs)} if case.op.endswith("conspo_loss") else outputs
 
 
@@ -109,9 +110,10 @@ def _scores(logprobs: Tensor, rollouts: Sequence[Sequence[tuple[int, int]]]) -> 
     return torch.stack([logprobs.new_tensor(torch.nan) if score is None else score for score in scores])
 
 
-def _weighted(scores: Tensor, inputs: Inputs) -> Tensor:
-    """The sum of weighted scores, those of empty rollouts left out."""
-    return (scores.nan_to_num() * inputs.weights.to(scores)).sum()
+def _known(case: Case, outputs: dict[str, Tensor], inputs: Inputs) -> Tensor:
+    """The sum of weighted scores or log-probabilities, without empty rollouts and ignored tokens."""
+    values = outputs["logprobs" if case.op.endswith("logprob_loss") else "scores"]
+    return (values.nan_to_num() * inputs.known.to(values)).sum()
 
 
 def _loss(scores: Tensor, inputs: Inputs) -> Tensor:

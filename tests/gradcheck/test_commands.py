@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import conspo_kernels
 from conspo_kernels import __version__
 from conspo_kernels.__main__ import main
 from conspo_kernels.backends import native
@@ -155,6 +157,12 @@ def test_compiled_needs_a_checkout(monkeypatch: pytest.MonkeyPatch, capsys: pyte
     with pytest.raises(SystemExit, match="2"):
         main(["gradcheck", "--compiled", "sm_90"])
     assert "--compiled needs a checkout" in capsys.readouterr().err
+
+
+def test_every_public_function_has_cases() -> None:
+    functions = {name for name in conspo_kernels.__all__ if inspect.isfunction(getattr(conspo_kernels, name))}
+    assert set(gradcheck_cases.GRADED) == functions - {"trust_region"}  # which has no logits and no graph
+    assert {case.op for case in gradcheck_cases.CASES} == set(gradcheck_cases.GRADED)
 
 
 def test_every_function_in_every_dtype(implementation: str, capsys: pytest.CaptureFixture[str]) -> None:
