@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from ..backends.registry import BACKENDS
 from ..values import accumulated, factor
-from .autocast import autocast_dtype
+from .autocast import product_dtype
 
 LOGIT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)
@@ -124,7 +124,7 @@ def linear(hidden: Any, weight: Any, bias: Any) -> None:
         _shape("bias", bias, (weight.shape[0],), "one per row of weight")
     for name, value in (("weight", weight), *(() if bias is None else (("bias", bias),))):
         _same_device(name, value, "hidden", hidden.device)
-        if value.dtype != hidden.dtype and autocast_dtype(hidden.device) is None:
+        if value.dtype != hidden.dtype and product_dtype(value) != product_dtype(hidden):
             raise ValueError(
                 f"{name} must have the dtype of hidden, {hidden.dtype}, got {value.dtype}: cast one of them (for fp32 "
                 "logits of 16-bit operands pass logits_dtype=torch.float32, for an fp32 head hidden.float())"

@@ -94,10 +94,9 @@ def hidden_source(
     if weight_grad is not None:
         check.weight_grad(weight_grad, weight)
         weight = weight.view_as(weight)  # whose node says in backward whether the gradient was asked for
-    shape, dtype = tuple(hidden.shape[:-1]), autocast_dtype(hidden.device)
-    if dtype is not None:
-        hidden, weight = cast(hidden, dtype), cast(weight, dtype)
-        bias = None if bias is None else cast(bias, dtype)
+    shape = tuple(hidden.shape[:-1])
+    if autocast_dtype(hidden.device) is not None:
+        hidden, weight, bias = cast(hidden), cast(weight), None if bias is None else cast(bias)
     check.logits_dtype(logits_dtype, hidden)
     return HiddenSource(
         name="hidden",

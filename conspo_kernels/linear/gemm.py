@@ -79,15 +79,19 @@ def gemm(a: Tensor, b: Tensor, out: Tensor, bias: Tensor | None = None) -> Tenso
     return out if bias is None else out.add_(bias)
 
 
-def add_gemm(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in the precision of `total`."""
+def add_gemm(total: Tensor, a: Tensor, b: Tensor, unrounded: bool = False) -> None:
+    """total += a @ b, summed in the precision of `total`.
+
+    unrounded: so is the product. Else a CPU rounds it once to the dtype of a and b, which takes less time.
+    """
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif total.device.type in WIDENS:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:  # a product is rounded once to bf16 or fp16, the sum is not
+    else:
+        b = b.to(total.dtype) if unrounded else b
         for part in slices(total.shape[0], PRODUCT_BYTES // (total.shape[1] * a.element_size())):
-            total[part] += torch.mm(a[part], b)
+            total[part] += torch.mm(a[part].to(b.dtype), b)
 
 
 class Sum:
@@ -97,6 +101,7 @@ class Sum:
         self.out = out
         narrow = out.element_size() < 4
         self.total = torch.empty_like(out, dtype=torch.float32) if terms > 1 and narrow else out
+        self.unrounded = self.total is out  # nobody rounds it later
         self.begun = False
         if terms == 0:
             self.total.zero_()
@@ -111,14 +116,14 @@ class Sum:
     def add(self, rows: slice, first: bool, a: Tensor, b: Tensor) -> None:
         total = self.total[rows]
         if self.begun or not first:
-            add_gemm(total, a, b)
+            add_gemm(total, a, b, self.unrounded)
             return
         if total.device.type == "cpu":
             total.zero_()  # new pages cost half, one after another, of what they do in the order of a GEMM
         if total.dtype == a.dtype or total.device.type in WIDENS:
             gemm(a, b, total)
         else:
-            add_gemm(total, a, b)
+            add_gemm(total, a, b, self.unrounded)
 
     def result(self) -> Tensor:
         return self.out if self.total is self.out else self.out.copy_(self.total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -247,6 +248,37 @@ def test_weight_grad_in_phase_two(factor: float, mib: float, dtype: torch.dtype)
     with torch.no_grad():
         ck.linear_weighted_score_loss(hidden[0], weight, labels, weights, **options)  # type: ignore[call-overload]
     assert torch.equal(buffer, before)
+
+
+@pytest.mark.parametrize("mib", [512, 1e-3])
+@pytest.mark.parametrize("known", [False, True])
+def test_weight_grad_is_not_rounded(known: bool, mib: float) -> None:
+    """Logits and their gradients are in bf16; what is summed of them is nowhere rounded to it."""
+    hidden, labels = torch.randn(1, 64, 16).bfloat16(), torch.randint(50, (1, 64))
+    weight, buffer = torch.randn(50, 16).bfloat16().requires_grad_(), torch.zeros(50, 16)
+    options: Any = {"workspace_mib": mib, "implementation": "torch", "logits_dtype": torch.float32}
+    if known:
+        loss = ck.linear_weighted_logprob_loss(hidden, weight, labels, torch.ones(1, 64), weight_grad=buffer, **options)
+    else:
+        loss = ck.linear_token_logprobs(hidden, weight, labels, weight_grad=buffer, **options).sum()  # type: ignore[union-attr]
+    loss.backward()
+    z = torch.nn.functional.linear(hidden[0].float(), weight.detach().float())
+    dz = torch.nn.functional.one_hot(labels[0], 50) - z.softmax(-1)
+    expected = dz.bfloat16().double().T @ hidden[0].double()
+    torch.testing.assert_close(
+        buffer.double(), expected, rtol=0, atol=1e-2
+    )  # where a gradient is rounded the other way
+    assert (buffer.bfloat16() != buffer).float().mean() > 0.9
+    assert (buffer - expected).abs().median() <= 1e-6
+
+
+def test_fp64_stays_under_autocast_beside_a_head_in_fp32() -> None:
+    hidden, weight = torch.randn(1, 2, 4).double(), torch.randn(9, 4)
+    labels = torch.zeros(1, 2, dtype=torch.int64)
+    with torch.autocast("cpu", torch.bfloat16):
+        ck.linear_token_logprobs(hidden.float(), weight.bfloat16(), labels)
+        with pytest.raises(ValueError, match=r"weight must have the dtype of hidden, torch.float64, got torch.float32"):
+            ck.linear_token_logprobs(hidden, weight, labels)
 
 
 def test_autocast_with_and_without_a_graph() -> None:
