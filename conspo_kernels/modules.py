@@ -44,8 +44,12 @@ def _signature(loss: Callable[..., object], names: frozenset[str]) -> inspect.Si
 
 
 def _equal(value: Any, default: Any) -> bool:
-    """Tensors and arrays are no default: their comparison would be another one of these."""
-    return value is default or (isinstance(value, (bool, int, float, str)) and bool(value == default))
+    """Whether a call would take both alike: 10 is 10.0, but 0 is not False, which a call refuses.
+
+    Tensors and arrays are no default: their comparison would be another one of these.
+    """
+    plain = isinstance(value, (int, float, str)) and isinstance(value, bool) == isinstance(default, bool)
+    return value is default or (plain and bool(value == default))
 
 
 class ConSPOLoss(_Settings):

@@ -421,6 +421,13 @@ def test_an_array_as_a_modules_setting_is_refused_at_the_call() -> None:
     assert LinearConSPOLoss().settings == ConSPOLoss(tau=10, shift=False).settings == {}
 
 
+@pytest.mark.parametrize("settings", [{"shift": 0}, {"inplace_backward": 0}, {"temperature": True}, {"margin": False}])
+def test_a_modules_setting_of_a_wrong_type_is_refused_even_if_it_equals_the_default(settings: dict[str, Any]) -> None:
+    (name,) = settings
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        ConSPOLoss(**settings)(torch.zeros(2, 3, 7), torch.zeros(2, 3, dtype=torch.int64), torch.tensor([1.0, 0.0]), 2)
+
+
 def test_no_forward_mode_no_torch_func_no_second_derivative() -> None:
     """A registered op has none of them, and a tangent of its would be zero in silence."""
     logits, labels = torch.randn(1, 2, 5), torch.zeros(1, 2, dtype=torch.long)
