@@ -166,8 +166,10 @@ def _gathered(
 
 def metrics_of(result: Evaluated, objective: Objective) -> dict[str, Tensor]:
     """What a training loop logs."""
-    scores, (rewards, groups) = result.scores.detach(), result.rollouts
+    scores, counts, (rewards, groups) = result.scores.detach(), result.counts, result.rollouts
     device, dtype = scores.device, scores.dtype
+    rollouts = Rollouts(moved(rewards, device), groups)
+    has_tokens = ~scores.isnan() if counts is None else counts > 0
     ids = groups.ids
     if ids is None:
         ids = torch.arange(scores.shape[0], device=device) // groups.size
@@ -180,10 +182,9 @@ def metrics_of(result: Evaluated, objective: Objective) -> dict[str, Tensor]:
         result.loss,
         scores,
         result.weights,
-        moved(rewards, device),
+        *rollouts.sides(has_tokens, objective.reward_threshold),
         moved(ids, device),
-        result.counts,
-        objective.reward_threshold,
+        counts,
         moved(objective.margin, device, dtype),
         denominator,
     )

@@ -10,10 +10,10 @@ def conspo_metrics(
     loss: Tensor,
     scores: Tensor,
     weights: Tensor,
-    rewards: Tensor,
+    positive: Tensor,
+    negative: Tensor,
     group_ids: Tensor,
     counts: Tensor | None,
-    reward_threshold: float,
     margin: Tensor,
     denominator: Tensor | None,
 ) -> dict[str, Tensor]:
@@ -23,17 +23,14 @@ def conspo_metrics(
         loss: 0-d, or the groups' losses: their mean over the valid ones is logged.
         scores: [S].
         weights: [S] dloss/dscores.
-        rewards: [S], NaN = unscorable.
+        positive, negative: [S] bool; a rollout that is neither is unscorable.
         group_ids: [S] int64, the group of each rollout.
-        counts: [S] response tokens. None: unknown, and a NaN score is unscorable.
-        reward_threshold: a rollout is positive where its reward is greater.
+        counts: [S] response tokens, or None: unknown.
         margin: 0-d.
         denominator: divisor of the weights; None: the number of valid groups.
     """
     dtype, index = scores.dtype, group_ids
-    scorable = ~rewards.isnan() & (scores == scores if counts is None else counts > 0)
-    positive = scorable & (rewards > float(reward_threshold))  # as the op compares them
-    negative = scorable & ~positive
+    skipped = ~(positive | negative)
 
     def mean(values: Tensor, where: Tensor) -> Tensor:
         return torch.where(where, values, 0.0).sum() / where.sum()
@@ -63,7 +60,7 @@ def conspo_metrics(
         "pos_prob_mean": mean(1 - q, positive),
         "valid_group_fraction": num_valid.to(dtype) / num_groups,
         "weight_abs_max": weights.abs().max() if weights.numel() else weights.new_zeros(()),
-        "skipped_rollouts": (~scorable).sum(),
+        "skipped_rollouts": skipped.sum(),
     }
     if counts is not None:
         metrics["response_tokens"] = counts.sum()

@@ -79,6 +79,17 @@ class Rollouts(NamedTuple):
     rewards: Tensor
     groups: Groups
 
+    def sides(self, has_tokens: Tensor | None, reward_threshold: float) -> tuple[Tensor, Tensor]:
+        """[S] bool each: the positive rollouts and the negative ones. A rollout that is neither is not scorable.
+
+        has_tokens: [S] bool, whether a rollout has response tokens; None: all have.
+        """
+        scorable = ~self.rewards.isnan()
+        if has_tokens is not None:
+            scorable &= has_tokens
+        positive = scorable & (self.rewards > float(reward_threshold))  # torch compares uint16 with floats only
+        return positive, scorable & ~positive
+
 
 class Objective(NamedTuple):
     """margin: 0-d.  num_groups: 0-d denominator of reduction "mean", or None: the number of valid groups."""
@@ -105,9 +116,7 @@ def infonce(scores: Tensor, counts: Tensor, rollouts: Rollouts, objective: Objec
     groups = rollouts.groups.sorted(scores.shape[0], scores.device)
     ids = groups.ids
     assert ids is not None
-    scorable = ~rollouts.rewards.isnan() & (counts > 0)
-    positive = scorable & (rollouts.rewards > float(reward_threshold))  # torch compares uint16 with floats only
-    negative = scorable & ~positive
+    positive, negative = rollouts.sides(counts > 0, reward_threshold)
     num_positive = groups.sum(positive.to(scores.dtype))
     valid = (num_positive > 0) & (groups.sum(negative.to(scores.dtype)) > 0)
     positive, negative = positive & valid[ids], negative & valid[ids]

@@ -99,12 +99,10 @@ def _have_gradient(rollouts: Rollouts, counts: Tensor | None, reward_threshold: 
     rewards, groups = rollouts
     if rewards.device.type != "cpu":
         return None
-    scorable = ~rewards.isnan()
     if not whole:
-        return scorable
+        return ~rewards.isnan()
     if groups.ids is not None and groups.ids.device.type != "cpu":
         return None
-    if counts is not None and counts.device.type == "cpu":
-        scorable &= counts > 0
-    positive = scorable & (rewards > float(reward_threshold))  # as the op compares them
-    return scorable & groups.have(positive) & groups.have(scorable & ~positive)
+    has_tokens = counts > 0 if counts is not None and counts.device.type == "cpu" else None
+    positive, negative = rollouts.sides(has_tokens, reward_threshold)
+    return (positive | negative) & groups.have(positive) & groups.have(negative)
