@@ -5,7 +5,6 @@ Both sources offer the same, for tokens [B, T]:
     logprobs           log-probabilities and entropies (empty unless asked for), with a graph where grad mode is on
     forward_backward   the gradient for known coefficients [B, T]; None: it cannot be computed before the backward
     skips_tokens       whether dropping tokens saves work
-    synchronize        whether to wait for the device once, to learn which tokens take part
 
 `inputs/sources.py` makes them of arguments; nothing is checked here.
 """
@@ -81,7 +80,6 @@ class LogitsSource(LabelledRows):
     vocab_group: str
     inplace: bool
     skips_tokens: ClassVar[bool] = False
-    synchronize: ClassVar[bool] = False
 
     def logprobs(self, tokens: Tokens, with_entropy: bool = False) -> tuple[Tensor, Tensor]:
         logprobs, entropy, _row_max, _log_sum = token_logprob(
@@ -118,7 +116,8 @@ class LogitsSource(LabelledRows):
 class HiddenSource(LabelledRows):
     """Hidden states [N, H] and the head's weight [V, H] and bias [V], in the dtype of the GEMMs.
 
-    transform: as of `token_logprob`.  workspace: bytes for tiles of logits.
+    transform: as of `token_logprob`.  workspace: bytes for tiles of logits.  synchronize: wait for the device once, to
+    learn which tokens take part.
     """
 
     hidden: Tensor

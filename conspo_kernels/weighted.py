@@ -27,7 +27,8 @@ def weighted_scores(
     """sum_i weights[i] * s_i over rollouts [S], with its gradient.  phase_one: [S] scores of the weights."""
     parallel, implementation = source.parallel, source.implementation
     coefficients, counts, labels = _coefficients(tokens, weights, parallel, implementation)
-    if source.skips_tokens or (phase_one is None and not return_metrics):  # nobody asks for the other scores
+    # Where nobody asks for scores, tokens of weight 0 need no log-probability.
+    if source.skips_tokens or (phase_one is None and not return_metrics):
         tokens = tokens._replace(labels=labels)
     logprobs, known = source.forward_backward(tokens, coefficients) or (source.logprobs(tokens)[0], KnownGradients())
     tied: Any = {**known._asdict(), "implementation": implementation}

@@ -201,20 +201,21 @@ def scores(value: Any) -> None:
 def weights(value: Any, num_rollouts: int, device: torch.device, phase_one: Any) -> None:
     """Weights, one per rollout.  phase_one: the scores of phase 1, or None."""
     for name, x in (("weights", value), *(() if phase_one is None else (("scores", phase_one),))):
-        _tensor(name, x)
-        _dtype(name, x, LOGIT_DTYPES, "floating point")
-        _shape(name, x, (num_rollouts,), "one per rollout")
-        devices(device, **{name: x})
+        _factors(name, x, (num_rollouts,), "one per rollout", device)
     _constant("weights", value)
 
 
 def coefficients(value: Any, shape: tuple[int, ...], device: torch.device) -> None:
     """Coefficients, one per token."""
-    _tensor("coefficients", value)
-    _dtype("coefficients", value, LOGIT_DTYPES, "floating point")
-    _shape("coefficients", value, shape, "that of labels")
-    devices(device, coefficients=value)
+    _factors("coefficients", value, shape, "that of labels", device)
     _constant("coefficients", value)
+
+
+def _factors(name: str, value: Any, shape: tuple[int, ...], why: str, device: torch.device) -> None:
+    _tensor(name, value)
+    _dtype(name, value, LOGIT_DTYPES, "floating point")
+    _shape(name, value, shape, why)
+    devices(device, **{name: value})
 
 
 def trust_region(values: Any, logprobs: Any, old_logprobs: Any, epsilon: Any) -> None:
@@ -222,7 +223,7 @@ def trust_region(values: Any, logprobs: Any, old_logprobs: Any, epsilon: Any) ->
         _differentiable(name, value, "floating point")
         _shape(name, value, tuple(values.shape), "that of coefficients")
         _same_device(name, value, "coefficients", values.device)
-    coefficients(values, tuple(values.shape), values.device)
+    _constant("coefficients", values)
     if epsilon is not None:
         factor("epsilon", epsilon)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..objective import Groups, Objective, Rollouts
 from ..ops.devices import constant, moved
 from ..ops.ranks import name_of, sum_over_ranks
-from ..sources import LabelledRows, Source
+from ..sources import HiddenSource, LabelledRows
 from ..values import Tokens, check_margin, factor, integer, number, python_number
 from . import check
 
@@ -60,7 +60,7 @@ def _objective(
 
 
 def tokens_with_gradient(
-    source: Source, tokens: Tokens, rollouts: Rollouts, objective: Objective, for_metrics: bool
+    source: HiddenSource, tokens: Tokens, rollouts: Rollouts, objective: Objective, for_metrics: bool
 ) -> Tokens:
     """Drops the tokens of rollouts that cannot have a gradient, if the host knows these without waiting.
 
@@ -90,16 +90,16 @@ def tokens_with_gradient(
     return tokens.only(local_mask)._replace(mask=mask, counts=counts, num_dropped=num_dropped)
 
 
-def _have_gradient(rollouts: Rollouts, counts: Tensor | None, reward_threshold: float, whole: bool) -> Tensor | None:
+def _have_gradient(rollouts: Rollouts, counts: Tensor | None, reward_threshold: float, local: bool) -> Tensor | None:
     """[S] bool on the CPU: rollouts that can have a gradient; None where rewards or ids are not on the CPU.
 
-    counts: [S] response tokens, or None; used only if they are on the CPU.  whole: every group lies on this rank; else
-    rollouts on another rank may make it valid.
+    counts: [S] response tokens, or None; used only if they are on the CPU.  local: every group lies on this rank. Where
+    not, rollouts of other ranks may make a group valid.
     """
     rewards, groups = rollouts
     if rewards.device.type != "cpu":
         return None
-    if not whole:
+    if not local:
         return ~rewards.isnan()
     if groups.ids is not None and groups.ids.device.type != "cpu":
         return None

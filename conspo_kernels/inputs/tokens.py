@@ -33,7 +33,7 @@ def tokens_of(
     check.devices(labels.device, cu_seqlens=cu_seqlens)
     labels = labels.resolve_neg()
     response_mask = None if response_mask is None else response_mask.resolve_neg()
-    offsets = None if cu_seqlens is None else _offsets_beside(labels, cu_seqlens.resolve_neg())
+    offsets = None if cu_seqlens is None else _offsets_on_device(labels, cu_seqlens.resolve_neg())
     aligned = aligned_labels(
         labels=labels,
         response_mask=response_mask,
@@ -47,7 +47,7 @@ def tokens_of(
     return Tokens(aligned, offsets, cpu_offsets, labels.shape)
 
 
-def _offsets_beside(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+def _offsets_on_device(labels: Tensor, cu_seqlens: Tensor) -> Tensor:
     """cu_seqlens on the labels' device. On an accelerator they are taken as they are: that costs no launch."""
     if cu_seqlens.device == labels.device and labels.device.type != "cpu":
         return cu_seqlens.contiguous()

@@ -116,14 +116,14 @@ class Sum:
     def add(self, rows: slice, first: bool, a: Tensor, b: Tensor) -> None:
         total = self.total[rows]
         if self.begun or not first:
-            add_gemm(total, a, b, self.unrounded)
+            add_gemm(total, a, b, unrounded=self.unrounded)
             return
         if total.device.type == "cpu":
             total.zero_()  # new pages cost half, one after another, of what they do in the order of a GEMM
         if total.dtype == a.dtype or total.device.type in WIDENS:
             gemm(a, b, total)
         else:
-            add_gemm(total, a, b, self.unrounded)
+            add_gemm(total, a, b, unrounded=self.unrounded)
 
     def result(self) -> Tensor:
         return self.out if self.total is self.out else self.out.copy_(self.total)

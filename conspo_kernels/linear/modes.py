@@ -101,7 +101,7 @@ def logprobs_alone(logprobs: Tensor) -> Statistics:
 def forward_frozen_part(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
     """`forward_frozen` of a part of a vocabulary, as if it were all: statistics [N], and that gradient. Two GEMMs.
 
-    A label in another part has no term of its own.
+    Where the label is in another part, the gradient is that of the softmax alone.
     """
     tokens, head = run.tokens, run.head
     grad_hidden = tokens.hidden.new_empty(tokens.number, tokens.hidden.shape[1])

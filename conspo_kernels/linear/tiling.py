@@ -1,7 +1,7 @@
 """Tiles of logits for the fused-linear path: what fits the workspace, and which of that costs least.
 
-A tile is rows x columns of the [N, V] logits. What is summed over tiles goes through memory again for every further
-one: the gradient of weight [V, H] for tiles of rows, that of hidden [N, H] for tiles of columns. On a GPU the last wave
+A tile is rows x columns of the [N, V] logits. Each further tile of rows reads and writes the sum of the gradient of
+weight [V, H] once more, each further tile of columns that of the gradient of hidden [N, H]. On a GPU the last wave
 of a GEMM counts too: its multiprocessors multiply a block of the result each, and those without one wait. Names: n
 tokens, v vocabulary, h hidden size.
 """

@@ -45,9 +45,9 @@ class Products:
             self.keep(a, b, out)
             return product(a, b, out, bias)
 
-        def multiply_and_add(total: Tensor, a: Tensor, b: Tensor) -> None:
+        def multiply_and_add(total: Tensor, a: Tensor, b: Tensor, unrounded: bool = False) -> None:
             self.keep(a, b, total)
-            add(total, a, b)
+            add(total, a, b, unrounded)
 
         with mock.patch.object(gemm, "gemm", multiply), mock.patch.object(gemm, "add_gemm", multiply_and_add):
             yield
