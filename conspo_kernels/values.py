@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from numbers import Integral, Real
 from typing import Any, NamedTuple, TypeVar
 
@@ -174,12 +173,7 @@ class Statistics(NamedTuple):
         return out
 
 
-PerToken = TypeVar("PerToken", Incoming, Statistics)
-
-
-def for_each(values: PerToken, change: Callable[[Tensor], Tensor]) -> PerToken:
-    """The same with each of their tensors changed; None stays None."""
-    return type(values)(*(None if x is None else change(x) for x in values))  # type: ignore[arg-type]
+PerToken = TypeVar("PerToken", Incoming, Statistics)  # tensors per token, some of them None
 
 
 class Tokens(NamedTuple):

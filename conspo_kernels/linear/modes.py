@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..backends.contract import Backend
-from ..values import Incoming, LogitRows, LogitTransform, PerToken, Statistics, accumulated, for_each
+from ..values import Incoming, LogitRows, LogitTransform, PerToken, Statistics, accumulated
 from . import gemm as gemms
 from .gemm import Sum, slices
 from .tiles import Head, LogitTiles, RowSelection, second_halves
@@ -71,7 +71,7 @@ def forward_none(run: Run, with_entropy: bool, batch_invariant: bool = False) ->
     tile = _row_tile(run, Needs(False, False, False), batch_invariant)
     for rows, _hidden, z, _grad in _row_tiles(run, tile, batch_invariant):
         run.backend.token_logprob_forward(_logit_rows(run, z, rows), with_entropy, _tile_of(statistics, rows))
-    return for_each(statistics, run.tokens.scatter)
+    return run.tokens.scatter_all(statistics)
 
 
 def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
@@ -81,7 +81,7 @@ def forward_store(run: Run, with_entropy: bool) -> tuple[Statistics, Tensor]:
     z = gemms.gemm(tokens.hidden_rows(), head.weight.t(), stored[everything], head.bias)
     statistics = _empty(run, with_entropy)
     run.backend.token_logprob_forward(_logit_rows(run, z, everything), with_entropy, _tile_of(statistics, everything))
-    return for_each(statistics, tokens.scatter), stored
+    return tokens.scatter_all(statistics), stored
 
 
 def forward_frozen(run: Run, batch_invariant: bool = False) -> tuple[Statistics, Tensor]:
@@ -113,7 +113,7 @@ def forward_frozen_part(run: Run, batch_invariant: bool = False) -> tuple[Statis
         run.backend.token_logprob_forward(logit_rows, False, part)
         run.backend.token_logprob_backward(grad[None], logit_rows, part.incoming(ones[None, rows]))
         gemms.gemm(head.operand(grad), head.weight, grad_hidden[rows])
-    return for_each(statistics, tokens.scatter), tokens.scatter(grad_hidden)
+    return tokens.scatter_all(statistics), tokens.scatter(grad_hidden)
 
 
 def complete_frozen(
@@ -152,7 +152,7 @@ def backward_store(run: Run, incoming: Incoming, stored: Tensor, overwrite: bool
         grad = head.new_logits(z.shape[0], z.shape[1], dtype)
     elif dtype != z.dtype:
         grad = second_halves(z, dtype)
-    incoming = _tile_of(for_each(incoming, tokens.gather), everything)
+    incoming = _tile_of(tokens.gather_all(incoming), everything)
     run.backend.token_logprob_backward(grad[None], _logit_rows(run, z, everything), incoming)
     grad_bias = _bias_sum(grad).to(tokens.hidden.dtype) if needs.bias else None
     dz = head.operand(grad)
@@ -174,7 +174,7 @@ def backward_recompute(run: Run, incoming: Incoming, needs: Needs, weight_grad: 
     weight_grad: [V, H] that the gradient of weight is added to; then none is returned.
     """
     tokens, head = run.tokens, run.head
-    incoming = for_each(incoming, tokens.gather)
+    incoming = tokens.gather_all(incoming)
     vocab_size, hidden_size = head.weight.shape
     tile = backward_tile(tokens.problem(head), run.workspace, needs.hidden, needs.weight)
     narrow = head.narrows(needs.bias)
@@ -296,4 +296,4 @@ def _empty(run: Run, with_entropy: bool) -> Statistics:
 
 def _tile_of(values: PerToken, rows: slice) -> PerToken:
     """Statistics or incoming gradients of a tile, as the kernels take them: [1, r]."""
-    return for_each(values, lambda x: x[None, rows])
+    return type(values)(*(None if x is None else x[None, rows] for x in values))  # type: ignore[arg-type]

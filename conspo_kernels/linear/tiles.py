@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..values import IGNORED
+from ..values import IGNORED, PerToken
 from . import gemm as gemms
 from .tiling import ALIGNMENT, Problem
 
@@ -125,6 +125,9 @@ class RowSelection(NamedTuple):
         """[N] -> [n], of those that take part."""
         return x if self.indices is None else x.index_select(0, self.indices)
 
+    def gather_all(self, values: PerToken) -> PerToken:
+        return type(values)(*(None if x is None else self.gather(x) for x in values))  # type: ignore[arg-type]
+
     def hidden_rows(self, rows: slice = slice(None)) -> Tensor:
         """[r, H] of those that take part."""
         return self.hidden[rows] if self.indices is None else self.hidden.index_select(0, self.indices[rows])
@@ -134,6 +137,9 @@ class RowSelection(NamedTuple):
         if self.indices is None:
             return x
         return x.new_zeros(self.hidden.shape[0], *x.shape[1:]).index_copy_(0, self.indices, x)
+
+    def scatter_all(self, values: PerToken) -> PerToken:
+        return type(values)(*(None if x is None else self.scatter(x) for x in values))  # type: ignore[arg-type]
 
 
 class LogitTiles:
