@@ -22,6 +22,7 @@ BACKENDS = {
     "native": ".native",
     "torch": ".eager",
 }
+FUNCTIONS = [name for name in vars(Backend) if not name.startswith("_")]
 PREFERRED = {"cuda": "triton", "cpu": "native"}  # where it can run; "torch" elsewhere
 
 
@@ -54,7 +55,14 @@ def choose(implementation: str, device: torch.device) -> str:
 @functools.lru_cache(maxsize=64)
 def backend_for(implementation: str, device: torch.device) -> Backend:
     """What runs the ops for tensors on a device."""
-    return _backend(choose(implementation, device))
+    name = choose(implementation, device)
+    backend = _backend(name)
+    missing = [function for function in FUNCTIONS if not hasattr(backend, function)]
+    if missing:
+        raise TypeError(
+            f"backend {name!r} lacks functions of conspo_kernels/backends/contract.py: {', '.join(missing)}"
+        )
+    return backend
 
 
 def forget_choices() -> None:

@@ -100,6 +100,16 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     registry.forget_choices()
 
 
+def test_a_backend_without_a_function_of_the_contract_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    half = types.ModuleType("half")
+    half.obstacle, half.align = eager.obstacle, eager.align  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "half", half)
+    monkeypatch.setitem(registry.BACKENDS, "half", "half")
+    with pytest.raises(TypeError, match=r"backend 'half' lacks functions .*: token_logprob_forward, .*, scale_$"):
+        sequence_scores(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), implementation="half")
+    registry.forget_choices()
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_shared_cases_on_a_toy_backend(case: Case, packed: bool, toy: str) -> None:
