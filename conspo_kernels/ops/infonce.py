@@ -15,7 +15,7 @@ from ..backends.registry import backend_for
 from ..objective import Groups, Objective, Rollouts
 from ..values import check_margin, factor
 from .devices import moved, to_device
-from .registration import op
+from .registration import op, saved_tensors
 from .sequence_score import sequence_score_backward
 
 
@@ -35,7 +35,7 @@ def _save(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
         index = it.group_ids
         if index is None:
             index = torch.arange(weights.shape[0], device=weights.device) // it.group_size
-    ctx.save_for_backward(it.labels, it.offsets, counts, weights, index)
+    ctx.save_for_backward(it.labels, it.offsets, counts, weights, index, it.logprobs)
     ctx.mark_non_differentiable(scores, counts, weights)
     ctx.set_materialize_grads(False)
 
@@ -43,7 +43,7 @@ def _save(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad_loss: Tensor | None, *_: object) -> dict[str, Tensor | None]:
     if grad_loss is None:
         return {}
-    labels, offsets, counts, weights, index = ctx.saved_tensors
+    labels, offsets, counts, weights, index, _logprobs = saved_tensors(ctx)  # on which the weights depend
     factor: Tensor | None = grad_loss
     if index is not None:
         of_rollouts = grad_loss[to_device(index, grad_loss.device)]

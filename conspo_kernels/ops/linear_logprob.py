@@ -17,7 +17,7 @@ from ..linear.tiles import Head, RowSelection
 from ..values import IGNORED, LogitTransform, local_labels
 from . import flops
 from .ranks import statistics_over_ranks, sum_over_ranks
-from .registration import asked_for, op, traced
+from .registration import asked_for, op, saved_tensors, traced
 from .token_logprob import incoming_of, statistics_like, tensors_of
 
 
@@ -97,10 +97,10 @@ def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | Non
         return {}
     if ctx.mode == "frozen":
         assert grad_logprobs is not None  # this mode has no entropy
-        (stored,) = ctx.saved_tensors
-        grad_hidden = scaled_rows(rows=stored, factors=grad_logprobs)
+        (stored,) = saved_tensors(ctx)
+        grad_hidden = scaled_rows(rows=stored, factors=grad_logprobs.detach())
         return {"hidden": sum_over_ranks(x=grad_hidden, group=ctx.vocab_group) if ctx.vocab_group else grad_hidden}
-    hidden, weight, bias, labels, indices, row_max, log_sum, entropy = ctx.saved_tensors
+    hidden, weight, bias, labels, indices, row_max, log_sum, entropy = saved_tensors(ctx)
     if ctx.weight_grad is not None and not traced(row_max):
         needs[1] = needs[1] and asked_for(ctx.weight_node)
     stored, ctx.stored = ctx.stored, None  # a second backward computes the logits again

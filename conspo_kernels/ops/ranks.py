@@ -15,7 +15,7 @@ from torch.distributed.distributed_c10d import _resolve_process_group  # type: i
 
 from ..values import IGNORED, Statistics, local_labels
 from .devices import to_device
-from .registration import op
+from .registration import op, saved_tensors
 
 # Sums of exponentials that are one, rounded: parts of one vocabulary may agree so in one row of 10^5, but not in four.
 SAME, TELLING_ROWS = 1e-5, 4
@@ -114,7 +114,7 @@ def _save_scores(ctx: Any, it: Any, output: tuple[Tensor, Tensor]) -> None:
 
 
 def _backward_scores(ctx: Any, grad_scores: Tensor, _grad_counts: object) -> dict[str, Tensor | None]:
-    local, whole = ctx.saved_tensors
+    local, whole = saved_tensors(ctx)
     share = local.to(grad_scores.dtype) / whole.clamp(min=1)
     return {"scores": torch.where(local > 0, grad_scores * share * ctx.factor, 0.0)}
 
@@ -153,7 +153,7 @@ def _save_gather(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
 
 
 def _backward_gather(ctx: Any, grad_scores: Tensor, *_: object) -> dict[str, Tensor | None]:
-    (indices,) = ctx.saved_tensors
+    (indices,) = saved_tensors(ctx)
     return {"scores": grad_scores.index_select(0, indices) * ctx.factor}
 
 

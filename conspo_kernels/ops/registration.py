@@ -153,13 +153,23 @@ def _function(named: Any, forward: Callable[..., Any], save: Callable[..., None]
         # Kernels read memory, which a lazily negated view has not changed.
         incoming = [x if x is None else x.resolve_neg() for x in gradients]
         results: list[Tensor | None] = [None] * len(positions)
-        for name, gradient in backward(ctx, *incoming).items():
+        named_gradients = backward(ctx, *incoming).items()
+        depends_on = [*ctx.__dict__.pop("depends_on", ()), *incoming]
+        for name, gradient in named_gradients:
             if gradient is not None:
-                results[positions[name]] = without_derivative(gradient)
+                results[positions[name]] = without_derivative(gradient, depends_on)
         return tuple(results)
 
     members = {"forward": staticmethod(forward_and_save), "backward": staticmethod(by_position)}
     return type(named.__name__, (torch.autograd.Function,), members)
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What `save` has saved. Under `create_graph=True` the gradient depends on those of them that have a graph."""
+    tensors: tuple[Any, ...] = ctx.saved_tensors
+    if torch.is_grad_enabled():
+        ctx.depends_on = tensors
+    return tensors
 
 
 def no_second_derivative(ctx: Any, *_: object) -> Any:
@@ -185,14 +195,18 @@ def asked_for(node: Node | None) -> bool:
 
 class _WithoutDerivative(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, gradient: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+    def forward(ctx, gradient: Tensor, *depends_on: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         return gradient.view_as(gradient)
 
     backward = staticmethod(no_second_derivative)
 
 
-def without_derivative(gradient: Tensor) -> Tensor:
-    """The gradient; under `create_graph=True`, when grad mode is on in backward, one whose own backward raises."""
+def without_derivative(gradient: Tensor, depends_on: Sequence[Tensor | None]) -> Tensor:
+    """The gradient; under `create_graph=True`, when grad mode is on in backward, one whose own backward raises.
+
+    It raises too where only the derivative by a tensor behind those that the gradient depends on is asked for.
+    """
     if not torch.is_grad_enabled() or traced(gradient):
         return gradient
-    return _WithoutDerivative.apply(gradient.detach().requires_grad_())
+    with_graph = [x for x in depends_on if x is not None and x.requires_grad]
+    return _WithoutDerivative.apply(gradient.detach().requires_grad_(), *with_graph)

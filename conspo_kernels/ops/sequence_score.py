@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import backend_for
-from .registration import op
+from .registration import op, saved_tensors
 
 
 def _fake(it: Any) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def _save(ctx: Any, it: Any, output: tuple[Tensor, Tensor]) -> None:
 def _backward(ctx: Any, grad_scores: Tensor | None, _grad_counts: object) -> dict[str, Tensor | None]:
     if grad_scores is None:
         return {}
-    labels, offsets, counts = ctx.saved_tensors
+    labels, offsets, counts = saved_tensors(ctx)
     gradient = sequence_score_backward(
         weights=grad_scores, counts=counts, labels=labels, offsets=offsets, implementation=ctx.implementation
     )

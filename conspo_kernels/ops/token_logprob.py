@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backends.registry import backend_for
 from ..values import Incoming, LogitRows, LogitTransform, Statistics, accumulated, local_labels
 from .ranks import statistics_over_ranks
-from .registration import op, traced
+from .registration import op, saved_tensors, traced
 
 
 def statistics_like(logits: Tensor, labels: Tensor, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def _save(ctx: Any, it: Any, output: tuple[Tensor, ...]) -> None:
 def _backward(ctx: Any, grad_logprobs: Tensor | None, grad_entropy: Tensor | None, *_: object) -> dict[str, Any]:
     if not ctx.needs_input_grad[0] or (grad_logprobs is None and grad_entropy is None):
         return {}
-    logits, labels, row_max, log_sum, entropy = ctx.saved_tensors
+    logits, labels, row_max, log_sum, entropy = saved_tensors(ctx)
     # The op in place counts as a modification of the logits: autograd raises in any other backward that saved them.
     overwrites = ctx.inplace_backward and not traced(logits)
     run = token_logprob_backward_ if overwrites else token_logprob_backward

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.registry import backend_for
-from .registration import asked_for, op, traced
+from .registration import asked_for, op, saved_tensors, traced
 
 
 @op(lambda _: None, mutates=("gradient",))
@@ -37,7 +37,7 @@ def _save(ctx: Any, it: Any, output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad_value: Tensor) -> dict[str, Tensor | None]:
-    weights, counts, *gradients = ctx.saved_tensors  # the first backward modified them: autograd raises in a second
+    weights, counts, *gradients = saved_tensors(ctx)  # the first backward modified them: autograd raises in a second
     if ctx.used and any(gradient is not None for gradient in gradients):  # but not inside of saved-tensor hooks
         raise RuntimeError("a second backward through a loss of known weights, whose gradient the first has scaled")
     ctx.used = True

@@ -360,6 +360,30 @@ def test_no_second_derivative(function: str) -> None:
         (hidden.sum() + grad.pow(2).sum()).backward()
 
 
+@pytest.mark.parametrize("function", ["store", "recompute"])
+def test_no_second_derivative_by_one_input(function: str) -> None:
+    """The path from the gradient to the inputs is there: without it autograd would take it for a constant."""
+    hidden, weight = torch.randn(2, 3, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss = losses_of_hidden(torch.zeros(2, 3, dtype=torch.long))[function](hidden, weight)
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    for leaf in (hidden, weight):
+        with pytest.raises(NotImplementedError, match="no second derivative"):
+            torch.autograd.grad(hidden.sum() + weight.sum() + grad.sum(), leaf, retain_graph=True)
+
+
+def test_a_frozen_head_under_create_graph() -> None:
+    """What comes in has a graph then; the gradient is that of a head that is trained."""
+    hidden, weight = torch.randn(4, 3, 4, requires_grad=True), torch.randn(9, 4)
+    arguments = (torch.zeros(4, 3, dtype=torch.long), torch.tensor([1.0, 0.0, 0.0, 1.0]), 2)
+    frozen = linear_conspo_loss(hidden, weight, *arguments)
+    trained = linear_conspo_loss(hidden, weight.requires_grad_(), *arguments)
+    (grad,) = torch.autograd.grad(frozen, hidden, create_graph=True)  # type: ignore[arg-type]
+    (expected,) = torch.autograd.grad(trained, hidden)  # type: ignore[arg-type]
+    torch.testing.assert_close(grad, expected)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), hidden)
+
+
 @LOSSES_OF_HIDDEN
 def test_saved_tensor_hooks(function: str) -> None:
     """A second backward is right or raises, and never changes what the first has given."""

@@ -126,6 +126,12 @@ def test_a_gradient_of_the_gradient_raises(leaf: Tensor, implementation: str) ->
     (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
     with pytest.raises(RuntimeError):
         grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.functional.hvp(
+            lambda z: conspo_loss(z, LABELS.to(leaf.device), REWARDS, 2, implementation=implementation),  # type: ignore[return-value]
+            leaf.detach(),
+            torch.ones_like(leaf),
+        )
 
 
 def test_saved_tensor_hooks_and_checkpoints_raise(leaf: Tensor, implementation: str) -> None:
