@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib
 import logging
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -30,8 +31,15 @@ def _backend(implementation: str) -> Backend:
     return cast("Backend", importlib.import_module(BACKENDS[implementation], __package__))
 
 
+def _refuse_without(functions: Sequence[str], implementation: str) -> None:
+    missing = [name for name in functions if not hasattr(_backend(implementation), name)]
+    if missing:
+        raise TypeError(f"backend {implementation!r} lacks functions of its contract, backends/contract.py: {missing}")
+
+
 def unavailable(implementation: str, device: torch.device) -> str | None:
     """Why an implementation cannot run on a device, or None."""
+    _refuse_without(["obstacle"], implementation)
     return _backend(implementation).obstacle(device)
 
 
@@ -55,14 +63,9 @@ def choose(implementation: str, device: torch.device) -> str:
 @functools.lru_cache(maxsize=64)
 def backend_for(implementation: str, device: torch.device) -> Backend:
     """What runs the ops for tensors on a device."""
-    name = choose(implementation, device)
-    backend = _backend(name)
-    missing = [function for function in FUNCTIONS if not hasattr(backend, function)]
-    if missing:
-        raise TypeError(
-            f"backend {name!r} lacks functions of conspo_kernels/backends/contract.py: {', '.join(missing)}"
-        )
-    return backend
+    chosen = choose(implementation, device)
+    _refuse_without(FUNCTIONS, chosen)
+    return _backend(chosen)
 
 
 def forget_choices() -> None:

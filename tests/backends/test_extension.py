@@ -12,7 +12,7 @@ from cases import CASES, Case, build
 from torch import Tensor
 
 from conspo_kernels import conspo_loss, linear_conspo_loss, sequence_scores, token_logprobs, weighted_score_loss
-from conspo_kernels.backends import eager, registry
+from conspo_kernels.backends import eager, registry, triton
 from conspo_kernels.objective import Objective, Rollouts
 from conspo_kernels.reference import reference_loss
 from conspo_kernels.values import IGNORED, Incoming, LogitRows, LogitTransform, Statistics
@@ -105,9 +105,23 @@ def test_a_backend_without_a_function_of_the_contract_says_which(monkeypatch: py
     half.obstacle, half.align = eager.obstacle, eager.align  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "half", half)
     monkeypatch.setitem(registry.BACKENDS, "half", "half")
-    with pytest.raises(TypeError, match=r"backend 'half' lacks functions .*: token_logprob_forward, .*, scale_$"):
+    with pytest.raises(
+        TypeError, match=r"backend 'half' lacks functions .*: \['token_logprob_forward', .*, 'scale_'\]$"
+    ):
+        sequence_scores(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), implementation="half")
+    del half.obstacle
+    registry.forget_choices()
+    with pytest.raises(TypeError, match=r"lacks functions .*: \['obstacle'\]$"):
         sequence_scores(torch.zeros(2, 3), torch.zeros(2, 3, dtype=torch.int64), implementation="half")
     registry.forget_choices()
+
+
+def test_kernels_that_cannot_be_imported_are_not_missing_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.forget_choices()
+    monkeypatch.delitem(vars(triton), "align", raising=False)
+    monkeypatch.setitem(vars(triton), "functions", types.ModuleType("broken"))
+    with pytest.raises(ImportError, match=r"Triton's kernels cannot be imported: .*align"):
+        registry.backend_for("triton", torch.device("cuda"))
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

@@ -19,9 +19,13 @@ else:
         """A function of the contract: asked for the first time, Triton is imported, and then it is here."""
         if name.startswith("_") or not hasattr(Backend, name):
             raise AttributeError(name)
-        from . import functions
+        try:
+            from . import functions
 
-        globals()[name] = found = getattr(functions, name)
+            found = getattr(functions, name)
+        except AttributeError as error:  # which `hasattr` would take for a function that is not there
+            raise ImportError(f"Triton's kernels cannot be imported: {error}") from error
+        globals()[name] = found
         return found
 
 
