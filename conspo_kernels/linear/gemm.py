@@ -90,7 +90,8 @@ def add_gemm(total: Tensor, a: Tensor, b: Tensor, unrounded: bool = False) -> No
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
     else:
         b = b.to(total.dtype) if unrounded else b
-        for part in slices(total.shape[0], PRODUCT_BYTES // (total.shape[1] * a.element_size())):
+        width = max(total.shape[1], a.shape[1]) if unrounded else total.shape[1]  # a is copied too
+        for part in slices(total.shape[0], PRODUCT_BYTES // (width * b.element_size())):
             total[part] += torch.mm(a[part].to(b.dtype), b)
 
 
