@@ -44,12 +44,12 @@ def _signature(loss: Callable[..., object], names: frozenset[str]) -> inspect.Si
 
 
 def _equal(value: Any, default: Any) -> bool:
-    """Whether a call would take both alike: 10 is 10.0, but 0 is not False, which a call refuses.
+    """Whether a call takes both alike: 10 for 10.0, but neither 0 for False nor -100.0 for -100.
 
     Tensors and arrays are no default: their comparison would be another one of these.
     """
-    plain = isinstance(value, (int, float, str)) and isinstance(value, bool) == isinstance(default, bool)
-    return value is default or (plain and bool(value == default))
+    alike = type(value) is type(default) or (type(value), type(default)) == (int, float)
+    return value is default or (alike and isinstance(value, (int, float, str)) and bool(value == default))
 
 
 class ConSPOLoss(_Settings):

@@ -19,7 +19,7 @@ def weights_of(
     if source.skips_tokens and weights.device.type == "cpu" and source.device.type != "cpu":
         tokens = tokens._replace(mask=tokens.per_token(weights != 0))
     weights = moved(weights, source.device, source.dtype)
-    return weights, None if scores is None else moved(scores, source.device, source.dtype), tokens
+    return weights, None if scores is None else moved(scores.detach(), source.device, source.dtype), tokens
 
 
 def coefficients_of(source: Source, tokens: Tokens, coefficients: Tensor) -> tuple[Tensor, Tokens]:

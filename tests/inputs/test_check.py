@@ -334,6 +334,25 @@ def test_a_constant_of_the_loss_carries_no_tangent(
         function(arguments(**{name: dual.detach()}))
 
 
+def test_vmap_over_a_constant_of_the_loss() -> None:
+    """It runs, inside of forward mode too; what is batched hides neither gradient nor tangent."""
+    margins, arguments = torch.tensor([0.0, 0.5, 1.0]), padded()
+
+    def losses(margins: Tensor) -> Tensor:
+        return torch.func.vmap(lambda m: loss({**arguments, "margin": m}))(margins)
+
+    expected = torch.stack([loss({**arguments, "margin": m}) for m in margins])
+    assert torch.equal(losses(margins), expected)
+    with forward_ad.dual_level():
+        assert torch.equal(losses(margins), expected)
+        with pytest.raises(ValueError, match="margin must be a constant"):
+            losses(forward_ad.make_dual(margins, margins))
+    with pytest.raises(ValueError, match="margin must be a constant"):
+        losses(margins.requires_grad_())
+    with pytest.raises(ValueError, match="margin must be a constant"):
+        torch.func.grad(lambda m: losses(m).sum())(margins.detach())
+
+
 @pytest.mark.parametrize(("function", "arguments", "message"), TYPE_ERRORS, ids=[m[:60] for *_, m in TYPE_ERRORS])
 def test_type_errors(function: Callable[..., Any], arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match=message):
@@ -421,7 +440,17 @@ def test_an_array_as_a_modules_setting_is_refused_at_the_call() -> None:
     assert LinearConSPOLoss().settings == ConSPOLoss(tau=10, shift=False).settings == {}
 
 
-@pytest.mark.parametrize("settings", [{"shift": 0}, {"inplace_backward": 0}, {"temperature": True}, {"margin": False}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"shift": 0},
+        {"inplace_backward": 0},
+        {"temperature": True},
+        {"margin": False},
+        {"ignore_index": -100.0},
+        {"ignore_index": np.float32(-100)},
+    ],
+)
 def test_a_modules_setting_of_a_wrong_type_is_refused_even_if_it_equals_the_default(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(TypeError, match=f"{name} must be"):
