@@ -579,6 +579,7 @@ def test_score_drift(linear: bool) -> None:
         warnings.simplefilter("error")
         assert loss(before).metrics["conspo/score_drift"] <= 1e-6
         assert "conspo/score_drift" not in loss(None).metrics
+        assert not loss(before.clone().requires_grad_()).metrics["conspo/score_drift"].requires_grad
         moved = before + torch.tensor([0.0, 0.005, 5.0])  # the last has no weight
         assert loss(moved).metrics["conspo/score_drift"].item() == pytest.approx(0.005, rel=1e-3)
     with pytest.warns(RuntimeWarning, match=r"scores drifted by .* nats per token since phase 1 \(more than 0.01\)"):
