@@ -197,7 +197,7 @@ class Perturbation:
         """In [-1, 1], from the operands' bits."""
         if isinstance(self.seed, str):
             return 1.0 if self.seed == "up" else -1.0
-        mixed = np.uint64(self.seed * 0x9E3779B97F4A7C15 % 2**64)
+        mixed: Any = np.uint64(self.seed * 0x9E3779B97F4A7C15 % 2**64)
         for operand in operands:
             mixed = (operand.view(U32).astype(U64) ^ mixed) * np.uint64(0xD6E8FEB86659FD93)
             mixed = (mixed ^ (mixed >> np.uint64(32))) * np.uint64(0xD6E8FEB86659FD93)

@@ -32,15 +32,15 @@ class Threads:
         self.registers = registers
         self.mask: Array | None = None
         self._mask: Array | None = None  # whose active threads these are
-        self._active = np.zeros(0, np.int64)
-        self.barriers = np.zeros(len(ctas), np.int64)
-        self.warp_barriers = np.zeros(self.count // WARP, np.int64)
+        self._active: Array = np.zeros(0, np.int64)
+        self.barriers: Array = np.zeros(len(ctas), np.int64)
+        self.warp_barriers: Array = np.zeros(self.count // WARP, np.int64)
         self.global_memory = global_memory
         self.shared_bytes, self.shared_stride = shared_bytes, -(-shared_bytes // 16) * 16
         poison = np.full(len(ctas) * self.shared_stride, 0xFF, np.uint8)  # NaN, until it is written
         self.shared = Memory("shared", [Region("shared memory", 0, poison)])
         self.perturbation = perturbation
-        self.lanes = np.arange(self.count)
+        self.lanes: Array = np.arange(self.count)
         self.first_shared = (self.lanes // per_cta) * self.shared_stride  # of a thread's CTA
 
     def shared_address(self, address: Array, size: int) -> Array:

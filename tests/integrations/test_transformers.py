@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import transformers
 from rollouts import (
     LENGTHS,
     OPTIONS,
@@ -63,6 +64,10 @@ def test_a_multimodal_models_transform_is_in_its_text_config() -> None:
     model, batch = multimodal("PaliGemma"), padded_batch()
     batch["input_ids"] = batch["input_ids"].clamp(min=7)
     assert causal_lm_head(model).softcap == 3.0
+    if tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 23):  # its forward leaves the softcap out there
+        with pytest.raises(ValueError, match="makes other logits than its config says"):
+            conspo_loss_of(model, batch, REWARDS, 2, **OPTIONS)
+        return
     loss = conspo_loss_of(model, batch, REWARDS, 2, **OPTIONS)
     torch.testing.assert_close(loss, own_loss(model, batch), rtol=1e-5, atol=1e-6)
 
@@ -100,7 +105,7 @@ def cast_by_another_forward(head: nn.Linear) -> None:
 @pytest.mark.parametrize("cast", [cast_by_a_hook, cast_by_another_forward])
 @pytest.mark.parametrize("name", ["Llama", "Gemma2"])
 def test_a_head_in_fp32_over_a_bf16_model(name: str, cast: Callable[[nn.Linear], None], layout) -> None:
-    model, batch = tiny_model(name, tie_word_embeddings=False).bfloat16(), padded_batch()
+    model, batch = tiny_model(name, tie_word_embeddings=False, attn_implementation="eager").bfloat16(), padded_batch()
     cast(model.lm_head)
     expected = own_loss(model, batch)
     assert own_logits(model, batch).dtype == torch.float32
