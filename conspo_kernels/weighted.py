@@ -31,15 +31,15 @@ def weighted_scores(
     if source.skips_tokens or (phase_one is None and not return_metrics):
         tokens = tokens._replace(labels=labels)
     logprobs, known = source.forward_backward(tokens, coefficients) or (source.logprobs(tokens)[0], KnownGradients())
-    tied: Any = {**known._asdict(), "implementation": implementation}
+    ties = known._asdict()
     if parallel.context is None:  # the sum over rollouts of weights times means
-        value = weighted_sum(values=logprobs, weights=coefficients, counts=None, **tied)
+        value = weighted_sum(values=logprobs, weights=coefficients, counts=None, implementation=implementation, **ties)
         if phase_one is None and not return_metrics:
             return value
         scores, _counts = rollout_scores(logprobs.detach(), tokens, parallel, implementation)
     else:
         scores, _counts = rollout_scores(logprobs, tokens, parallel, implementation)
-        value = weighted_sum(values=scores, weights=weights, counts=counts, **tied)
+        value = weighted_sum(values=scores, weights=weights, counts=counts, implementation=implementation, **ties)
     scores = scores.detach()
     drifted = {}
     if phase_one is not None:
@@ -88,8 +88,8 @@ def weighted_logprobs(source: Source, tokens: Tokens, coefficients: Tensor) -> T
     tokens = tokens._replace(labels=labels)
     scaled = coefficients * parallel.context_factor if parallel.context_factor != 1 else coefficients
     logprobs, known = source.forward_backward(tokens, scaled) or (source.logprobs(tokens)[0], KnownGradients())
-    tied: Any = {**known._asdict(), "implementation": implementation}
-    value = weighted_sum(values=logprobs, weights=scaled, counts=None, **tied)
+    ties = known._asdict()
+    value = weighted_sum(values=logprobs, weights=scaled, counts=None, implementation=implementation, **ties)
     if parallel.context is not None:
         local = value.detach()
         total = sum_over_ranks(x=local / parallel.context_factor, group=name_of(parallel.context))

@@ -153,11 +153,11 @@ def _function(named: Any, forward: Callable[..., Any], save: Callable[..., None]
         # Kernels read memory, which a lazily negated view has not changed.
         incoming = [x if x is None else x.resolve_neg() for x in gradients]
         results: list[Tensor | None] = [None] * len(positions)
-        named_gradients = backward(ctx, *incoming).items()
-        depends_on = [*ctx.__dict__.pop("depends_on", ()), *incoming]
-        for name, gradient in named_gradients:
-            if gradient is not None:
-                results[positions[name]] = without_derivative(gradient, depends_on)
+        for name, gradient in backward(ctx, *incoming).items():
+            results[positions[name]] = gradient
+        if torch.is_grad_enabled():
+            depends_on = [*ctx.__dict__.pop("depends_on", ()), *incoming]
+            results = [x if x is None else without_derivative(x, depends_on) for x in results]
         return tuple(results)
 
     members = {"forward": staticmethod(forward_and_save), "backward": staticmethod(by_position)}
@@ -202,11 +202,11 @@ class _WithoutDerivative(torch.autograd.Function):
 
 
 def without_derivative(gradient: Tensor, depends_on: Sequence[Tensor | None]) -> Tensor:
-    """The gradient; under `create_graph=True`, when grad mode is on in backward, one whose own backward raises.
+    """For `create_graph=True`, when grad mode is on in backward: the gradient, as one whose own backward raises.
 
     It raises too where only the derivative by a tensor behind those that the gradient depends on is asked for.
     """
-    if not torch.is_grad_enabled() or traced(gradient):
+    if traced(gradient):
         return gradient
     with_graph = [x for x in depends_on if x is not None and x.requires_grad]
     return _WithoutDerivative.apply(gradient.detach().requires_grad_(), *with_graph)
