@@ -49,10 +49,10 @@ def _has_tangent(value: Tensor) -> bool:
 
 def _constant(name: str, value: Tensor) -> None:
     """A tensor that no mode may differentiate by."""
-    if not torch.compiler.is_compiling():
-        while torch._C._functorch.is_batchedtensor(value):  # vmap's wrapper shows neither gradient nor tangent
-            value = torch._C._functorch.get_unwrapped(value)
-    if value.requires_grad or (not torch.compiler.is_compiling() and _has_tangent(value)):
+    compiling = torch.compiler.is_compiling()
+    while not compiling and torch._C._functorch.is_batchedtensor(value):  # whose gradient and tangent vmap hides
+        value = torch._C._functorch.get_unwrapped(value)
+    if value.requires_grad or (not compiling and _has_tangent(value)):
         raise ValueError(f"{name} must be a constant of the loss, which gets no gradient: pass {name}.detach()")
 
 

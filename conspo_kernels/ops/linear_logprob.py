@@ -174,7 +174,7 @@ def linear_logprob(
     run = run_of(hidden, weight, bias, local, indices, logits_dtype, transform, workspace, implementation)
     statistics, stored = modes.forward(run, mode, with_entropy, batch_invariant, split=bool(vocab_group))
     if vocab_group:
-        whole = statistics_over_ranks(statistics, labels, vocab_start, size, run.transform.scale, vocab_group)
+        whole = statistics_over_ranks(statistics, labels, local, vocab_start, size, run.transform.scale, vocab_group)
         if mode == "frozen":
             modes.complete_frozen(stored, statistics, whole, local, weight, run.transform)
             whole = modes.logprobs_alone(whole.logprobs)

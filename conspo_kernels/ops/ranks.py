@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
-from ..values import IGNORED, Statistics, local_labels
+from ..values import IGNORED, Statistics
 from .devices import to_device
 from .registration import op, saved_tensors
 
@@ -31,10 +31,12 @@ def resolved(name: str) -> ProcessGroup:
 
 
 def statistics_over_ranks(
-    part: Statistics, labels: Tensor, start: int, size: int, scale: float, group: str
+    part: Statistics, labels: Tensor, local: Tensor, start: int, size: int, scale: float, group: str
 ) -> Statistics:
-    """Statistics of rows whose logits are split over the ranks of a group, from those of this rank's part."""
-    local = local_labels(labels, start, size)
+    """Statistics of rows whose logits are split over the ranks of a group, from those of this rank's part.
+
+    labels: of whole rows.  local: in this part, or ELSEWHERE.
+    """
     ignored = labels == IGNORED
     ranks = resolved(group)
     whole, owners, alike = _whole_statistics(part, local >= 0, ignored, size, scale, ranks)

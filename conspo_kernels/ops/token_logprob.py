@@ -87,7 +87,7 @@ def token_logprob(
     statistics = backend.token_logprob_forward(LogitRows(logits, local.contiguous(), logit_transform), with_entropy)
     if vocab_group:
         scale = logit_transform.scale
-        statistics = statistics_over_ranks(statistics, labels, vocab_start, vocab_size, scale, vocab_group)
+        statistics = statistics_over_ranks(statistics, labels, local, vocab_start, vocab_size, scale, vocab_group)
     return tensors_of(statistics)
 
 
