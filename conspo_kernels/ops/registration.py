@@ -53,8 +53,8 @@ def op(
         fake: from the named arguments to results of their shapes and dtypes.
         mutates: names of the arguments that are written to.
         save: (ctx, the named arguments, the results): saves tensors for backward.
-        backward: (ctx, the gradients of the results): the gradients of arguments by their names. Without it the op has
-            no gradient.
+        backward: (ctx, the gradients of the results): the gradients of arguments by their names. It reads what was
+            saved by `saved_tensors(ctx)`. Without these two the op has no gradient.
         flops: from the named arguments to the number of operations, for `torch.utils.flop_counter`.
     """
 
@@ -165,7 +165,7 @@ def _function(named: Any, forward: Callable[..., Any], save: Callable[..., None]
 
 
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
-    """What `save` has saved. Under `create_graph=True` the gradient depends on those of them that have a graph."""
+    """What `save` has saved. Under `create_graph=True` they are noted: the gradient depends on those with a graph."""
     tensors: tuple[Any, ...] = ctx.saved_tensors
     if torch.is_grad_enabled():
         ctx.depends_on = tensors
@@ -204,7 +204,7 @@ class _WithoutDerivative(torch.autograd.Function):
 def without_derivative(gradient: Tensor, depends_on: Sequence[Tensor | None]) -> Tensor:
     """For `create_graph=True`, when grad mode is on in backward: the gradient, as one whose own backward raises.
 
-    It raises too where only the derivative by a tensor behind those that the gradient depends on is asked for.
+    It has a path to the tensors in `depends_on`, so that `autograd.grad` by one of these raises too.
     """
     if traced(gradient):
         return gradient
